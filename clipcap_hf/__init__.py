@@ -1,0 +1,48 @@
+"""Hugging Face-native ClipCap: image captioning by a CLIP prefix (Mokady et al. 2021)."""
+
+from ._torchvision import ensure_torchvision_imports
+
+
+ensure_torchvision_imports()  # transformers imports torchvision wherever it is installed
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
+
+from .assets import EMOJI_MINI  # noqa: E402
+from .configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
+from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
+from .modeling_open_clip import OpenClipVisionModel  # noqa: E402
+from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
+from .processing_clipcap import ClipCapProcessor  # noqa: E402
+from .training import CaptioningCollator, ClipCapTrainer  # noqa: E402
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
+AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
+AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig)
+for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(ClipCapConfig, ClipCapForConditionalGeneration)
+AutoProcessor.register(ClipCapConfig, ClipCapProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "image-captioning", pipeline_class=ImageCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+)
+
+__all__ = [
+    "EMOJI_MINI",
+    "CaptioningCollator",
+    "ClipCapConfig",
+    "ClipCapForConditionalGeneration",
+    "ClipCapProcessor",
+    "ClipCapTrainer",
+    "ImageCaptioningPipeline",
+    "OpenClipVisionConfig",
+    "OpenClipVisionModel",
+]

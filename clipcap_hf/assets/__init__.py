@@ -1,0 +1,12 @@
+"""Data and models that are shipped with the package."""
+
+from pathlib import Path
+
+
+ASSETS = Path(__file__).parent
+#: Folder of the data set of emoji drawings, see [`clipcap_hf.data.load_emoji`].
+EMOJI = ASSETS / "emoji"
+#: Folder of the embedded captioner: `pipeline("image-captioning", model=clipcap_hf.EMOJI_MINI)`.
+EMOJI_MINI = str(ASSETS / "emoji-mini")
+#: Folder of its image tower, as open_clip publishes towers.
+EMOJI_TOWER = str(ASSETS / "emoji-tower")

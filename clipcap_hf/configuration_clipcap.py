@@ -1,0 +1,176 @@
+"""Configuration of ClipCap captioners and of open_clip image towers."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+def clip_embed_dim_of(vision_config: PreTrainedConfig) -> int:
+    """Width of the image embedding that the tower of this configuration gives to the mapping network."""
+    # CLIP's towers are used with their projection (paper, section 3), others by their pooled output.
+    if vision_config.model_type == "clip_vision_model":
+        return vision_config.projection_dim
+    if vision_config.model_type == "open_clip_vision_model":
+        return vision_config.embed_dim
+    if (hidden_size := getattr(vision_config, "hidden_size", None)) is None:
+        raise ValueError(
+            f"Cannot tell the embedding width of a `{vision_config.model_type}` tower: its configuration has no "
+            "`hidden_size`. Pass `clip_embed_dim=` to ClipCapConfig."
+        )
+    return hidden_size
+
+
+@strict
+class OpenClipVisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of an image tower of open_clip, see [`OpenClipVisionModel`].
+
+    Args:
+        embed_dim (`int`): Width of the image embedding, as in open_clip's `model_cfg["embed_dim"]`.
+        vision_cfg (`dict`): open_clip's `model_cfg["vision_cfg"]`, unchanged.
+        quick_gelu (`bool`): Whether the tower uses QuickGELU. OpenAI's weights need it, though the model config of
+            the same name may not say so; the wrong activation gives embeddings that are only slightly wrong.
+
+    Example:
+
+    ```python
+    >>> from clipcap_hf import OpenClipVisionConfig, OpenClipVisionModel
+
+    >>> config = OpenClipVisionConfig(
+    ...     embed_dim=32, vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
+    ... )
+    >>> OpenClipVisionModel(config).config.image_size
+    32
+
+    ```"""
+
+    model_type = "open_clip_vision_model"
+    base_config_key = "vision_config"
+
+    embed_dim: int = 512
+    vision_cfg: dict[str, Any] | None = None
+    quick_gelu: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        # open_clip's own defaults are those of ViT-B/16 at 224 pixels.
+        self.vision_cfg = dict(self.vision_cfg or {})
+        # Weights come from the checkpoint; timm must not download its own first.
+        if "timm_model_name" in self.vision_cfg:
+            self.vision_cfg["timm_model_pretrained"] = False
+        super().__post_init__(**kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images that the tower takes (the height, where they are not square)."""
+        size = self.vision_cfg.get("image_size", 224)
+        return size[0] if isinstance(size, (list, tuple)) else size
+
+
+@strict
+class ClipCapConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`ClipCapForConditionalGeneration`]: an image tower, a mapping network and a language model
+    (Mokady et al. 2021, "ClipCap: CLIP Prefix for Image Captioning", arXiv 2111.09734).
+
+    Args:
+        vision_config (`dict` or [`PreTrainedConfig`], *optional*): The vision tower. `None` is a captioner that is fed
+            with CLIP embeddings alone (`clip_embeds`).
+        text_config (`dict` or [`PreTrainedConfig`], *optional*): The language model; GPT-2 small by default.
+        mapping_type (`str`): `"mlp"` (section 3.2: two layers with tanh), `"transformer"` (section 3.3) or `"linear"`
+            (one linear layer, found in the official code only).
+        prefix_length (`int`): Number of vectors that the mapping network hands to the language model.
+        clip_length (`int`, *optional*): Number of tokens that the transformer mapping makes of one embedding; as many
+            as `prefix_length` by default. The other mappings have none.
+        clip_embed_dim (`int`, *optional*): Width of the CLIP embedding. Read off `vision_config`; without one it is
+            512, that of ViT-B/32.
+        normalize_clip_embeds (`bool`): Divide each embedding by its L2 norm first (`--normalize_prefix` of the
+            official code, which its transformer notebook does and its README command does not).
+        mapping_num_layers (`int`): Layers of the transformer mapping.
+        mapping_num_heads (`int`): Attention heads of the transformer mapping.
+        mapping_mlp_ratio (`float`): Width of the transformer mapping's feed-forward layers, over that of the language
+            model.
+        mapping_layer_norm_eps (`float`): Epsilon of the transformer mapping's layer norms.
+        image_token_id (`int`, *optional*): Id of the `<image>` placeholder. By default the first id that the language
+            model does not have, so that it can never be generated and the vocabulary is not resized.
+        freeze_vision (`bool`): Keep the vision tower as it is in training (the paper's setting).
+        freeze_language_model (`bool`): Train the mapping network alone (the paper's light variant).
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, GPT2Config
+    >>> from clipcap_hf import ClipCapConfig
+
+    >>> config = ClipCapConfig(
+    ...     vision_config=CLIPVisionConfig(), text_config=GPT2Config(), mapping_type="transformer"
+    ... )
+    >>> config.clip_embed_dim, config.clip_length, config.image_token_id
+    (512, 10, 50257)
+
+    ```"""
+
+    model_type = "clipcap"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    mapping_type: Literal["mlp", "transformer", "linear"] = "mlp"
+    prefix_length: int = 10
+    clip_length: int | None = None
+    clip_embed_dim: int | None = None
+    normalize_clip_embeds: bool = False
+    mapping_num_layers: int = 8
+    mapping_num_heads: int = 8
+    mapping_mlp_ratio: float = 2.0
+    mapping_layer_norm_eps: float = 1e-5
+    image_token_id: int | None = None
+    freeze_vision: bool = True
+    freeze_language_model: bool = False
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.text_config.is_encoder_decoder:
+            raise ValueError(
+                f"The language model must be a causal one, but `{self.text_config.model_type}` is an encoder-decoder."
+            )
+        if self.prefix_length < 1:
+            raise ValueError(f"`prefix_length` must be at least 1, got {self.prefix_length}.")
+        # The language model's head is tied by the language model's own rules; this class ties nothing.
+        self._set_clip_embed_dim()
+        if self.mapping_type == "transformer":
+            self._check_transformer_mapping()
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.get_text_config().vocab_size
+
+    def _set_clip_embed_dim(self):
+        from_tower = None if self.vision_config is None else clip_embed_dim_of(self.vision_config)
+        if self.clip_embed_dim is None:
+            self.clip_embed_dim = 512 if from_tower is None else from_tower
+        elif from_tower not in (None, self.clip_embed_dim):
+            raise ValueError(
+                f"`clip_embed_dim` is {self.clip_embed_dim}, but the vision tower gives embeddings of width "
+                f"{from_tower}. Leave `clip_embed_dim` out, or choose the tower that the mapping network was made for "
+                "(ViT-B/32 gives 512, RN50x4 640)."
+            )
+
+    def _check_transformer_mapping(self):
+        if self.clip_length is None:
+            self.clip_length = self.prefix_length
+        hidden_size = self.text_config.get_text_config().hidden_size
+        if hidden_size % self.mapping_num_heads:
+            raise ValueError(
+                f"The language model's hidden size {hidden_size} is not divisible by "
+                f"`mapping_num_heads` = {self.mapping_num_heads}."
+            )
+
+
+__all__ = ["ClipCapConfig", "OpenClipVisionConfig"]

@@ -1,0 +1,570 @@
+"""ClipCap: an image tower, a mapping network and a causal language model."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    CLIPVisionModelWithProjection,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_clipcap import ClipCapConfig
+from .modeling_open_clip import OpenClipVisionModel, is_open_clip_name
+
+
+@dataclass
+class ClipCapCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of [`ClipCapForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*): Next-token cross entropy over the positions with a label.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Scores before softmax.
+        past_key_values ([`~transformers.Cache`], *optional*): The language model's keys and values.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): Of the language model, `(batch, sequence, hidden)` each.
+        attentions (`tuple(torch.Tensor)`, *optional*): Of the language model.
+        image_hidden_states (`torch.Tensor` of shape `(batch, prefix_length, hidden)`, *optional*): The prefix.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class ClipCapMLPMappingNetwork(nn.Module):
+    """Section 3.2 of the paper: embedding -> tanh(half the prefix) -> prefix (batch, prefix_length, hidden)."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        self.prefix_length = config.prefix_length
+        prefix_size = config.prefix_length * config.text_config.get_text_config().hidden_size
+        self.fc1 = nn.Linear(config.clip_embed_dim, prefix_size // 2)
+        self.fc2 = nn.Linear(prefix_size // 2, prefix_size)
+
+    def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
+        prefix = self.fc2(torch.tanh(self.fc1(clip_embeds)))
+        return prefix.unflatten(-1, (self.prefix_length, -1))
+
+
+class ClipCapLinearMappingNetwork(nn.Module):
+    """One linear layer, as the official `predict.py` has for prefixes of more than 10 vectors."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        self.prefix_length = config.prefix_length
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.linear = nn.Linear(config.clip_embed_dim, config.prefix_length * hidden_size)
+
+    def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
+        return self.linear(clip_embeds).unflatten(-1, (self.prefix_length, -1))
+
+
+class ClipCapMappingAttention(nn.Module):
+    """Self-attention over all tokens; only the output projection has a bias."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+
+
+class ClipCapMappingLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer encoder layer with ReLU."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        hidden_size = config.text_config.get_text_config().hidden_size
+        intermediate_size = int(hidden_size * config.mapping_mlp_ratio)
+        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=config.mapping_layer_norm_eps)
+        self.self_attn = ClipCapMappingAttention(hidden_size, config.mapping_num_heads)
+        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=config.mapping_layer_norm_eps)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        return hidden_states + self.fc2(F.relu(self.fc1(self.layer_norm2(hidden_states))))
+
+
+class ClipCapTransformerMappingNetwork(nn.Module):
+    """Section 3.3 of the paper: the embedding becomes `clip_length` tokens, `prefix_length` learned constants join them,
+    and what the transformer makes of the constants is the prefix (batch, prefix_length, hidden)."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        self.clip_length = config.clip_length
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.clip_projection = nn.Linear(config.clip_embed_dim, config.clip_length * hidden_size)
+        self.prefix_const = nn.Parameter(torch.empty(config.prefix_length, hidden_size))
+        self.layers = nn.ModuleList(ClipCapMappingLayer(config) for _ in range(config.mapping_num_layers))
+
+    def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
+        clip_tokens = self.clip_projection(clip_embeds).unflatten(-1, (self.clip_length, -1))
+        prefix_const = self.prefix_const.expand(len(clip_tokens), -1, -1)
+        hidden_states = torch.cat([clip_tokens, prefix_const], dim=1)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states[:, self.clip_length :]
+
+
+MAPPING_NETWORKS = {
+    "mlp": ClipCapMLPMappingNetwork,
+    "transformer": ClipCapTransformerMappingNetwork,
+    "linear": ClipCapLinearMappingNetwork,
+}
+
+
+def vision_tower_class(model_type: str) -> type:
+    """The class that gives the image embedding; chosen by name, since remote code has classes of its own."""
+    if model_type == "clip_vision_model":
+        return CLIPVisionModelWithProjection  # AutoModel would leave the projection out
+    if model_type == "open_clip_vision_model":
+        return OpenClipVisionModel
+    return AutoModel
+
+
+def _build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
+    tower_class = vision_tower_class(vision_config.model_type)
+    return tower_class.from_config(vision_config) if tower_class is AutoModel else tower_class(vision_config)
+
+
+class ClipCapPreTrainedModel(PreTrainedModel):
+    config: ClipCapConfig
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ClipCapMappingLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # Only the mapping network is ours to initialise; as in the official code it starts from torch's defaults.
+        if isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, ClipCapTransformerMappingNetwork):
+            init.normal_(module.prefix_const)
+        else:
+            super()._init_weights(module)
+
+
+class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
+    r"""
+    Image captioning by a CLIP prefix (Mokady et al. 2021): a vision tower embeds the image, the mapping network turns
+    the embedding into `prefix_length` vectors, and the language model continues them with the caption.
+
+    In `input_ids` the prefix is held by `prefix_length` placeholders `config.image_token_id`, which
+    [`ClipCapProcessor`] writes, so that everything that `generate()` can do works as for a text model.
+
+    Args:
+        config ([`ClipCapConfig`]): The configuration.
+        vision_tower ([`~transformers.PreTrainedModel`], *optional*): A ready tower in place of a newly built one.
+        language_model ([`~transformers.PreTrainedModel`], *optional*): Likewise.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import GPT2Config
+    >>> from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration
+
+    >>> text_config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, bos_token_id=99, eos_token_id=99)
+    >>> model = ClipCapForConditionalGeneration(ClipCapConfig(text_config=text_config, clip_embed_dim=16))
+    >>> captions = model.generate(clip_embeds=torch.randn(2, 16), max_new_tokens=5, pad_token_id=99)
+    >>> captions.shape[0]
+    2
+
+    ```"""
+
+    def __init__(
+        self,
+        config: ClipCapConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        if vision_tower is None and config.vision_config is not None:
+            vision_tower = _build_vision_tower(config.vision_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_tower = vision_tower
+        self.mapping_network = MAPPING_NETWORKS[config.mapping_type](config)
+        self.language_model = language_model
+        # The parts hold the very configurations that are saved with the whole.
+        config.text_config = language_model.config
+        if vision_tower is not None:
+            config.vision_config = vision_tower.config
+        self._freeze()
+        self.post_init()
+
+    def _freeze(self):
+        if self.config.freeze_vision and self.vision_tower is not None:
+            self.vision_tower.requires_grad_(False)
+        if self.config.freeze_language_model:
+            self.language_model.requires_grad_(False)
+            # A frozen language model works without dropout. `eval()` would say the same, but it also switches gradient
+            # checkpointing off without a word.
+            for module in self.language_model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+                for name, value in vars(module).items():
+                    if "dropout" in name and isinstance(value, float):
+                        setattr(module, name, 0.0)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.config.freeze_vision and self.vision_tower is not None:
+            self.vision_tower.eval()  # the running statistics of ResNet towers would drift
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.language_model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, clip_embeds: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        The prefix of each image.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`, *optional*): Preprocessed images.
+            clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings from the same tower,
+                as [`get_clip_embeds`](#get_clip_embeds) returns them, in place of pixels.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is the prefix, of shape
+            `(batch, prefix_length, hidden)`; the rest is the vision tower's.
+        """
+        if (pixel_values is None) == (clip_embeds is None):
+            raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
+        vision_outputs = {}
+        if clip_embeds is None:
+            vision_outputs = self._run_vision_tower(pixel_values, **kwargs)
+            clip_embeds = self._pooled(vision_outputs)
+        elif clip_embeds.ndim != 2 or clip_embeds.shape[-1] != self.config.clip_embed_dim:
+            raise ValueError(
+                f"`clip_embeds` must have the shape (batch, {self.config.clip_embed_dim}) that this model's mapping "
+                f"network takes, got {tuple(clip_embeds.shape)}. Were they made by another CLIP?"
+            )
+        return BaseModelOutputWithPooling(
+            pooler_output=self._map(clip_embeds),
+            last_hidden_state=vision_outputs.get("last_hidden_state"),
+            hidden_states=vision_outputs.get("hidden_states"),
+            attentions=vision_outputs.get("attentions"),
+        )
+
+    def get_clip_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """CLIP embeddings (batch, clip_embed_dim) of preprocessed images (batch, 3, height, width), not normalised."""
+        return self._pooled(self._run_vision_tower(pixel_values))
+
+    def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> ModelOutput:
+        if self.vision_tower is None:
+            raise ValueError(
+                "This captioner has no vision tower (`vision_config` is None): pass `clip_embeds` in place of "
+                "`pixel_values`."
+            )
+        kwargs["return_dict"] = True
+        return self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype), **kwargs)
+
+    def _pooled(self, vision_outputs: ModelOutput) -> torch.Tensor:
+        for name in ("image_embeds", "pooler_output"):
+            if (embeds := vision_outputs.get(name)) is not None:
+                return embeds.flatten(1)  # convolutional towers of transformers pool to (batch, channels, 1, 1)
+        raise ValueError(f"`{self.config.vision_config.model_type}` gives no pooled image embedding.")
+
+    def _map(self, clip_embeds: torch.Tensor) -> torch.Tensor:
+        weight = next(self.mapping_network.parameters())
+        clip_embeds = clip_embeds.to(weight.device, weight.dtype)
+        if self.config.normalize_clip_embeds:
+            clip_embeds = F.normalize(clip_embeds, dim=-1)
+        return self.mapping_network(clip_embeds)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        clip_embeds: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> tuple | ClipCapCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`): Tokens, with `prefix_length` placeholders
+                `config.image_token_id` for each image.
+            pixel_values (`torch.FloatTensor` of shape `(images, 3, height, width)`, *optional*): Preprocessed images.
+            clip_embeds (`torch.FloatTensor` of shape `(images, clip_embed_dim)`, *optional*): Embeddings of the images,
+                in place of their pixels.
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 where there is padding.
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Like `input_ids`, with -100 where no
+                loss is wanted: on the prefix and on padding (by `attention_mask`: the padding token may be a real one).
+            logits_to_keep (`int` or `torch.Tensor`): Compute logits only for the last so many positions, or for these.
+            mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}`, in place of both pixels
+                and embeddings.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None or clip_embeds is not None:
+            if image_outputs is not None:
+                raise ValueError("Pass either images or `mm_encoder_outputs`, not both.")
+            image_outputs = self.get_image_features(pixel_values, clip_embeds, return_dict=True)
+
+        prefix = None
+        if inputs_embeds is None:
+            # The placeholder's id may lie outside the language model's vocabulary.
+            placeholders = input_ids == self.config.image_token_id
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+            if image_outputs is not None:
+                prefix = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+                self._check_placeholders(placeholders, prefix)
+                inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), prefix)
+        elif image_outputs is not None:
+            raise ValueError("Images need `input_ids` with placeholders; `inputs_embeds` cannot say where they go.")
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+
+        loss = None
+        if labels is not None:
+            if isinstance(logits_to_keep, torch.Tensor):
+                labels = labels[:, logits_to_keep]
+            elif logits_to_keep:
+                labels = labels[:, -logits_to_keep:]
+            vocab_size = self.config.text_config.get_text_config().vocab_size
+            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+
+        return ClipCapCausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=prefix,
+        )
+
+    def _check_placeholders(self, placeholders: torch.Tensor, prefix: torch.Tensor):
+        if torch.compiler.is_compiling():
+            return
+        expected = prefix.shape[0] * prefix.shape[1]
+        # The comparison waits for the device; a scatter of the wrong size would be silent.
+        if (found := int(placeholders.sum())) != expected:
+            raise ValueError(
+                f"`input_ids` hold {found} image placeholders (id {self.config.image_token_id}), but {prefix.shape[0]} "
+                f"images with a prefix of {prefix.shape[1]} vectors need {expected}. ClipCapProcessor writes them: does "
+                f"its `prefix_length` equal the model's ({self.config.prefix_length})?"
+            )
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        r"""
+        Caption images; every argument of [`~transformers.GenerationMixin.generate`] works.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): `input_ids`: the placeholders and a
+                prompt to continue, padded on the left. Without it each image is captioned with no prompt.
+            generation_config ([`~transformers.GenerationConfig`], *optional*): In place of the model's own.
+            kwargs: `pixel_values` (batch, 3, height, width) or `clip_embeds` (batch, clip_embed_dim), `attention_mask`,
+                and anything that `generate` of transformers takes. `max_length` counts the prefix: use
+                `max_new_tokens`.
+
+        Returns:
+            As in transformers; the token ids begin with the input, placeholders included.
+
+        Raises:
+            ValueError: If embeddings have the wrong width or hold NaN or infinity, or if prompt and caption together are
+                longer than the language model's context.
+        """
+        kwargs.pop("labels", None)  # a training batch may be passed as it is
+        clip_embeds = kwargs.pop("clip_embeds", None)
+        pixel_values = kwargs.get("pixel_values")
+        images = clip_embeds if clip_embeds is not None else pixel_values
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if images is not None and input_ids is None and kwargs.get("inputs_embeds") is None:
+            input_ids = torch.full(
+                (len(images), self.config.prefix_length), self.config.image_token_id, device=images.device
+            )
+            kwargs["attention_mask"] = torch.ones_like(input_ids)
+        if clip_embeds is not None:
+            if pixel_values is not None:
+                raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
+            _check_finite(clip_embeds)
+            # generate() of transformers encodes pixels before the loop, but drops any other input of the encoder.
+            image_outputs = self.get_image_features(clip_embeds=clip_embeds, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": image_outputs}
+        if input_ids is not None:
+            self._check_context(input_ids.shape[1], generation_config, kwargs)
+        return super().generate(input_ids, generation_config=generation_config, **kwargs)
+
+    def _check_context(self, input_length: int, generation_config: GenerationConfig | None, kwargs: dict):
+        context = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return
+        if input_length >= context:
+            raise ValueError(
+                f"Prefix and prompt are {input_length} tokens long, but the language model's context is {context}: "
+                "shorten the prompt."
+            )
+        max_new_tokens = kwargs.get("max_new_tokens")
+        if max_new_tokens is None:
+            max_new_tokens = (generation_config or self.generation_config).max_new_tokens
+        if max_new_tokens is not None and input_length + max_new_tokens > context:
+            raise ValueError(
+                f"`max_new_tokens` is {max_new_tokens}, but after {input_length} tokens of prefix and prompt the language "
+                f"model's context of {context} leaves room for {context - input_length}."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, but a checkpoint that lacks weights is an error, not a partly random captioner."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fit its configuration: {len(missing)} are missing, "
+                f"for example {missing[0]}. Does config.json belong to these weights (mapping_type is "
+                f"{model.config.mapping_type!r})?"
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | PreTrainedModel | None,
+        text: str | PreTrainedModel,
+        dtype: torch.dtype | str = torch.float32,
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+        **config_kwargs,
+    ) -> "ClipCapForConditionalGeneration":
+        r"""
+        Start a captioner from a pretrained vision tower and a pretrained language model; the mapping network is new.
+
+        Args:
+            vision (`str`, [`~transformers.PreTrainedModel`] or `None`): A Hub id or folder of transformers
+                (`"openai/clip-vit-base-patch32"`), an open_clip checkpoint (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"` or
+                a folder with `open_clip_config.json`), a loaded model, or `None` to work on embeddings alone.
+            text (`str` or [`~transformers.PreTrainedModel`]): A Hub id, folder or loaded model of a causal LM.
+            dtype (`torch.dtype`): Of all weights. Training wants `torch.float32`, whatever the parts were saved in.
+            vision_kwargs (`dict`, *optional*): For the tower's `from_pretrained` (`revision`, `token`, ...).
+            text_kwargs (`dict`, *optional*): For the language model's.
+            config_kwargs: Fields of [`ClipCapConfig`]: `mapping_type`, `prefix_length`, `freeze_language_model`, ...
+
+        Example:
+
+        ```python
+        >>> model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
+        ...     "openai/clip-vit-base-patch32", "openai-community/gpt2", mapping_type="mlp"
+        ... )  # doctest: +SKIP
+
+        ```"""
+        if isinstance(vision, str):
+            vision = _load_vision_tower(vision, dtype, **(vision_kwargs or {}))
+        if isinstance(text, str):
+            text = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, **(text_kwargs or {}))
+        config = ClipCapConfig(
+            vision_config=None if vision is None else vision.config, text_config=text.config, **config_kwargs
+        )
+        for part in filter(None, (vision, text)):
+            for module in part.modules():
+                module._is_hf_initialized = True  # post_init() must not draw these weights anew
+        model = cls(config, vision_tower=vision, language_model=text)
+        model.mapping_network.to(next(text.parameters()).dtype)
+        model.generation_config = _caption_generation_config(text)
+        return model
+
+
+def _load_vision_tower(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
+    if is_open_clip_name(name):
+        return OpenClipVisionModel.from_open_clip(name, dtype=dtype, **kwargs)
+    config = AutoConfig.from_pretrained(name, **kwargs)
+    # A repository of a whole CLIP holds its tower's configuration inside its own.
+    vision_config = getattr(config, "vision_config", None) or config
+    tower_class = vision_tower_class(vision_config.model_type)
+    return tower_class.from_pretrained(name, config=vision_config, dtype=dtype, **kwargs)
+
+
+def _caption_generation_config(language_model: PreTrainedModel) -> GenerationConfig:
+    eos_token_id = language_model.generation_config.eos_token_id
+    pad_token_id = language_model.generation_config.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+    # 67 is the official decoders' limit. Sampling is theirs to choose who want it: the official code is greedy.
+    return GenerationConfig(
+        max_new_tokens=67,
+        bos_token_id=language_model.generation_config.bos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _check_finite(clip_embeds: torch.Tensor):
+    bad = (~torch.isfinite(clip_embeds)).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"`clip_embeds` hold NaN or infinity in rows {bad[:10]}: embed those images again.")
+
+
+__all__ = ["ClipCapForConditionalGeneration", "ClipCapPreTrainedModel"]

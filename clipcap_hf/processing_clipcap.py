@@ -1,0 +1,253 @@
+"""Images and prompts to model inputs."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
+from transformers.image_utils import load_image as fetch_image
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
+
+
+IMAGE_TOKEN = "<image>"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright 8-bit RGB image: EXIF rotation applied, transparency put on white, 16-bit grey scaled down."""
+    # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _grey_to_8_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    import numpy as np
+
+    pixels = np.asarray(image, dtype=np.float64)
+    if image.mode == "F" and pixels.max() <= 1:
+        scale = 255.0  # floating-point images are in [0, 1] by convention
+    else:
+        scale = 255 / 65535 if pixels.max() > 255 else 1.0
+    return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
+
+
+def load_image(image: str | Path | Image.Image) -> Image.Image:
+    """Read an image from a path or URL as upright RGB.
+
+    Raises:
+        ValueError: If there is no such file, or it is not a complete image that Pillow can read within its limit on
+            decompressed size. The message names the file.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if str(image).startswith(("http://", "https://", "data:image/")):
+        return fetch_image(str(image), timeout=30)
+    path = Path(image)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        with Image.open(path) as opened:
+            return to_rgb(opened)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: refused, the image is too large ({error})") from error
+    # Pillow's decoders raise whatever they stumble over in a damaged file.
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+class ClipCapProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {}
+
+
+class ClipCapProcessor(ProcessorMixin):
+    r"""
+    Image processor and tokenizer of a [`ClipCapForConditionalGeneration`]. It puts `prefix_length` placeholders
+    `<image>` in front of each text that has none, in whose place the model puts the prefix.
+
+    Args:
+        image_processor ([`~transformers.BaseImageProcessor`], *optional*): The transform that the vision tower was
+            trained with. `None` for a captioner that is fed with embeddings alone.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's. It gets a padding token (its end
+            token) if it has none, and pads on the left, as generation needs; the collator for training pads on the
+            right.
+        prefix_length (`int`): The model's `config.prefix_length`.
+        chat_template (`str`, *optional*): For chat-style input.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, prefix_length: int = 10, chat_template=None, **kwargs):
+        if tokenizer is None:
+            raise ValueError("ClipCapProcessor needs a tokenizer.")
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise ValueError("The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`.")
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.prefix_length = prefix_length
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def __call__(self, images=None, text=None, clip_embeds: torch.Tensor | None = None, **kwargs) -> BatchFeature:
+        r"""
+        Args:
+            images (image, path, URL, or a list of them, *optional*): One image for each text. Images of any mode are
+                made upright RGB first, see [`to_rgb`].
+            text (`str` or `list[str]`, *optional*): Prompts to continue; one prompt serves all images. None by default.
+            clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images.
+            kwargs: Arguments of the tokenizer and the image processor (`return_tensors`, `padding`, ...). Texts of
+                unequal length are padded.
+
+        Returns:
+            [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` (batch, sequence), and `pixel_values`
+            (batch, 3, height, width) or `clip_embeds` (batch, clip_embed_dim).
+
+        Raises:
+            ValueError: If there is nothing to process, or the numbers of images and texts differ.
+        """
+        if images is None and text is None and clip_embeds is None:
+            raise ValueError("Pass `images`, `clip_embeds` or `text`.")
+        if images is not None and clip_embeds is not None:
+            raise ValueError("Pass either `images` or `clip_embeds`, not both.")
+        merged = self._merge_kwargs(
+            ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+
+        image_inputs, num_images = {}, 0
+        if images is not None:
+            image_inputs, num_images = self._process(images, **merged["images_kwargs"])
+        elif clip_embeds is not None:
+            image_inputs, num_images = {"clip_embeds": clip_embeds}, len(clip_embeds)
+
+        text = self._with_placeholders(text, num_images)
+        if len(text) > 1:
+            merged["text_kwargs"].setdefault("padding", True)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        text_inputs = self.tokenizer(text, **merged["text_kwargs"])
+        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=return_tensors)
+
+    def _process(self, images, **images_kwargs) -> tuple[dict, int]:
+        if self.image_processor is None:
+            raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
+        if isinstance(images, (str, Path)):
+            images = [images]
+        if isinstance(images, (list, tuple)) and all(isinstance(image, (str, Path)) for image in images):
+            images = [load_image(image) for image in images]
+        images = [
+            to_rgb(image) if isinstance(image, Image.Image) else image for image in make_flat_list_of_images(images)
+        ]
+        return self.image_processor(images, **images_kwargs), len(images)
+
+    def _with_placeholders(self, text: str | list[str] | None, num_images: int) -> list[str]:
+        if text is None:
+            text = [""] * num_images
+        elif isinstance(text, str):
+            text = [text] * max(num_images, 1)
+        if num_images and not any(IMAGE_TOKEN in prompt for prompt in text):
+            text = [IMAGE_TOKEN + prompt for prompt in text]
+        found = sum(prompt.count(IMAGE_TOKEN) for prompt in text)
+        if found != num_images:
+            raise ValueError(
+                f"{num_images} images need as many {IMAGE_TOKEN} placeholders, one in each of {num_images} texts; "
+                f"found {found} in {len(text)} texts."
+            )
+        return [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.prefix_length) for prompt in text]
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        # A captioner that is fed with embeddings has no image processor.
+        if argument is not None or argument_name != "image_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        if self.image_processor is not None:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.get_attributes = lambda: ["tokenizer"]  # ProcessorMixin saves every part that the class may have
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            del self.get_attributes
+
+    @property
+    def model_input_names(self) -> list[str]:
+        image_names = ["pixel_values"] if self.image_processor is not None else ["clip_embeds"]
+        return ["input_ids", "attention_mask", *image_names]
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # Pillow's resampling is what CLIP was trained with; torchvision's, the default, is off by up to 2/255.
+        backend = kwargs.pop("backend", "pil")
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        image_processor = None
+        if "image_processor" not in (processor_dict or {}) or processor_dict["image_processor"] is not None:
+            image_processor = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, backend=backend, **kwargs
+            )
+        return [image_processor, tokenizer]
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | None,
+        text: str,
+        prefix_length: int = 10,
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+    ) -> "ClipCapProcessor":
+        """
+        The processor that goes with [`ClipCapForConditionalGeneration.from_vision_text_pretrained`] of the same names.
+
+        Args:
+            vision (`str` or `None`): Hub id, folder or open_clip name of the vision tower.
+            text (`str`): Hub id or folder of the language model.
+            prefix_length (`int`): The model's `config.prefix_length`.
+            vision_kwargs (`dict`, *optional*): For loading the image processor (`revision`, `token`, ...).
+            text_kwargs (`dict`, *optional*): For loading the tokenizer.
+        """
+        vision_kwargs = vision_kwargs or {}
+        if vision is None:
+            image_processor = None
+        elif is_open_clip_name(vision):
+            _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **vision_kwargs)
+            image_processor = image_processor_from_open_clip(preprocess_cfg)
+        else:
+            image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **vision_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(text, **(text_kwargs or {}))
+        return cls(image_processor, tokenizer, prefix_length=prefix_length)
+
+
+def image_processor_from_open_clip(preprocess_cfg: dict):
+    """The image processor that does what open_clip's evaluation transform of this `preprocess_cfg` does, to the bit."""
+    from transformers import CLIPImageProcessorPil
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+
+    resize_mode = preprocess_cfg.get("resize_mode", "shortest")
+    if resize_mode not in ("shortest", "squash"):
+        raise ValueError(f"open_clip's resize mode {resize_mode!r} has no counterpart in transformers.")
+    size = preprocess_cfg.get("size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    shortest = resize_mode == "shortest" and height == width
+    resample = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": height} if shortest else {"height": height, "width": width},
+        default_to_square=not shortest,
+        do_center_crop=shortest,
+        crop_size={"height": height, "width": width},
+        resample=resample[preprocess_cfg.get("interpolation", "bicubic")],
+        image_mean=list(preprocess_cfg.get("mean", OPENAI_CLIP_MEAN)),
+        image_std=list(preprocess_cfg.get("std", OPENAI_CLIP_STD)),
+    )
+
+
+__all__ = ["ClipCapProcessor"]

@@ -20,7 +20,6 @@ from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
 from .modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
 from .processing_clipcap import ClipCapProcessor  # noqa: E402
-from .training import CaptioningCollator, ClipCapTrainer  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -34,6 +33,17 @@ AutoProcessor.register(ClipCapConfig, ClipCapProcessor)
 PIPELINE_REGISTRY.register_pipeline(
     "image-captioning", pipeline_class=ImageCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
 )
+
+_LAZY = ("CaptioningCollator", "ClipCapTrainer")  # transformers' Trainer takes seconds to import
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "EMOJI_MINI",

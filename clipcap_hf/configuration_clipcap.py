@@ -142,12 +142,14 @@ class ClipCapConfig(PreTrainedConfig):
             raise ValueError(
                 f"The language model must be a causal one, but `{self.text_config.model_type}` is an encoder-decoder."
             )
-        if self.prefix_length < 1:
-            raise ValueError(f"`prefix_length` must be at least 1, got {self.prefix_length}.")
         # The language model's head is tied by the language model's own rules; this class ties nothing.
         self._set_clip_embed_dim()
-        if self.mapping_type == "transformer":
-            self._check_transformer_mapping()
+        if self.mapping_type == "transformer" and self.clip_length is None:
+            self.clip_length = self.prefix_length
+        for name in ("prefix_length", "clip_length", "clip_embed_dim", "mapping_num_layers", "mapping_num_heads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self._check_language_model()
         if self.image_token_id is None:
             self.image_token_id = self.text_config.get_text_config().vocab_size
 
@@ -162,14 +164,25 @@ class ClipCapConfig(PreTrainedConfig):
                 "(ViT-B/32 gives 512, RN50x4 640)."
             )
 
-    def _check_transformer_mapping(self):
-        if self.clip_length is None:
-            self.clip_length = self.prefix_length
-        hidden_size = self.text_config.get_text_config().hidden_size
-        if hidden_size % self.mapping_num_heads:
+    def _check_language_model(self):
+        text_config = self.text_config.get_text_config()
+        context = getattr(text_config, "max_position_embeddings", None)
+        if context is not None and self.prefix_length >= context:
             raise ValueError(
-                f"The language model's hidden size {hidden_size} is not divisible by "
-                f"`mapping_num_heads` = {self.mapping_num_heads}."
+                f"`prefix_length` is {self.prefix_length}, but the language model's context is {context} and must hold "
+                "a caption too: choose a shorter prefix."
+            )
+        embedding_width = getattr(text_config, "word_embed_proj_dim", None)
+        if embedding_width not in (None, text_config.hidden_size):
+            raise ValueError(
+                f"The embeddings of this `{text_config.model_type}` (`word_embed_proj_dim` {embedding_width}) are not as "
+                f"wide as its layers (`hidden_size` {text_config.hidden_size}), which the mapping networks need: choose "
+                "another language model."
+            )
+        if self.mapping_type == "transformer" and text_config.hidden_size % self.mapping_num_heads:
+            raise ValueError(
+                f"The language model's hidden size {text_config.hidden_size} is not divisible by "
+                f"`mapping_num_heads` = {self.mapping_num_heads}: choose a number of heads that divides it."
             )
 
 

@@ -147,7 +147,9 @@ def _load_by_tag(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[dict,
             architecture, pretrained=tag, force_quick_gelu=quick_gelu, cache_dir=hub_kwargs.get("cache_dir")
         )
         weights = model.state_dict()
-    preprocess_cfg = {key: pretrained_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in pretrained_cfg}
+    preprocess_cfg = {
+        key: pretrained_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in pretrained_cfg
+    }
     return model_cfg, {"size": model_cfg["vision_cfg"].get("image_size", 224), **preprocess_cfg}, weights
 
 

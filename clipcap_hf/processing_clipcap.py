@@ -121,9 +121,7 @@ class ClipCapProcessor(ProcessorMixin):
             raise ValueError("Pass `images`, `clip_embeds` or `text`.")
         if images is not None and clip_embeds is not None:
             raise ValueError("Pass either `images` or `clip_embeds`, not both.")
-        merged = self._merge_kwargs(
-            ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        merged = self._merge_kwargs(ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
 
         image_inputs, num_images = {}, 0
         if images is not None:
@@ -131,12 +129,22 @@ class ClipCapProcessor(ProcessorMixin):
         elif clip_embeds is not None:
             image_inputs, num_images = {"clip_embeds": clip_embeds}, len(clip_embeds)
 
+        return_tensors = merged["text_kwargs"].get("return_tensors")
+        text_inputs = self.tokenize_prompts(text, num_images, **merged["text_kwargs"])
+        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=return_tensors)
+
+    def tokenize_prompts(self, text: str | list[str] | None, num_images: int, **text_kwargs) -> BatchFeature:
+        """`input_ids` and `attention_mask` (batch, sequence) of prompts, with the placeholders of so many images.
+
+        Args:
+            text (`str` or `list[str]`, *optional*): A prompt for all images, or one for each; none by default.
+            num_images (`int`): Number of images.
+            text_kwargs: For the tokenizer. Texts of unequal length are padded.
+        """
         text = self._with_placeholders(text, num_images)
         if len(text) > 1:
-            merged["text_kwargs"].setdefault("padding", True)
-        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
-        text_inputs = self.tokenizer(text, **merged["text_kwargs"])
-        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=return_tensors)
+            text_kwargs.setdefault("padding", True)
+        return self.tokenizer(text, **text_kwargs)
 
     def _process(self, images, **images_kwargs) -> tuple[dict, int]:
         if self.image_processor is None:

@@ -30,6 +30,9 @@ class CaptioningCollator:
         sample_captions (`bool`): Draw one of several captions at random (by torch's generator, so runs with a seed
             repeat); otherwise take the first, as for evaluation.
         max_caption_length (`int`, *optional*): Cut captions to this many tokens, the end token included.
+        embeds_noise (`float`): Standard deviation of the Gaussian noise that is added to each dimension of an embedding
+            divided by its L2 norm (CapDec, Nukrai et al. 2022, section 3), so that the captioner also accepts embeddings
+            that lie near those of training. For models with `normalize_clip_embeds`.
 
     Example:
 
@@ -53,6 +56,7 @@ class CaptioningCollator:
         append_eos: bool = True,
         sample_captions: bool = True,
         max_caption_length: int | None = None,
+        embeds_noise: float = 0.0,
     ):
         if append_eos and processor.tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no end token: set one, or pass `append_eos=False`.")
@@ -63,6 +67,7 @@ class CaptioningCollator:
         self.append_eos = append_eos
         self.sample_captions = sample_captions
         self.max_caption_length = max_caption_length
+        self.embeds_noise = embeds_noise
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         captions = [self._caption(feature) for feature in features]
@@ -102,6 +107,9 @@ class CaptioningCollator:
             embeds = torch.stack([torch.as_tensor(feature[self.embeds_column]) for feature in features]).float()
             if not embeds.isfinite().all():
                 raise ValueError(f"The column {self.embeds_column!r} holds NaN or infinity: embed those images again.")
+            if self.embeds_noise:
+                embeds = torch.nn.functional.normalize(embeds, dim=-1)
+                embeds = embeds + self.embeds_noise * torch.randn_like(embeds)
             return {"clip_embeds": embeds}
         if self.image_column in features[0]:
             return {"images": [feature[self.image_column] for feature in features]}

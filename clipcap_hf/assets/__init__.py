@@ -8,5 +8,5 @@ ASSETS = Path(__file__).parent
 EMOJI = ASSETS / "emoji"
 #: Folder of the embedded captioner: `pipeline("image-captioning", model=clipcap_hf.EMOJI_MINI)`.
 EMOJI_MINI = str(ASSETS / "emoji-mini")
-#: Folder of its image tower, as open_clip publishes towers.
-EMOJI_TOWER = str(ASSETS / "emoji-tower")
+#: A font with the glyphs of the embedded captions, Japanese ones included.
+FONT = ASSETS / "font" / "mplus1-subset.otf"

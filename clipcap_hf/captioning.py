@@ -1,0 +1,181 @@
+"""Captioning many images: files are read in workers, images go through the model in batches, bad files are reported."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .modeling_clipcap import ClipCapForConditionalGeneration
+from .processing_clipcap import ClipCapProcessor, load_image
+
+
+@dataclass
+class CaptionedImage:
+    """What became of one file: its `captions`, the best first, or an `error` that says why there are none."""
+
+    path: str
+    captions: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
+    """The image files that paths, folders (with all below them) and glob patterns name, in order, each once.
+
+    Returns:
+        `(paths, errors)`: an error says which argument names nothing.
+    """
+    Image.init()
+    extensions = Image.registered_extensions()
+    paths, errors = [], []
+    for argument in map(str, arguments):
+        if os.path.isdir(argument):
+            below = sorted(path for path in Path(argument).rglob("*") if path.is_file())
+            found = [str(path) for path in below if path.suffix.lower() in extensions]
+            if not found:
+                errors.append(f"{argument}: the folder holds no image files")
+        elif os.path.exists(argument):
+            found = [argument]
+        elif glob.has_magic(argument):
+            found = sorted(path for path in glob.glob(argument, recursive=True) if os.path.isfile(path))
+            if not found:
+                errors.append(f"{argument}: no file matches")
+        else:
+            found = []
+            errors.append(f"{argument}: no such file or folder")
+        paths.extend(found)
+    return list(dict.fromkeys(paths)), errors
+
+
+class _ImageFiles(Dataset):
+    """Reads and preprocesses one file an item: `(pixel_values, None)` or `(None, error)`."""
+
+    def __init__(self, paths: list[str], processor: ClipCapProcessor):
+        self.paths = paths
+        self.image_processor = processor.image_processor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str | None]:
+        try:
+            image = load_image(self.paths[index])
+            return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
+        except ValueError as error:
+            return None, str(error)
+
+
+def caption_files(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    paths: list[str],
+    batch_size: int = 32,
+    num_workers: int = 0,
+    prompt: str | None = None,
+    progress: bool = True,
+    **generate_kwargs,
+) -> Iterator[CaptionedImage]:
+    """Caption image files.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]): The captioner, on the device that is to be used.
+        processor ([`ClipCapProcessor`]): Its processor.
+        paths (`list[str]`): Image files.
+        batch_size (`int`): Images that go through the model at once.
+        num_workers (`int`): Processes that read and resize images meanwhile; 0 reads them here.
+        prompt (`str`, *optional*): A beginning that every caption continues.
+        progress (`bool`): Show a progress bar on standard error.
+        generate_kwargs: For `generate()`: `num_beams`, `num_return_sequences`, `max_new_tokens`, ...
+
+    Yields:
+        [`CaptionedImage`]: One for each path, in order. A file that cannot be read has an error and stops nothing.
+    """
+    if processor.image_processor is None:
+        raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
+    loader = DataLoader(_ImageFiles(paths, processor), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    remaining = iter(paths)
+    with tqdm(total=len(paths), unit="image", disable=not progress) as bar:
+        for batch in loader:
+            readable = [pixels for pixels, error in batch if error is None]
+            captions = iter(_caption_pixels(model, processor, readable, prompt, generate_kwargs))
+            for _, error in batch:
+                path = next(remaining)
+                yield CaptionedImage(path, error=error) if error else CaptionedImage(path, next(captions))
+            bar.update(len(batch))
+
+
+def _caption_pixels(model, processor, pixels: list[torch.Tensor], prompt, generate_kwargs) -> list[list[str]]:
+    if not pixels:
+        return []
+    inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return _generate(model, processor, {**inputs, "pixel_values": torch.stack(pixels)}, generate_kwargs)
+
+
+def caption_embeds(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    clip_embeds: torch.Tensor,
+    batch_size: int = 256,
+    progress: bool = True,
+    **generate_kwargs,
+) -> list[str]:
+    """The best caption of each CLIP embedding.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]): The captioner.
+        processor ([`ClipCapProcessor`]): Its processor.
+        clip_embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): From `model.get_clip_embeds`.
+        batch_size (`int`): Embeddings that go through the model at once.
+        progress (`bool`): Show a progress bar on standard error.
+        generate_kwargs: For `generate()`.
+    """
+    captions = []
+    for start in tqdm(range(0, len(clip_embeds), batch_size), unit="batch", desc="Captioning", disable=not progress):
+        batch = {"clip_embeds": clip_embeds[start : start + batch_size]}
+        captions += [best for best, *_ in _generate(model, processor, batch, generate_kwargs)]
+    return captions
+
+
+def _generate(model, processor, inputs: dict[str, torch.Tensor], generate_kwargs: dict) -> list[list[str]]:
+    images = len(inputs.get("pixel_values", inputs.get("clip_embeds")))
+    sequences = model.generate(**{name: value.to(model.device) for name, value in inputs.items()}, **generate_kwargs)
+    texts = [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
+    per_image = len(texts) // images
+    return [texts[start : start + per_image] for start in range(0, len(texts), per_image)]
+
+
+def embed_images(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    images: Iterable,
+    batch_size: int = 64,
+    progress: bool = True,
+    desc: str = "Embedding",
+) -> torch.Tensor:
+    """CLIP embeddings of images, each encoded once.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]): A captioner with a vision tower.
+        processor ([`ClipCapProcessor`]): Its processor.
+        images (sequence): Images, paths or URLs, for example the `image` column of a data set.
+        batch_size (`int`): Images that go through the tower at once.
+        progress (`bool`): Show a progress bar on standard error.
+        desc (`str`): What the progress bar says.
+
+    Returns:
+        `torch.Tensor` of shape `(images, clip_embed_dim)`, on the CPU.
+    """
+    embeds = []
+    with torch.inference_mode(), tqdm(total=len(images), unit="image", desc=desc, disable=not progress) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = [load_image(image) for image in images[start : start + batch_size]]
+            pixel_values = processor.image_processor(batch, return_tensors="pt")["pixel_values"]
+            embeds.append(model.get_clip_embeds(pixel_values.to(model.device)).float().cpu())
+            bar.update(len(batch))
+    return torch.cat(embeds).clone()

@@ -1,0 +1,262 @@
+"""`clipcap demo`: a captioner of emoji drawings, trained from scratch and scored in minutes, without a network."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+from .assets import EMOJI_MINI, FONT
+from .captioning import caption_embeds, embed_images
+from .data import load_emoji
+from .metrics import score_captions
+from .modeling_clipcap import ClipCapForConditionalGeneration
+from .processing_clipcap import ClipCapProcessor
+from .training import CaptioningCollator, ClipCapTrainer
+
+
+PREFIX_LENGTH = 8
+TEST_SPLITS = ("new_design", "new_caption")
+SPLIT_TITLES = {
+    "new_design": "new design: Twemoji, drawn by designers that training never saw",
+    "new_caption": "new caption: combinations of words that training never saw",
+}
+METRICS = ("exact_match", "cider")
+
+
+def run_demo(out: str | Path, language: str = "en", seed: int = 0, epochs: float = 8) -> dict:
+    """Train a captioner of emoji on the embedded image tower, score it beside baselines, and save it.
+
+    Args:
+        out (`str` or `Path`): Folder for `model/`, `scores.json` and `captions.png`; made if need be.
+        language (`str`): Of the captions, `"en"` or `"ja"`.
+        seed (`int`): Of the new weights and the order of training. The same seed gives the same model on the same
+            machine.
+        epochs (`float`): Passes over the 11,000 training images.
+
+    Returns:
+        `dict`: What `scores.json` holds: for each test split the scores of the captioner and of both baselines.
+    """
+    from datasets import Dataset
+    from transformers import set_seed
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    started = time.monotonic()
+
+    tower = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI)
+    tower_processor = ClipCapProcessor.from_pretrained(EMOJI_MINI)
+    data = load_emoji(language=language)
+    embeds = {
+        split: F.normalize(
+            embed_images(tower, tower_processor, data[split]["image"], desc=f"Encoding {split}"), dim=-1
+        )
+        for split in ("train", *TEST_SPLITS)
+    }
+
+    set_seed(seed)
+    train_captions = data["train"]["captions"]
+    processor = ClipCapProcessor(
+        tower_processor.image_processor, train_tokenizer(captions[0] for captions in train_captions), PREFIX_LENGTH
+    )
+    model = new_captioner(tower.vision_tower, processor)
+    train_data = Dataset.from_dict({"clip_embeds": embeds["train"].numpy(), "captions": list(train_captions)})
+    history = train(model, processor, train_data, out / "training", epochs=epochs, seed=seed)
+
+    scores, captions = {}, {}
+    for split in TEST_SPLITS:
+        captions[split] = caption_embeds(model, processor, embeds[split], num_beams=3)
+        scores[split] = score_beside_baselines(
+            captions[split], embeds[split], list(data[split]["captions"]), embeds["train"], train_captions, language
+        )
+    report = {
+        "language": language,
+        "seed": seed,
+        "epochs": epochs,
+        "train_loss": history,
+        "scores": scores,
+        "minutes": round((time.monotonic() - started) / 60, 2),
+        "captions": captions,
+    }
+    _save(out, model, processor, report)
+    draw_captions(out / "captions.png", data, captions)
+    return report
+
+
+def train_tokenizer(captions, vocab_size: int = 3000):
+    """A byte-level BPE tokenizer of the captions; it needs no spaces between words, so it serves Japanese too."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        captions, vocab_size=vocab_size, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+
+
+def new_captioner(
+    vision_tower, processor: ClipCapProcessor, hidden_size: int = 192, num_layers: int = 3
+) -> ClipCapForConditionalGeneration:
+    """A mapping network and a small GPT-2, both with random weights, on a trained image tower."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = processor.tokenizer
+    language_model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=processor.image_token_id,  # the placeholder is the first id beyond the vocabulary
+            n_positions=64,
+            n_embd=hidden_size,
+            n_layer=num_layers,
+            n_head=hidden_size // 32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
+        vision_tower, language_model, prefix_length=processor.prefix_length, normalize_clip_embeds=True
+    )
+    model.generation_config.max_new_tokens = 64 - processor.prefix_length - 8  # room for a prompt
+    return model
+
+
+def train(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    data,
+    working_folder: Path,
+    epochs: float,
+    seed: int,
+    batch_size: int = 128,
+    learning_rate: float = 2e-3,
+    embeds_noise: float = 0.03,
+) -> list[float]:
+    """Train on a data set with `clip_embeds` and `captions`; returns the loss of each epoch."""
+    from transformers import Seq2SeqTrainingArguments
+
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(working_folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.01,
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        seed=seed,
+    )
+    trainer = ClipCapTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        # The first reference is the name; alternative names would only blur what is to be learned in minutes.
+        data_collator=CaptioningCollator(processor, sample_captions=False, embeds_noise=embeds_noise),
+        processing_class=processor,
+    )
+    trainer.train()
+    shutil.rmtree(working_folder, ignore_errors=True)
+    model.eval()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def score_beside_baselines(captions, embeds, references, train_embeds, train_captions, language) -> dict:
+    """Exact match (percent) and CIDEr (times 100) of the captions and of two baselines that need no captioner.
+
+    Args:
+        captions (`list[str]`): The captioner's.
+        embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Normalised embeddings of the images.
+        references (`list[list[str]]`): Of each image, its name first.
+        train_embeds (`torch.Tensor` of shape `(training images, clip_embed_dim)`): Normalised.
+        train_captions (`list[list[str]]`): Of each training image, its name first.
+        language (`str`): `"en"` is scored in words, `"ja"` in characters.
+    """
+    names = [captions[0] for captions in train_captions]
+    nearest = (embeds @ train_embeds.T).argmax(1).tolist()
+    most_common = Counter(names).most_common(1)[0][0]
+    systems = {
+        "captioner": captions,
+        "nearest training image": [names[index] for index in nearest],
+        "most common caption": [most_common] * len(references),
+    }
+    tokenizer = "characters" if language == "ja" else "python"
+    scores = {}
+    for name, predictions in systems.items():
+        result = score_captions(predictions, references, metrics=METRICS, tokenizer=tokenizer)
+        scores[name] = {metric: round(100 * float(result[metric]), 1) for metric in METRICS}
+    return scores
+
+
+def _save(out: Path, model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, report: dict):
+    # Whatever an earlier run left is replaced only once the new files are complete.
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        temporary = Path(folder)
+        model.save_pretrained(temporary / "model")
+        processor.save_pretrained(temporary / "model")
+        (temporary / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        if (out / "model").exists():
+            (out / "model").rename(temporary / "old")
+        (temporary / "model").rename(out / "model")
+        (temporary / "scores.json").replace(out / "scores.json")
+
+
+def draw_captions(path: Path, data, captions: dict[str, list[str]], per_split: int = 18, columns: int = 6):
+    """Draw a grid of held-out images, evenly spread over each test split, with caption and reference below each."""
+    cell_width, cell_height, size, margin = 230, 206, 128, 10
+    rows = len(captions) * (per_split // columns)
+    title_height = 34
+    grid = Image.new("RGB", (columns * cell_width, rows * cell_height + len(captions) * title_height), "white")
+    draw = ImageDraw.Draw(grid)
+    font, title_font = (ImageFont.truetype(str(FONT), points) for points in (14, 18))
+    top = 0
+    for split, texts in captions.items():
+        draw.text((margin, top + 8), SPLIT_TITLES[split], fill="black", font=title_font)
+        top += title_height
+        picked = torch.linspace(0, len(texts) - 1, per_split).long().tolist()
+        for cell, index in enumerate(picked):
+            row = data[split][index]
+            x, y = (cell % columns) * cell_width, top + (cell // columns) * cell_height
+            grid.paste(row["image"], (x + (cell_width - size) // 2, y + 4))
+            right = texts[index] in row["captions"]
+            lines = [(texts[index], "#137333" if right else "#b3261e"), (row["captions"][0], "#5f6368")]
+            for line, (text, colour) in enumerate(lines):
+                text = _fit(text, font, cell_width - margin)
+                draw.text((x + cell_width / 2, y + size + 10 + 24 * line), text, fill=colour, font=font, anchor="ma")
+        top += (per_split // columns) * cell_height
+    grid.save(path)
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def summary(out: Path, report: dict) -> str:
+    """The scores as a table, and how to use the captioner."""
+    lines = []
+    for split, systems in report["scores"].items():
+        lines.append(f"{SPLIT_TITLES[split]}, {len(report['captions'][split])} images")
+        lines.append(f"  {'':<24}{'exact match':>12}{'CIDEr':>9}")
+        for system, scores in systems.items():
+            lines.append(f"  {system:<24}{scores['exact_match']:>10.1f} %{scores['cider']:>9.1f}")
+    lines += [
+        f"Trained and scored in {report['minutes']:.1f} minutes. The picture: {out / 'captions.png'}",
+        "Use the captioner (it knows emoji drawings only):",
+        "",
+        "    import clipcap_hf",
+        "    from transformers import pipeline",
+        f'    print(pipeline("image-captioning", model="{out / "model"}")("drawing.png"))',
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""Train `emoji-mini`, the embedded captioner of emoji drawings, on the tower of `train_emoji_tower.py`.
+
+The tower is frozen. Each training drawing is embedded as it is and in several augmented views (the tower training's own
+augmentation), so that the captioner meets embeddings that lie around those of the drawings, as a new designer's do.
+
+    python examples/train_emoji_tower.py --output build/emoji-tower
+    python examples/train_emoji_mini.py --tower build/emoji-tower --out build/emoji-mini
+
+writes the captioner, with weights in half precision, and scores.json: exact match and CIDEr on both test splits beside
+copying the caption of the nearest training image.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from train_emoji_tower import augment
+
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionModel
+from clipcap_hf.captioning import caption_embeds, embed_images
+from clipcap_hf.data import load_emoji
+from clipcap_hf.demo import TEST_SPLITS, new_captioner, score_beside_baselines, train, train_tokenizer
+from clipcap_hf.processing_clipcap import image_processor_from_open_clip
+
+
+logger = logging.getLogger("train_emoji_mini")
+
+
+@torch.inference_mode()
+def embed_views(tower: OpenClipVisionModel, images, views: int, mean, std, seed: int) -> torch.Tensor:
+    """Normalised embeddings (views, images, embed_dim) of augmented views of the images."""
+    import numpy as np
+
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
+    generator = torch.Generator().manual_seed(seed)
+    embeds = []
+    for view in range(views):
+        batches = []
+        for batch in tqdm(pixels.split(128), desc=f"view {view + 1} of {views}"):
+            augmented = augment(batch.float() / 255, batch.shape[-1], generator)
+            batches.append(F.normalize(tower((augmented - mean) / std).image_embeds, dim=-1))
+        embeds.append(torch.cat(batches))
+    return torch.stack(embeds) if embeds else torch.empty(0, len(pixels), tower.config.embed_dim)
+
+
+def save_half(model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, out: Path):
+    """Save with weights in half precision, to be computed with in single precision: `config.dtype` says so."""
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    if not all(value.isfinite().all() for value in halves.values()):
+        raise ValueError("Weights of this model are out of the range of half precision")
+    model.save_pretrained(out, state_dict=halves)
+    config = json.loads((out / "config.json").read_text())
+    config["dtype"] = "float32"
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    processor.save_pretrained(out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tower", required=True, help="folder that train_emoji_tower.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the captioner and scores.json")
+    parser.add_argument("--views", type=int, default=6, help="augmented views of each training image")
+    parser.add_argument("--epochs", type=float, default=5, help="passes over all views")
+    parser.add_argument("--noise", type=float, default=0.03, help="standard deviation of noise on the embeddings")
+    parser.add_argument("--prefix-length", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=192, help="of the GPT-2")
+    parser.add_argument("--layers", type=int, default=3, help="of the GPT-2")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--beams", type=int, default=3, help="for the scores")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from datasets import Dataset
+    from transformers import set_seed
+
+    from clipcap_hf.modeling_open_clip import load_open_clip_checkpoint
+
+    set_seed(arguments.seed)
+    tower = OpenClipVisionModel.from_open_clip(arguments.tower).eval()
+    _, preprocess_cfg, _ = load_open_clip_checkpoint(arguments.tower, with_weights=False)
+    data = load_emoji()
+    names = [captions[0] for captions in data["train"]["captions"]]
+    processor = ClipCapProcessor(
+        image_processor_from_open_clip(preprocess_cfg), train_tokenizer(names), arguments.prefix_length
+    )
+    model = new_captioner(tower, processor, arguments.hidden_size, arguments.layers)
+
+    embeds = {
+        split: F.normalize(embed_images(model, processor, data[split]["image"], desc=split), dim=-1)
+        for split in ("train", *TEST_SPLITS)
+    }
+    views = embed_views(
+        tower, data["train"]["image"], arguments.views, preprocess_cfg["mean"], preprocess_cfg["std"], arguments.seed
+    )
+    rows = torch.cat([embeds["train"], views.flatten(0, 1)])
+    train_data = Dataset.from_dict({"clip_embeds": rows.numpy(), "captions": names * (arguments.views + 1)})
+    train(
+        model,
+        processor,
+        train_data,
+        arguments.out / "training",
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        learning_rate=arguments.learning_rate,
+        embeds_noise=arguments.noise,
+    )
+    save_half(model, processor, arguments.out)
+
+    # What is scored is what is shipped.
+    model = ClipCapForConditionalGeneration.from_pretrained(arguments.out).eval()
+    scores = {}
+    for split in TEST_SPLITS:
+        captions = caption_embeds(model, processor, embeds[split], num_beams=arguments.beams)
+        scores[split] = score_beside_baselines(
+            captions, embeds[split], list(data[split]["captions"]), embeds["train"], data["train"]["captions"], "en"
+        )
+        logger.info("%s: %s", split, json.dumps(scores[split]))
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "tower")}
+    (arguments.out / "scores.json").write_text(json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""METEOR and SPICE: scores that only their authors' Java programs compute exactly."""
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from subprocess import PIPE
+
+import numpy as np
+
+from .java import JavaError, end, find_jar, java_process, java_timeout, run_java, timeout_reason
+from .scores import Scores
+
+
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """METEOR 1.5 of the corpus and of each image (Denkowski and Lavie, 2014), in 0..1, for English.
+
+    The corpus score is computed from summed statistics; it is not the mean over images.
+
+    Args:
+        captions: n tokenized captions.
+        references: n lists of tokenized references.
+
+    Raises:
+        JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
+    """
+    jar = find_jar("meteor/meteor-1.5.jar", "METEOR")
+    timeout = java_timeout()
+    command = ("-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
+
+    def field(text: str) -> str:
+        return text.replace("|||", "").replace("  ", " ")  # "|||" parts the fields of METEOR's protocol
+
+    lines = [
+        " ||| ".join(("SCORE", *map(field, group), field(caption))) for caption, group in zip(captions, references)
+    ]
+    with (
+        tempfile.TemporaryDirectory(prefix="clipcap_meteor_") as folder,
+        java_process(command, "METEOR", folder, stdin=PIPE, stdout=PIPE) as (process, failed),
+    ):
+        late = threading.Event()
+
+        def give_up():
+            late.set()
+            end(process)
+
+        def send(lines: Sequence[str]):
+            try:
+                process.stdin.write("".join(line + "\n" for line in lines).encode("utf-8"))
+                process.stdin.flush()
+            except OSError:  # Java is gone; the reader says why
+                pass
+
+        def receive(count: int) -> list[str]:
+            answers = []
+            for _ in range(count):
+                answer = process.stdout.readline().decode("utf-8").strip()
+                if not answer:
+                    raise failed(timeout_reason(timeout) if late.is_set() else "stopped answering")
+                answers.append(answer)
+            return answers
+
+        timer = threading.Timer(timeout, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            # Sent from a thread: with both pipes full, Java and we would wait for each other for ever.
+            sender = threading.Thread(target=send, args=(lines,), daemon=True)
+            sender.start()
+            statistics = receive(len(lines))
+            sender.join()
+            send([" ||| ".join(("EVAL", *statistics))])
+            *per_image, total = map(float, receive(len(lines) + 1))
+        finally:
+            timer.cancel()
+    return {"meteor": (total, np.array(per_image))}
+
+
+# CoreNLP 3.6 reaches into java.lang, which Java 9 and later close.
+_OPEN_MODULES = ("--add-opens", "java.base/java.lang=ALL-UNNAMED")
+_SPICE_JARS = ("spice-1.0.jar", "stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+
+
+def _spice_class_path(home: str | os.PathLike | None) -> str:
+    """The jars in `home` and `home/lib`, and pycocoevalcap's for what is missing there."""
+    home = home or os.environ.get("CLIPCAP_SPICE_HOME")
+    remedy = (
+        "SPICE's jars are not shipped. Download SPICE-1.0 (https://panderson.me/spice) and Stanford CoreNLP 3.6.0 "
+        f"(stanford-corenlp-full-2015-12-09), put {', '.join(_SPICE_JARS)} into one folder or its subfolder lib/, and "
+        "name the folder by spice_home=... or the environment variable CLIPCAP_SPICE_HOME."
+    )
+    if not home:
+        raise JavaError(remedy)
+    folders = [Path(home).absolute(), Path(home).absolute() / "lib"]
+    missing = {jar for jar in _SPICE_JARS if not any((folder / jar).is_file() for folder in folders)}
+    if missing == {"spice-1.0.jar"}:  # pycocoevalcap ships this one and its libraries, but not CoreNLP
+        try:
+            bundled = find_jar("spice/spice-1.0.jar", "SPICE").parent
+        except JavaError:
+            raise JavaError(f"spice-1.0.jar not found in {home}. {remedy}") from None
+        folders += [bundled, bundled / "lib"]
+    elif missing:
+        raise JavaError(f"{', '.join(sorted(missing))} not found in {home}. {remedy}")
+    return os.pathsep.join(str(folder / "*") for folder in folders)
+
+
+def spice(captions: Sequence[str], references: Sequence[Sequence[str]], home=None) -> Scores:
+    """SPICE, the mean over images, and of each image (Anderson et al., 2016), in 0..1, for English.
+
+    F-score of scene-graph tuples. An image for which SPICE has no number counts as the COCO evaluation's NaN.
+
+    Args:
+        captions: n tokenized captions.
+        references: n lists of tokenized references.
+        home: the folder with the jars, or None for the environment variable CLIPCAP_SPICE_HOME.
+
+    Raises:
+        JavaError: Java or a jar is missing (the message names it and where to get it), or Java failed or hung.
+    """
+    class_path = _spice_class_path(home)
+    images = [
+        {"image_id": image, "test": caption, "refs": list(group)}
+        for image, (caption, group) in enumerate(zip(captions, references))
+    ]
+    with tempfile.TemporaryDirectory(prefix="clipcap_spice_") as folder:
+        Path(folder, "in.json").write_text(json.dumps(images), encoding="utf-8")  # ASCII: non-ASCII is escaped
+        command = (*_OPEN_MODULES, "-Xmx8G", "-cp", class_path, "edu.anu.spice.SpiceScorer", "in.json")
+        run_java((*command, "-out", "out.json", "-subset", "-silent"), "SPICE", folder)
+        scored = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
+    by_image = {item["image_id"]: item["scores"]["All"]["f"] for item in scored}
+    if sorted(by_image) != list(range(len(captions))):
+        raise JavaError(f"SPICE returned scores of {len(by_image)} images for {len(captions)} captions.")
+    per_image = np.array([np.nan if by_image[n] is None else by_image[n] for n in range(len(captions))], float)
+    return {"spice": (float(per_image.mean()), per_image)}

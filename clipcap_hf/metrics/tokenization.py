@@ -1,0 +1,170 @@
+"""Captions to space-separated tokens. A score is comparable only to scores made with the same tokenizer.
+
+| name           | what                                                                        | needs                |
+|----------------|-----------------------------------------------------------------------------|----------------------|
+| `"ptb"`        | the field's standard: Stanford's PTBTokenizer, lower case, no punctuation   | Java, pycocoevalcap  |
+| `"python"`     | a small approximation of it; results say `"python (not exact)"`             | nothing              |
+| `"ja"`         | Japanese words: NFKC, MeCab with the IPA dictionary, no punctuation         | fugashi, ipadic      |
+| `"characters"` | single characters, for languages without spaces: NFKC, lower, no punctuation| nothing              |
+| `"none"`/None  | the text is tokenized already, by spaces                                    | nothing              |
+
+The PTB tokenizer keeps brackets as words ("-lrb-") and drops emoji; both belong to the standard.
+"""
+
+import functools
+import re
+import string
+import tempfile
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from .java import JavaError, find_jar, run_java
+
+
+TOKENIZERS = ("ptb", "python", "ja", "characters", "none")
+# Every character that Java, the PTB tokenizer or Python's str.splitlines takes for the end of a line. One of them
+# inside a caption makes the tokenizer emit a line too many and moves all later captions to the wrong image.
+LINE_SEPARATORS = re.compile("[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")
+# Tokens that the COCO caption evaluation drops after PTB tokenization. Its list has "-LRB-" in capitals while the text
+# is in lower case, so brackets do stay in the captions as "-lrb-" and count; to reproduce the scores we must not fix it.
+PTB_PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
+
+
+def check_tokenizer(tokenizer: str | None) -> str:
+    """The tokenizer's name (`None` becomes `"none"`), or a ValueError that lists the names."""
+    name = "none" if tokenizer is None else tokenizer
+    if name not in TOKENIZERS:
+        raise ValueError(f"Unknown tokenizer {tokenizer!r}; choose one of {', '.join(map(repr, TOKENIZERS))}.")
+    return name
+
+
+def tokenizer_record(tokenizer: str | None) -> str:
+    """What results say about the tokenizer: its name, and that `"python"` is not the standard."""
+    name = check_tokenizer(tokenizer)
+    return "python (not exact)" if name == "python" else name
+
+
+def tokenize(texts: Sequence[str], tokenizer: str | None = "ptb") -> list[str]:
+    """Tokenizes texts, one space-separated string each.
+
+    Args:
+        texts: n strings.
+        tokenizer: a name of the table above.
+
+    Returns:
+        n strings; empty where nothing but punctuation was there.
+
+    Raises:
+        ValueError: an unknown tokenizer, or text that is not valid Unicode.
+        JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
+        ImportError: `"ja"` without fugashi and ipadic.
+    """
+    return tokenize_streams((texts,), tokenizer)[0]
+
+
+def tokenize_streams(streams: Sequence[Sequence[str]], tokenizer: str | None = "ptb") -> list[list[str]]:
+    """Tokenizes several lists of texts with a single start of the tokenizer; returns lists of the same lengths."""
+    return [list(stream) for stream in _tokenize(tuple(map(tuple, streams)), check_tokenizer(tokenizer))]
+
+
+# `evaluate.combine` hands the same texts to each metric in turn; remembering the last ones starts Java once for all.
+@functools.lru_cache(maxsize=2)
+def _tokenize(streams: tuple[tuple[str, ...], ...], name: str) -> list[list[str]]:
+    streams = [[LINE_SEPARATORS.sub(" ", text) for text in stream] for stream in streams]
+    if name == "ptb":
+        return _tokenize_ptb(streams)
+    split = {"python": _split_like_ptb, "ja": _split_japanese, "characters": _split_characters, "none": str.split}[
+        name
+    ]
+    return [[" ".join(split(text)) for text in stream] for stream in streams]
+
+
+def _tokenize_ptb(streams: list[list[str]]) -> list[list[str]]:
+    """One start of Java for all streams, each a file of one caption a line."""
+    jar = find_jar("tokenizer/stanford-corenlp-3.4.1.jar", "The PTB tokenizer")
+    with tempfile.TemporaryDirectory(prefix="clipcap_ptb_") as folder:
+        names = [f"{number}.txt" for number in range(len(streams))]
+        for name, stream in zip(names, streams):
+            try:
+                Path(folder, name).write_bytes("\n".join(stream).encode("utf-8"))
+            except UnicodeEncodeError as error:
+                raise ValueError(f"A caption is not valid Unicode (a lone surrogate): {error}") from None
+        Path(folder, "files").write_text("\n".join(names))
+        command = ("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
+        # For each file named in the list, this option writes NAME.tok.
+        run_java((*command, "-encoding", "UTF-8", "-ioFileList", "files"), "The PTB tokenizer", folder)
+        tokenized = []
+        for name, stream in zip(names, streams):
+            lines = Path(folder, name + ".tok").read_bytes().decode("utf-8").split("\n")
+            if len(lines) != len(stream):
+                raise JavaError(
+                    f"The PTB tokenizer returned {len(lines)} lines for {len(stream)} captions; scoring would give "
+                    "captions to the wrong images. Please report the captions that cause this."
+                )
+            tokenized.append(
+                [" ".join(word for word in line.rstrip().split(" ") if word not in PTB_PUNCTUATION) for line in lines]
+            )
+    return tokenized
+
+
+_WORD = re.compile(
+    r"""
+    (?:[^\W\d_]\.){2,}                                  # u.s.  p.m.
+    | (?:mr|mrs|ms|dr|st|rd|jr|sr|vs|etc|inc|ft|mt)\.   # abbreviations keep their full stop
+    | \d+(?:[,.:]\d+)+                                  # 1,000  3.5  12:30
+    | [\w@](?:[\w@]|[-./'\u2019](?=\w))*                # well-known  black/white  isn't  o'clock
+    | [^\w\s]                                           # a symbol
+    """,
+    re.VERBOSE,
+)
+_CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))$")
+_COMPOUNDS = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta", "lemme": "lem me"}
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_SYMBOLS_DROPPED = frozenset("\"'`.?!,:;-\u2010\u2013\u2014\u2018\u2019\u201c\u201d\u2026\u00ab\u00bb")
+
+
+def _split_like_ptb(text: str) -> list[str]:
+    """What PTB tokenization and punctuation removal give on nearly all English captions, without Java."""
+    tokens = []
+    for word in _WORD.findall(text.lower()):
+        if word in _SYMBOLS_DROPPED:
+            continue
+        word = _BRACKETS.get(word, word).replace("\u2019", "'")
+        word = _COMPOUNDS.get(word) or _CONTRACTION.sub(r" \1", word)
+        tokens.extend(word.split())
+    return tokens
+
+
+def _is_punctuation(text: str) -> bool:
+    """Whether there is no letter, digit or emoji in the text: only Unicode punctuation and spaces."""
+    return all(unicodedata.category(character)[0] in "PZ" for character in text)
+
+
+@functools.lru_cache(maxsize=1)
+def _japanese_tagger():
+    try:
+        import fugashi
+        import ipadic
+    except ImportError as error:
+        raise ImportError(
+            'tokenizer="ja" needs fugashi and ipadic: pip install fugashi ipadic. '
+            'Without them, tokenizer="characters" scores Japanese by characters.'
+        ) from error
+    return fugashi.GenericTagger(ipadic.MECAB_ARGS)
+
+
+# The middle dot is not among them: it joins the parts of a foreign name, and stands inside dictionary words too.
+_JAPANESE_PUNCTUATION = frozenset(string.punctuation + "、。「」『』【】…〜")
+
+
+def _split_japanese(text: str) -> list[str]:
+    """Words of the IPA dictionary. NFKC first: it makes full-width letters and punctuation the ASCII ones."""
+    words = (word.surface for word in _japanese_tagger()(unicodedata.normalize("NFKC", text)))
+    return [word for word in words if not _JAPANESE_PUNCTUATION.issuperset(word)]
+
+
+def _split_characters(text: str) -> list[str]:
+    return [character for character in unicodedata.normalize("NFKC", text).lower() if not _is_punctuation(character)]

@@ -1,0 +1,188 @@
+"""Pickled CLIP embeddings of the official ClipCap code into a `datasets` folder, without running what a pickle says."""
+
+import io
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch
+from torch.nn import functional as F
+
+
+def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathLike) -> datasets.Dataset:
+    r"""
+    Convert a pickle of CLIP embeddings and captions that the official `parse_coco.py` or `parse_conceptual.py` wrote.
+
+    Of the file only tensors and plain containers are read; anything else is refused before it is made. The official
+    files hold an image once for each of its captions; here it has one row.
+
+    Args:
+        path (`str` or `os.PathLike`): The `.pkl` file: `clip_embedding` (rows, dim) and `captions`, dictionaries with
+            `image_id`, `caption` and, as `clip_embedding`, the row.
+        out_dir (`str` or `os.PathLike`): Folder to write, for `datasets.load_from_disk`; it must not exist.
+
+    Returns:
+        `datasets.Dataset`: As written: `image_id` (int64 where all are whole numbers, else string), `captions` (list of
+        strings), `clip_embeds` (dim float32 numbers, not normalised unless the official file was).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        FileExistsError: If `out_dir` exists and is not empty.
+        ValueError: If the file holds anything but tensors and plain containers, is damaged, holds NaN or infinity, or
+            gives one image several embeddings.
+    """
+    path, out_dir = Path(path), Path(out_dir)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise FileExistsError(f"{out_dir} exists.")
+    embeds, records = _read_embeddings(path)
+    ids, captions, rows = _group_by_image(embeds, records)
+    dataset = _to_dataset(ids, captions, embeds[rows].float())
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        dataset.save_to_disk(unfinished / out_dir.name)
+        os.replace(unfinished / out_dir.name, out_dir)
+    finally:
+        shutil.rmtree(unfinished)
+    return datasets.load_from_disk(str(out_dir))
+
+
+def _to_dataset(ids: list, captions: list[list[str]], embeds: torch.Tensor) -> datasets.Dataset:
+    columns = {
+        "image_id": pa.array(ids),
+        "captions": pa.array(captions),
+        # Made whole, since `Dataset.from_dict` would copy every row for itself.
+        "clip_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.flatten().numpy()), embeds.shape[1]),
+    }
+    return datasets.Dataset(datasets.table.InMemoryTable.from_pydict(columns))
+
+
+def _read_embeddings(path: Path) -> tuple[torch.Tensor, list[dict]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no embeddings file {path}.")
+    with path.open("rb") as file:
+        try:
+            data = _TensorUnpickler(file).load()
+        except _Refused as error:
+            raise ValueError(f"{path} was not read: {error}") from error
+        except Exception as error:  # a damaged pickle can raise almost anything
+            raise ValueError(f"{path} is not a pickle of tensors, or is damaged: {error}") from error
+    if not isinstance(data, dict) or not {"clip_embedding", "captions"} <= data.keys():
+        raise ValueError(
+            f"{path} does not hold `clip_embedding` and `captions`, as the official parse_coco.py writes them."
+        )
+    embeds, records = data["clip_embedding"], data["captions"]
+    if isinstance(embeds, (list, tuple)):
+        embeds = torch.stack([torch.as_tensor(row).flatten() for row in embeds])
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2 or not embeds.is_floating_point():
+        raise ValueError(f"`clip_embedding` of {path} is not a tensor of the shape (rows, dim).")
+    if bad := (~embeds.isfinite()).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"`clip_embedding` of {path} holds NaN or infinity in rows {bad[:10]}.")
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"`captions` of {path} is not a list of dictionaries.")
+    return embeds, records
+
+
+def _group_by_image(embeds: torch.Tensor, records: list[dict]) -> tuple[list, list[list[str]], list[int]]:
+    """Ids, captions and the row of the embedding of each image, in the order of their first captions."""
+    captions, rows = {}, {}
+    first_rows, caption_rows = [], []
+    for number, record in enumerate(records):
+        try:
+            image_id, caption, row = record["image_id"], record["caption"], record["clip_embedding"]
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"Caption {number} lacks `image_id`, `caption` or `clip_embedding`: {record!r}."
+            ) from None
+        if not isinstance(caption, str) or not isinstance(row, int) or not 0 <= row < len(embeds):
+            raise ValueError(f"Caption {number} has no text, or an embedding that is not there: {record!r}.")
+        captions.setdefault(image_id, []).append(caption)
+        first_rows.append(rows.setdefault(image_id, row))
+        caption_rows.append(row)
+    _check_one_embedding_an_image(embeds, records, first_rows, caption_rows)
+    ids = list(captions)
+    if all(isinstance(i, int) or (isinstance(i, str) and re.fullmatch(r"0|[1-9]\d{0,17}", i)) for i in ids):
+        ids = [int(i) for i in ids]
+    else:
+        ids = [str(i) for i in ids]
+    return ids, list(captions.values()), list(rows.values())
+
+
+def _check_one_embedding_an_image(
+    embeds: torch.Tensor, records: list[dict], first_rows: list[int], caption_rows: list[int], chunk_size: int = 16384
+):
+    # An image goes through the same CLIP for each caption; fp16 on a GPU leaves small differences at most.
+    repeats = [number for number, (first, row) in enumerate(zip(first_rows, caption_rows)) if first != row]
+    for start in range(0, len(repeats), chunk_size):
+        chunk = repeats[start : start + chunk_size]
+        first = embeds[[first_rows[number] for number in chunk]].float()
+        other = embeds[[caption_rows[number] for number in chunk]].float()
+        differs = (F.cosine_similarity(first, other) < 0.99) & (first != other).any(1)
+        if differs.any():
+            image_id = records[chunk[int(differs.nonzero()[0])]]["image_id"]
+            raise ValueError(f"`image_id` {image_id!r} has embeddings that differ: are the ids those of images?")
+
+
+class _Refused(pickle.UnpicklingError):
+    pass
+
+
+class _Call:
+    """A function that a pickle may call but not change: without attributes, a pickle's BUILD has nothing to write to."""
+
+    __slots__ = ()
+
+
+class _LoadStorage(_Call):
+    __slots__ = ()
+
+    def __call__(self, data: bytes) -> Any:
+        # torch's own function loads what a pickled storage holds without `weights_only`, and on the device it came from.
+        try:
+            storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise _Refused(_refusal(found[1] if found else "something else")) from error
+        if not isinstance(storage, (torch.storage.TypedStorage, torch.storage.UntypedStorage)):
+            raise _Refused(_refusal(type(storage).__name__))
+        return storage
+
+
+class _RebuildTensor(_Call):
+    __slots__ = ()
+
+    def __call__(self, storage, offset, size, stride, requires_grad=False, backward_hooks=None, metadata=None):
+        if not isinstance(storage, torch.storage.TypedStorage):
+            raise _Refused(_refusal(type(storage).__name__))
+        # Of `as_strided`, and not of `set_`, a view beyond the end of the storage is an error.
+        return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage).as_strided(size, stride, offset)
+
+
+def _refusal(name: str) -> str:
+    return f"it holds `{name}`, and only tensors and plain containers are read, since anything else could run code."
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads tensors, and the containers, strings and numbers that need no import."""
+
+    _ALLOWED = {
+        ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+        ("torch.storage", "_load_from_bytes"): _LoadStorage(),
+        ("collections", "OrderedDict"): OrderedDict,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._ALLOWED[module, name]
+        except KeyError:
+            raise _Refused(_refusal(f"{module}.{name}")) from None
+
+
+__all__ = ["convert_official_embeddings"]

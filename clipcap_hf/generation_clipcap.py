@@ -1,0 +1,215 @@
+"""The beam search of the official ClipCap code as a decoding method of `generate()`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateBeamDecoderOnlyOutput
+
+
+def official_beam_search(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> torch.LongTensor | GenerateBeamDecoderOnlyOutput:
+    r"""
+    Beam search by the rule of the official ClipCap code (`generate_beam` of its `predict.py`), for the argument
+    `custom_generate` of `generate()`.
+
+    A caption's score is its mean log-probability per token, the stop token counted. A caption that has stopped keeps
+    its slot among the `num_beams`, so fewer are extended; it is lost when extended ones score better; and the search
+    ends when all have stopped. The beam search of transformers keeps stopped captions apart, always extends `num_beams`,
+    and often finds a better score: use this one where the official captions themselves are wanted.
+
+    Images are searched together and with a cache, which holds each prompt once and no caption that has stopped.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A decoder-only model, here as below filled in by `generate()`.
+        input_ids (`torch.LongTensor` of shape `(batch * num_beams, prompt)`): Prompts, padded on the left.
+        logits_processor ([`~transformers.LogitsProcessorList`]): Applied to log-probabilities, as in the beam search of
+            transformers. The official code has none.
+        stopping_criteria ([`~transformers.StoppingCriteriaList`]): When a caption has stopped.
+        generation_config ([`~transformers.GenerationConfig`]): `num_beams` (5 in the official code),
+            `num_return_sequences`, `max_new_tokens` (67), `eos_token_id` (the id of ".") and `return_dict_in_generate`
+            are obeyed; `early_stopping` has no meaning here.
+        model_kwargs: The model's further inputs.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch * num_return_sequences, prompt + longest caption)`, each image's best caption
+        first; with `return_dict_in_generate` a [`~transformers.generation.GenerateBeamDecoderOnlyOutput`] with
+        `sequences` and `sequences_scores` (in nats per token).
+
+    Raises:
+        ValueError: If the settings contradict the rule: sampling, a length penalty other than 1, no cache.
+
+    Example:
+
+    ```python
+    >>> captions = model.generate(
+    ...     clip_embeds=clip_embeds, custom_generate=official_beam_search, num_beams=5, num_return_sequences=5
+    ... )  # doctest: +SKIP
+
+    ```"""
+    _check_settings(model, generation_config)
+    num_beams = generation_config.num_beams
+    input_ids, model_kwargs = _one_row_per_image(model, input_ids, num_beams, model_kwargs)
+    pad_token = generation_config._pad_token_tensor
+    beams = _Beams.start(input_ids, num_beams, pad_token=0 if pad_token is None else int(pad_token))
+
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    model_kwargs.pop("mm_encoder_outputs", None)  # the prefixes are in the cache now
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        log_probs, tokens = _best_tokens(outputs.logits[:, -1], beams, logits_processor)
+        del outputs  # the first logits may be large
+        parent_rows = beams.extend(log_probs, tokens, stopping_criteria)
+        if len(parent_rows) == 0:
+            break
+        _select_rows(model_kwargs, parent_rows)
+        model_inputs = model.prepare_inputs_for_generation(
+            beams.live_sequences, next_sequence_length=1, **model_kwargs
+        )
+        outputs = model(**model_inputs, return_dict=True)
+
+    num_returned = generation_config.num_return_sequences
+    sequences = beams.sequences[:, :num_returned].flatten(0, 1)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    scores = beams.log_probs / beams.lengths
+    return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores[:, :num_returned].flatten())
+
+
+@dataclass
+class _Beams:
+    """The captions so far, best first: `num_beams` slots for each image.
+
+    At first one slot of each image is live and empty, and the others can never win (log-probability minus infinity), so
+    that the first step needs no rule of its own.
+    """
+
+    sequences: torch.LongTensor  # (batch, num_beams, prompt + tokens so far)
+    log_probs: torch.Tensor  # (batch, num_beams), sums over the caption's tokens, in nats
+    lengths: torch.LongTensor  # (batch, num_beams), tokens of the caption, the stop token included
+    stopped: torch.BoolTensor  # (batch, num_beams)
+    live_slots: torch.LongTensor  # (rows,): which slots of the flattened batch the model's rows stand for
+    pad_token: int
+
+    @classmethod
+    def start(cls, input_ids: torch.LongTensor, num_beams: int, pad_token: int) -> "_Beams":
+        batch_size, device = len(input_ids), input_ids.device
+        first = torch.zeros(batch_size, num_beams, dtype=torch.bool, device=device)
+        first[:, 0] = True
+        return cls(
+            sequences=input_ids.unsqueeze(1).repeat(1, num_beams, 1),
+            log_probs=torch.zeros(batch_size, num_beams, device=device).masked_fill(~first, -torch.inf),
+            lengths=torch.zeros(batch_size, num_beams, dtype=torch.long, device=device),
+            stopped=~first,
+            live_slots=torch.arange(batch_size, device=device) * num_beams,
+            pad_token=pad_token,
+        )
+
+    @property
+    def live_sequences(self) -> torch.LongTensor:
+        return self.sequences.flatten(0, 1)[self.live_slots]
+
+    def extend(
+        self, log_probs: torch.Tensor, tokens: torch.LongTensor, stopping_criteria: StoppingCriteriaList
+    ) -> torch.LongTensor:
+        """Take one step, given the best tokens of each live slot, (rows, num_beams) each.
+
+        Returns:
+            For each slot that is live now, the model's row that it continues.
+        """
+        batch_size, num_beams = self.stopped.shape
+        # A live slot offers its best tokens, a stopped one itself. More than `num_beams` of one slot cannot be chosen.
+        totals = self._per_slot(self.log_probs.flatten()[self.live_slots, None] + log_probs, fill=-torch.inf)
+        totals[..., 0] = torch.where(self.stopped, self.log_probs, totals[..., 0])
+        tokens = self._per_slot(tokens, fill=self.pad_token)
+        lengths = self.lengths + ~self.stopped
+        chosen = (totals / lengths.unsqueeze(-1)).flatten(1).topk(num_beams).indices
+        parents = chosen // num_beams
+
+        self.log_probs = totals.flatten(1).gather(1, chosen)
+        self.lengths = lengths.gather(1, parents)
+        grown = self.sequences.gather(1, parents.unsqueeze(-1).expand_as(self.sequences))
+        self.sequences = torch.cat([grown, tokens.flatten(1).gather(1, chosen).unsqueeze(-1)], dim=-1)
+        # Criteria look at the last token, which is padding where the parent had stopped.
+        stops_now = stopping_criteria(self.sequences.flatten(0, 1), None).view_as(self.stopped)
+        self.stopped = self.stopped.gather(1, parents) | stops_now.to(self.stopped.device)
+
+        row_of_slot = torch.empty_like(self.lengths).flatten()
+        row_of_slot[self.live_slots] = torch.arange(len(self.live_slots), device=row_of_slot.device)
+        self.live_slots = (~self.stopped).flatten().nonzero().squeeze(1)
+        parent_slots = parents + torch.arange(batch_size, device=parents.device).unsqueeze(1) * num_beams
+        return row_of_slot[parent_slots.flatten()[self.live_slots]]
+
+    def _per_slot(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """Values of the live slots (rows, n) as (batch, num_beams, n)."""
+        table = values.new_full((self.stopped.numel(), values.shape[1]), fill)
+        table[self.live_slots] = values
+        return table.unflatten(0, self.stopped.shape)
+
+
+def _best_tokens(
+    logits: torch.Tensor, beams: _Beams, logits_processor: LogitsProcessorList
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """The `num_beams` best next tokens of each live slot and their log-probabilities, (rows, num_beams) each."""
+    num_beams = beams.stopped.shape[1]
+    # float32 as in transformers; the sequences' device decides where the bookkeeping is done.
+    logits = logits.to(beams.sequences.device, torch.float32)
+    if len(logits_processor) == 0:
+        best, tokens = logits.topk(num_beams)
+        return best - logits.logsumexp(-1, keepdim=True), tokens
+    # Some processors count on `num_beams` rows an image, so they are shown the stopped slots too.
+    scores = beams._per_slot(logits.log_softmax(-1), fill=0.0).flatten(0, 1)
+    scores = logits_processor(beams.sequences.flatten(0, 1), scores)
+    return scores[beams.live_slots].topk(num_beams)
+
+
+def _one_row_per_image(
+    model: PreTrainedModel, input_ids: torch.LongTensor, num_beams: int, model_kwargs: dict[str, Any]
+) -> tuple[torch.LongTensor, dict[str, Any]]:
+    """Undo that `generate()` repeats every row `num_beams` times, so that a prompt is read once."""
+    batch_size = len(input_ids) // num_beams
+
+    def first_of_each(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim:
+            # The last of the three dimensions: several images in one prompt.
+            return value.unflatten(0, (batch_size, num_beams, -1))[:, 0].flatten(0, 1)
+        return type(value)(**{k: first_of_each(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
+    images = model_kwargs.get("mm_encoder_outputs")
+    if images:
+        placeholders = (input_ids == model.config.image_token_id).sum(1)
+        if (placeholders != placeholders[0]).any():
+            raise ValueError("official_beam_search needs as many images in each prompt of a batch.")
+    return first_of_each(input_ids), {name: first_of_each(value) for name, value in model_kwargs.items()}
+
+
+def _select_rows(model_kwargs: dict[str, Any], rows: torch.LongTensor):
+    """Make the cache and the other inputs those of the given rows (repeated or left out as need be), in place."""
+    model_kwargs["past_key_values"].reorder_cache(rows)
+    for name, value in model_kwargs.items():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            model_kwargs[name] = value[rows.to(value.device)]
+
+
+def _check_settings(model: PreTrainedModel, generation_config: GenerationConfig):
+    if model.config.is_encoder_decoder:
+        raise ValueError("official_beam_search is for decoder-only models.")
+    if generation_config.do_sample:
+        raise ValueError("official_beam_search does not sample: pass `do_sample=False`.")
+    if generation_config.length_penalty != 1.0:
+        raise ValueError(
+            f"official_beam_search scores by the mean log-probability per token: `length_penalty` must be 1.0, got "
+            f"{generation_config.length_penalty}."
+        )
+    if not generation_config.use_cache:
+        raise ValueError("official_beam_search needs the cache: pass `use_cache=True`.")
+
+
+__all__ = ["official_beam_search"]

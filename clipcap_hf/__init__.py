@@ -16,6 +16,7 @@ from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from .assets import EMOJI_MINI  # noqa: E402
 from .configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
+from .generation_clipcap import official_beam_search  # noqa: E402
 from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
 from .modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
@@ -55,4 +56,5 @@ __all__ = [
     "ImageCaptioningPipeline",
     "OpenClipVisionConfig",
     "OpenClipVisionModel",
+    "official_beam_search",
 ]

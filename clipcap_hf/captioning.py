@@ -114,7 +114,9 @@ def _caption_pixels(model, processor, pixels: list[torch.Tensor], prompt, genera
         return []
     inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return _generate(model, processor, {**inputs, "pixel_values": torch.stack(pixels)}, generate_kwargs)
+    # Convolutional towers are twice as fast with channels last.
+    pixel_values = torch.stack(pixels).contiguous(memory_format=torch.channels_last)
+    return _generate(model, processor, {**inputs, "pixel_values": pixel_values}, generate_kwargs)
 
 
 def caption_embeds(
@@ -154,7 +156,7 @@ def embed_images(
     model: ClipCapForConditionalGeneration,
     processor: ClipCapProcessor,
     images: Iterable,
-    batch_size: int = 64,
+    batch_size: int = 16,
     progress: bool = True,
     desc: str = "Embedding",
 ) -> torch.Tensor:
@@ -164,7 +166,8 @@ def embed_images(
         model ([`ClipCapForConditionalGeneration`]): A captioner with a vision tower.
         processor ([`ClipCapProcessor`]): Its processor.
         images (sequence): Images, paths or URLs, for example the `image` column of a data set.
-        batch_size (`int`): Images that go through the tower at once.
+        batch_size (`int`): Images that go through the tower at once. Small batches stay in a CPU's cache; an accelerator
+            wants more.
         progress (`bool`): Show a progress bar on standard error.
         desc (`str`): What the progress bar says.
 
@@ -176,6 +179,7 @@ def embed_images(
         for start in range(0, len(images), batch_size):
             batch = [load_image(image) for image in images[start : start + batch_size]]
             pixel_values = processor.image_processor(batch, return_tensors="pt")["pixel_values"]
-            embeds.append(model.get_clip_embeds(pixel_values.to(model.device)).float().cpu())
+            pixel_values = pixel_values.to(model.device, memory_format=torch.channels_last)
+            embeds.append(model.get_clip_embeds(pixel_values).float().cpu())
             bar.update(len(batch))
     return torch.cat(embeds).clone()

@@ -7,6 +7,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+IMAGE_TOKEN = "<image>"
+
+
 def clip_embed_dim_of(vision_config: PreTrainedConfig) -> int:
     """Width of the image embedding that the tower of this configuration gives to the mapping network."""
     # CLIP's towers are used with their projection (paper, section 3), others by their pooled output.

@@ -1,5 +1,6 @@
 """`clipcap demo`: a captioner of emoji drawings, trained from scratch and scored in minutes, without a network."""
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -29,7 +30,9 @@ SPLIT_TITLES = {
 METRICS = ("exact_match", "cider")
 
 
-def run_demo(out: str | Path, language: str = "en", seed: int = 0, epochs: float = 8) -> dict:
+def run_demo(
+    out: str | Path, language: str = "en", seed: int = 0, epochs: float = 8, limit: int | None = None
+) -> dict:
     """Train a captioner of emoji on the embedded image tower, score it beside baselines, and save it.
 
     Args:
@@ -38,6 +41,7 @@ def run_demo(out: str | Path, language: str = "en", seed: int = 0, epochs: float
         seed (`int`): Of the new weights and the order of training. The same seed gives the same model on the same
             machine.
         epochs (`float`): Passes over the 11,000 training images.
+        limit (`int`, *optional*): Use about so many images of each split, evenly spread, for a quick look.
 
     Returns:
         `dict`: What `scores.json` holds: for each test split the scores of the captioner and of both baselines.
@@ -52,6 +56,8 @@ def run_demo(out: str | Path, language: str = "en", seed: int = 0, epochs: float
     tower = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI)
     tower_processor = ClipCapProcessor.from_pretrained(EMOJI_MINI)
     data = load_emoji(language=language)
+    if limit is not None:
+        data = {split: rows.select(range(0, len(rows), max(1, len(rows) // limit))) for split, rows in data.items()}
     embeds = {
         split: F.normalize(
             embed_images(tower, tower_processor, data[split]["image"], desc=f"Encoding {split}"), dim=-1
@@ -86,6 +92,35 @@ def run_demo(out: str | Path, language: str = "en", seed: int = 0, epochs: float
     _save(out, model, processor, report)
     draw_captions(out / "captions.png", data, captions)
     return report
+
+
+def shift_designs(
+    embeds: torch.Tensor, names: list[str], copies: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Embeddings as other designers might have made them: each is moved the way that another thing's embedding moves from
+    one design to another, so that the captioner learns what designers change and what they do not.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Normalised embeddings.
+        names (`list[str]`): What each image shows. The same name in several designs gives the moves.
+        copies (`int`): Moved embeddings to make of each image.
+        generator (`torch.Generator`): Source of randomness.
+
+    Returns:
+        `torch.Tensor` of shape `(copies * images, clip_embed_dim)`, normalised, in the order of the images.
+    """
+    by_name = {}
+    for index, name in enumerate(names):
+        by_name.setdefault(name, []).append(index)
+    pairs = torch.tensor([pair for group in by_name.values() for pair in itertools.permutations(group, 2)])
+    if len(pairs) == 0:
+        return embeds.repeat(copies, 1)
+    shifted = []
+    for _ in range(copies):
+        there, back = pairs[torch.randint(len(pairs), (len(embeds),), generator=generator)].T
+        length = torch.rand(len(embeds), 1, generator=generator)
+        shifted.append(F.normalize(embeds + length * (embeds[there] - embeds[back]), dim=-1))
+    return torch.cat(shifted)
 
 
 def train_tokenizer(captions, vocab_size: int = 3000):
@@ -153,6 +188,7 @@ def train(
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         seed=seed,
     )
     trainer = ClipCapTrainer(
@@ -165,6 +201,7 @@ def train(
     )
     trainer.train()
     shutil.rmtree(working_folder, ignore_errors=True)
+    model.config.use_cache = True  # Trainer switches the cache off in what is saved
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -1,15 +1,20 @@
 """ClipCap: an image tower, a mapping network and a causal language model."""
 
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
+import transformers
+from packaging import version
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Cache,
     CLIPVisionModelWithProjection,
     GenerationConfig,
@@ -22,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_clipcap import ClipCapConfig
+from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig
 from .modeling_open_clip import OpenClipVisionModel, is_open_clip_name
 
 
@@ -243,7 +248,7 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
                 for name, value in vars(module).items():
-                    if "dropout" in name and isinstance(value, float):
+                    if "drop" in name and isinstance(value, float):  # also OPT's `layerdrop`
                         setattr(module, name, 0.0)
 
     def train(self, mode: bool = True):
@@ -366,10 +371,11 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             # The placeholder's id may lie outside the language model's vocabulary.
             placeholders = input_ids == self.config.image_token_id
+            if image_outputs is not None:
+                self._check_placeholders(placeholders, image_outputs.pooler_output)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
             if image_outputs is not None:
                 prefix = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-                self._check_placeholders(placeholders, prefix)
                 inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), prefix)
         elif image_outputs is not None:
             raise ValueError("Images need `input_ids` with placeholders; `inputs_embeds` cannot say where they go.")
@@ -411,8 +417,9 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         if (found := int(placeholders.sum())) != expected:
             raise ValueError(
                 f"`input_ids` hold {found} image placeholders (id {self.config.image_token_id}), but {prefix.shape[0]} "
-                f"images with a prefix of {prefix.shape[1]} vectors need {expected}. ClipCapProcessor writes them: does "
-                f"its `prefix_length` equal the model's ({self.config.prefix_length})?"
+                f"images with a prefix of {prefix.shape[1]} vectors need {expected}. ClipCapProcessor writes them: are its "
+                f"`prefix_length` ({self.config.prefix_length}) and `image_token_id` ({self.config.image_token_id}) the "
+                "model's?"
             )
 
     @torch.no_grad()
@@ -448,11 +455,23 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         if clip_embeds is not None:
             if pixel_values is not None:
                 raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
-            _check_finite(clip_embeds)
             # generate() of transformers encodes pixels before the loop, but drops any other input of the encoder.
             image_outputs = self.get_image_features(clip_embeds=clip_embeds, return_dict=True)
+            _check_finite(clip_embeds)
             kwargs["mm_encoder_outputs"] = {"image": image_outputs}
+        chunk_size = kwargs.get("prefill_chunk_size")
+        if chunk_size is None:
+            chunk_size = getattr(generation_config or self.generation_config, "prefill_chunk_size", None)
+        if chunk_size is not None and version.parse(transformers.__version__) < version.parse("5.23.0"):
+            raise ValueError(
+                f"`prefill_chunk_size` needs transformers 5.23: {transformers.__version__} loses the image. Leave it out."
+            )
         if input_ids is not None:
+            has_images = images is not None or kwargs.get("mm_encoder_outputs") or kwargs.get("past_key_values")
+            if not has_images and (input_ids == self.config.image_token_id).any():
+                raise ValueError(
+                    "The prompt has image placeholders, but no image: pass `pixel_values` or `clip_embeds`."
+                )
             self._check_context(input_ids.shape[1], generation_config, kwargs)
         return super().generate(input_ids, generation_config=generation_config, **kwargs)
 
@@ -478,16 +497,36 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers, but a checkpoint that lacks weights is an error, not a partly random captioner."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not fit its configuration: {len(missing)} are missing, "
-                f"for example {missing[0]}. Does config.json belong to these weights (mapping_type is "
-                f"{model.config.mapping_type!r})?"
+        accepts_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                **kwargs,
             )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} are incomplete or damaged ({error}): copy or download "
+                "them again."
+            ) from error
+        problems = []
+        if missing := sorted(info["missing_keys"]):
+            problems.append(f"{len(missing)} are missing, for example {missing[0]}")
+        if (mismatched := sorted(info["mismatched_keys"])) and not accepts_mismatch:
+            name, found, expected = mismatched[0]
+            problems.append(
+                f"{len(mismatched)} have another shape, for example {name} {tuple(found)} where the configuration asks "
+                f"for {tuple(expected)}"
+            )
+        if problems:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fit its configuration: {' and '.join(problems)}. "
+                f"Does config.json belong to these weights (mapping_type is {model.config.mapping_type!r}, prefix_length "
+                f"{model.config.prefix_length})?"
+            )
+        model._freeze()  # loading makes new parameters, which want gradients
         return (model, info) if wants_info else model
 
     @classmethod
@@ -508,7 +547,8 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
                 (`"openai/clip-vit-base-patch32"`), an open_clip checkpoint (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"` or
                 a folder with `open_clip_config.json`), a loaded model, or `None` to work on embeddings alone.
             text (`str` or [`~transformers.PreTrainedModel`]): A Hub id, folder or loaded model of a causal LM.
-            dtype (`torch.dtype`): Of all weights. Training wants `torch.float32`, whatever the parts were saved in.
+            dtype (`torch.dtype`): Of the parts that are loaded here by name; the new mapping network takes that of the
+                language model. Training wants `torch.float32`, whatever the parts were saved in.
             vision_kwargs (`dict`, *optional*): For the tower's `from_pretrained` (`revision`, `token`, ...).
             text_kwargs (`dict`, *optional*): For the language model's.
             config_kwargs: Fields of [`ClipCapConfig`]: `mapping_type`, `prefix_length`, `freeze_language_model`, ...
@@ -524,16 +564,20 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         if isinstance(vision, str):
             vision = _load_vision_tower(vision, dtype, **(vision_kwargs or {}))
         if isinstance(text, str):
+            config_kwargs.setdefault("image_token_id", _placeholder_id(text, **(text_kwargs or {})))
             text = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, **(text_kwargs or {}))
+        # Copies: a new configuration resets the attention implementation of those it is given.
         config = ClipCapConfig(
-            vision_config=None if vision is None else vision.config, text_config=text.config, **config_kwargs
+            vision_config=None if vision is None else copy.deepcopy(vision.config),
+            text_config=copy.deepcopy(text.config),
+            **config_kwargs,
         )
         for part in filter(None, (vision, text)):
             for module in part.modules():
                 module._is_hf_initialized = True  # post_init() must not draw these weights anew
         model = cls(config, vision_tower=vision, language_model=text)
         model.mapping_network.to(next(text.parameters()).dtype)
-        model.generation_config = _caption_generation_config(text)
+        model.generation_config = _caption_generation_config(text, config)
         return model
 
 
@@ -543,18 +587,35 @@ def _load_vision_tower(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrai
     config = AutoConfig.from_pretrained(name, **kwargs)
     # A repository of a whole CLIP holds its tower's configuration inside its own.
     vision_config = getattr(config, "vision_config", None) or config
+    if vision_config.model_type == "clip_vision_model":
+        vision_config.projection_dim = config.projection_dim  # a whole CLIP goes by its own
     tower_class = vision_tower_class(vision_config.model_type)
     return tower_class.from_pretrained(name, config=vision_config, dtype=dtype, **kwargs)
 
 
-def _caption_generation_config(language_model: PreTrainedModel) -> GenerationConfig:
+def _placeholder_id(text: str, **kwargs) -> int | None:
+    # The first id beyond the tokenizer, which is what ClipCapProcessor takes; it may lie below `vocab_size`, since many
+    # language models (OPT, Qwen) have more rows than their tokenizers have tokens.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(text, **kwargs)
+    except (OSError, ValueError):
+        return None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of weights without a tokenizer
+        return None
+    return tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
+
+
+def _caption_generation_config(language_model: PreTrainedModel, config: ClipCapConfig) -> GenerationConfig:
     eos_token_id = language_model.generation_config.eos_token_id
     pad_token_id = language_model.generation_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+    if pad_token_id is not None and pad_token_id >= config.text_config.get_text_config().vocab_size:
+        pad_token_id = 0  # captions that have ended are fed with it, so it needs an embedding
     # 67 is the official decoders' limit. Sampling is theirs to choose who want it: the official code is greedy.
+    context = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
     return GenerationConfig(
-        max_new_tokens=67,
+        max_new_tokens=67 if context is None else min(67, context - config.prefix_length),
         bos_token_id=language_model.generation_config.bos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,

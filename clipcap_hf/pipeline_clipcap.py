@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from transformers import Pipeline
 
 from .processing_clipcap import load_image
@@ -38,7 +39,8 @@ class ImageCaptioningPipeline(Pipeline):
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
         preprocess = {} if prompt is None else {"prompt": prompt}
-        forward = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
+        # Flat, so that what is given at a call is added to what was given at the start.
+        forward = generate_kwargs
         if return_scores is not None:
             forward["return_scores"] = return_scores
         return preprocess, forward, {}
@@ -61,25 +63,29 @@ class ImageCaptioningPipeline(Pipeline):
         inputs = self.processor(images=[load_image(image)], text=prompt, return_tensors="pt")
         return inputs.to(dtype=self.dtype)
 
-    def _forward(self, model_inputs, generate_kwargs=None, return_scores=False):
+    def _forward(self, model_inputs, return_scores=False, **generate_kwargs):
         outputs = self.model.generate(
-            **model_inputs, **(generate_kwargs or {}), return_dict_in_generate=True, output_logits=return_scores
+            **model_inputs, **generate_kwargs, return_dict_in_generate=True, output_logits=return_scores
         )
         batch_size, prompt_length = model_inputs["input_ids"].shape
         results = {"sequences": outputs.sequences.unflatten(0, (batch_size, -1))}
         if return_scores:
-            scores = self._scores(outputs, prompt_length)
+            scores = self._scores(outputs, prompt_length, **generate_kwargs)
             results["scores"] = scores.unflatten(0, (batch_size, -1))
         return results
 
-    def _scores(self, outputs, prompt_length):
+    def _scores(self, outputs, prompt_length, generation_config=None, **generate_kwargs):
         # Beam search keeps the scores; otherwise they are those of the tokens that were taken.
         logprobs = self.model.compute_transition_scores(
             outputs.sequences, outputs.logits, getattr(outputs, "beam_indices", None), normalize_logits=True
         )
         generated = outputs.sequences[:, prompt_length : prompt_length + logprobs.shape[1]]
-        ends = generated == self.processor.tokenizer.pad_token_id
-        real = (ends.cumsum(-1) <= 1) & logprobs.isfinite()  # the end token counts, what follows is padding
+        real = logprobs.isfinite()
+        generation_config = generation_config or self.model.generation_config
+        eos_token_id = generate_kwargs.get("eos_token_id", generation_config.eos_token_id)
+        if eos_token_id is not None:
+            ends = torch.isin(generated, torch.as_tensor(eos_token_id, device=generated.device)).long()
+            real &= ends.cumsum(-1) - ends == 0  # the end token counts, what follows is padding
         return logprobs.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1)
 
     def postprocess(self, model_outputs):
@@ -91,8 +97,10 @@ class ImageCaptioningPipeline(Pipeline):
         return records
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        super().save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory, **kwargs)  # transformers saves its parts, not the whole
+        # Pipeline's own leaves the processor out, copies this file beside the weights, and thereby makes every reload ask
+        # for `trust_remote_code`.
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
 
 
 __all__ = ["ImageCaptioningPipeline"]

@@ -9,17 +9,15 @@ from transformers.image_utils import load_image as fetch_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
+from .configuration_clipcap import IMAGE_TOKEN
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
-
-
-IMAGE_TOKEN = "<image>"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An upright 8-bit RGB image: EXIF rotation applied, transparency put on white, 16-bit grey scaled down."""
     # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
     image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
         return _grey_to_8_bit(image).convert("RGB")
@@ -36,7 +34,8 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F" and pixels.max() <= 1:
         scale = 255.0  # floating-point images are in [0, 1] by convention
     else:
-        scale = 255 / 65535 if pixels.max() > 255 else 1.0
+        # "I" holds 32 bits, but in practice pictures of 8 or 16.
+        scale = 255 / 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 1.0
     return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
 
 
@@ -52,6 +51,8 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
     if str(image).startswith(("http://", "https://", "data:image/")):
         return fetch_image(str(image), timeout=30)
     path = Path(image)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, not an image")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size == 0:
@@ -127,6 +128,11 @@ class ClipCapProcessor(ProcessorMixin):
         if images is not None:
             image_inputs, num_images = self._process(images, **merged["images_kwargs"])
         elif clip_embeds is not None:
+            clip_embeds = torch.stack([torch.as_tensor(embeds) for embeds in clip_embeds])
+            if clip_embeds.ndim != 2:
+                raise ValueError(
+                    f"`clip_embeds` must have the shape (batch, clip_embed_dim), got {tuple(clip_embeds.shape)}."
+                )
             image_inputs, num_images = {"clip_embeds": clip_embeds}, len(clip_embeds)
 
         return_tensors = merged["text_kwargs"].get("return_tensors")
@@ -144,6 +150,9 @@ class ClipCapProcessor(ProcessorMixin):
         text = self._with_placeholders(text, num_images)
         if len(text) > 1:
             text_kwargs.setdefault("padding", True)
+        # A tokenizer's own begin and end tokens (Llama, OPT, BERT) belong neither before the prefix, where generate()
+        # without a prompt has none, nor after a prompt that is to be continued.
+        text_kwargs.setdefault("add_special_tokens", False)
         return self.tokenizer(text, **text_kwargs)
 
     def _process(self, images, **images_kwargs) -> tuple[dict, int]:
@@ -151,8 +160,8 @@ class ClipCapProcessor(ProcessorMixin):
             raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
         if isinstance(images, (str, Path)):
             images = [images]
-        if isinstance(images, (list, tuple)) and all(isinstance(image, (str, Path)) for image in images):
-            images = [load_image(image) for image in images]
+        if isinstance(images, (list, tuple)):
+            images = [load_image(image) if isinstance(image, (str, Path)) else image for image in images]
         images = [
             to_rgb(image) if isinstance(image, Image.Image) else image for image in make_flat_list_of_images(images)
         ]
@@ -232,11 +241,17 @@ class ClipCapProcessor(ProcessorMixin):
         else:
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **vision_kwargs)
         tokenizer = AutoTokenizer.from_pretrained(text, **(text_kwargs or {}))
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError(f"{text} has no tokenizer: put the files of the language model's tokenizer beside it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length)
 
 
 def image_processor_from_open_clip(preprocess_cfg: dict):
-    """The image processor that does what open_clip's evaluation transform of this `preprocess_cfg` does, to the bit."""
+    """The image processor that does what open_clip's evaluation transform of this `preprocess_cfg` does.
+
+    To the bit, but for one case: where the margin that the centre crop cuts off is odd, transformers rounds its half down
+    and torchvision to the even number, so that the crop may lie one pixel to the left or above.
+    """
     from transformers import CLIPImageProcessorPil
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
@@ -245,14 +260,21 @@ def image_processor_from_open_clip(preprocess_cfg: dict):
         raise ValueError(f"open_clip's resize mode {resize_mode!r} has no counterpart in transformers.")
     size = preprocess_cfg.get("size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    shortest = resize_mode == "shortest" and height == width
+    shortest = resize_mode == "shortest"
+    if shortest and height != width:
+        raise ValueError(
+            f"open_clip's resize mode 'shortest' to {height} x {width} has no counterpart in transformers."
+        )
     resample = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
+    interpolation = preprocess_cfg.get("interpolation", "bicubic")
+    if interpolation not in resample:
+        raise ValueError(f"open_clip's interpolation {interpolation!r} has no counterpart in transformers.")
     return CLIPImageProcessorPil(
         size={"shortest_edge": height} if shortest else {"height": height, "width": width},
         default_to_square=not shortest,
         do_center_crop=shortest,
         crop_size={"height": height, "width": width},
-        resample=resample[preprocess_cfg.get("interpolation", "bicubic")],
+        resample=resample[interpolation],
         image_mean=list(preprocess_cfg.get("mean", OPENAI_CLIP_MEAN)),
         image_std=list(preprocess_cfg.get("std", OPENAI_CLIP_STD)),
     )

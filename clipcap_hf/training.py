@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import Seq2SeqTrainer
 
 from .processing_clipcap import ClipCapProcessor
@@ -80,7 +81,8 @@ class CaptioningCollator:
             **self._images(features), text=[caption + eos for caption in captions], return_tensors="pt", **text_kwargs
         )
         placeholders = batch["input_ids"] == self.processor.image_token_id
-        batch["labels"] = batch["input_ids"].masked_fill(placeholders | (batch["attention_mask"] == 0), IGNORED)
+        prompt = placeholders.flip(1).cumsum(1).flip(1) > 0  # up to the last placeholder
+        batch["labels"] = batch["input_ids"].masked_fill(prompt | (batch["attention_mask"] == 0), IGNORED)
         return dict(batch)
 
     def _caption(self, feature: dict[str, Any]) -> str:
@@ -104,6 +106,8 @@ class CaptioningCollator:
 
     def _images(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         if self.embeds_column in features[0]:
+            if any(feature.get(self.embeds_column) is None for feature in features):
+                raise ValueError(f"The column {self.embeds_column!r} is empty in some rows: embed those images too.")
             embeds = torch.stack([torch.as_tensor(feature[self.embeds_column]) for feature in features]).float()
             if not embeds.isfinite().all():
                 raise ValueError(f"The column {self.embeds_column!r} holds NaN or infinity: embed those images again.")
@@ -123,18 +127,28 @@ class CaptioningCollator:
 class ClipCapTrainer(Seq2SeqTrainer):
     """
     [`~transformers.Trainer`] for captioners. Plain `Trainer` trains them too; this one computes no logits over the prefix,
-    applies label smoothing to the right tokens, and with `predict_with_generate=True`
-    ([`~transformers.Seq2SeqTrainingArguments`]) captions the images in evaluation without showing the model the captions.
+    applies label smoothing to the right tokens (`Trainer` smooths the labels of the tokens before), and with
+    `predict_with_generate=True` ([`~transformers.Seq2SeqTrainingArguments`]) captions the images in evaluation without
+    showing the model the captions.
     """
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        # The last prefix vector predicts the first token of the caption; what comes before it predicts nothing.
-        if "labels" in inputs and "logits_to_keep" not in inputs and self.label_smoother is None:
-            prefix_length = self.accelerator.unwrap_model(model).config.prefix_length
-            sequence_length = inputs["labels"].shape[1]
-            if (inputs["labels"][:, :prefix_length] == IGNORED).all():
-                inputs = {**inputs, "logits_to_keep": sequence_length - prefix_length + 1}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.get("labels")
+        if labels is None or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        inputs = dict(inputs)  # Trainer takes the labels out
+        if self.label_smoother is not None:
+            # Trainer shifts labels for the classes that it knows as causal language models only.
+            labels = inputs["labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if not return_outputs and "logits_to_keep" not in inputs:
+            labelled = (labels != IGNORED).any(0).nonzero()
+            if len(labelled):
+                # Counted from the right. The loss of the model shifts the labels itself, and so needs one place more.
+                keep = labels.shape[1] - int(labelled[0]) + (self.label_smoother is None)
+                inputs["logits_to_keep"] = keep
+                if self.label_smoother is not None:
+                    inputs["labels"] = labels[:, -keep:]
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         if not self.args.predict_with_generate or prediction_loss_only:
@@ -143,9 +157,12 @@ class ClipCapTrainer(Seq2SeqTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).mean().detach() if "labels" in inputs else None
         # Seq2SeqTrainer of transformers would give the whole `input_ids`, caption included, as the prompt.
+        captioner = self.accelerator.unwrap_model(model)
+        placeholders = inputs["input_ids"] == captioner.config.image_token_id
+        prompt_length = int(placeholders.any(0).nonzero()[-1]) + 1
+        prompt = {name: inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")}
         images = {name: inputs[name] for name in ("pixel_values", "clip_embeds") if name in inputs}
         generate_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
-        prefix_length = self.accelerator.unwrap_model(model).config.prefix_length
-        generated = self.accelerator.unwrap_model(model).generate(**images, **generate_kwargs)[:, prefix_length:]
+        generated = captioner.generate(**prompt, **images, **generate_kwargs)[:, prompt_length:]
         labels = inputs.get("labels")
-        return loss, generated, None if labels is None else labels[:, prefix_length:]
+        return loss, generated, None if labels is None else labels[:, prompt_length:]

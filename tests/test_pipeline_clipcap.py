@@ -1,0 +1,168 @@
+import pytest
+import torch
+from datasets import Dataset, Image
+from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline
+
+
+@pytest.fixture
+def captioner(model_folder):
+    return pipeline("image-captioning", model=str(model_folder))
+
+
+def texts(outputs):
+    return [[record["generated_text"] for record in records] for records in outputs]
+
+
+def expected_captions(captioner, images, **kwargs):
+    """What the model and the processor give without the pipeline."""
+    inputs = captioner.processor(images=images, return_tensors="pt")
+    ids = captioner.model.generate(**inputs, **kwargs)
+    return [text.strip() for text in captioner.processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def test_folder_becomes_a_captioner(captioner):
+    assert type(captioner) is ImageCaptioningPipeline
+    assert type(captioner.model) is ClipCapForConditionalGeneration
+    assert type(captioner.processor) is ClipCapProcessor
+
+
+def test_one_image(captioner, images):
+    outputs = captioner(images[0])
+    assert outputs == [{"generated_text": expected_captions(captioner, images[0])[0]}]
+    assert outputs[0]["generated_text"]
+
+
+def test_every_kind_of_input(tmp_path, captioner, images):
+    expected = [[text] for text in expected_captions(captioner, images[:3])]
+    assert len({text for (text,) in expected}) > 1
+    for i, image in enumerate(images[:3]):
+        image.save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    dataset = Dataset.from_dict({"image": paths, "id": [0, 1, 2]}).cast_column("image", Image())
+
+    assert texts(captioner(images[:3])) == expected
+    assert texts(captioner(paths)) == expected
+    assert texts([captioner(path) for path in paths]) == expected
+    assert texts(captioner(KeyDataset(dataset, "image"))) == expected
+    assert texts(captioner(image for image in images[:3])) == expected
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_batches_change_nothing(captioner, images, batch_size):
+    alone = captioner(images[:5], return_scores=True, prompt="a")
+    batched = captioner(images[:5], return_scores=True, prompt="a", batch_size=batch_size)
+    assert texts(batched) == texts(alone)
+    for record, other in zip(sum(alone, []), sum(batched, [])):
+        assert record["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_several_captions_an_image(captioner, images):
+    outputs = captioner(images[:2], num_beams=4, num_return_sequences=3, return_scores=True, batch_size=2)
+    assert [len(records) for records in outputs] == [3, 3]
+    for records in outputs:
+        scores = [record["score"] for record in records]
+        assert scores == sorted(scores, reverse=True)
+    torch.manual_seed(0)
+    assert len(captioner(images[0], do_sample=True, num_return_sequences=4)) == 4
+
+
+def mean_logprob(model, input_ids, pixel_values, prompt_length, eos_token_id):
+    """Score of one greedy caption, from a pass of its own over the whole of it."""
+    logprobs = model(input_ids=input_ids[None], pixel_values=pixel_values).logits[0].log_softmax(-1)
+    taken = []
+    for place in range(prompt_length, len(input_ids)):
+        taken.append(logprobs[place - 1, input_ids[place]].item())
+        if input_ids[place] == eos_token_id:
+            break
+    return sum(taken) / len(taken)
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 1], ids=["pad is eos", "pad is not eos"])
+@pytest.mark.parametrize("prompt", [None, "a red"])
+def test_scores_are_mean_log_probabilities(captioner, images, prompt, pad_token_id):
+    model = captioner.model
+    inputs = captioner.processor(images=images[:4], text=prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    free = model.generate(**inputs, eos_token_id=None)
+    # An end token that makes captions of different lengths.
+    eos = int(free[0, length + 2])
+    settings = {"eos_token_id": eos, "pad_token_id": pad_token_id}
+    sequences = model.generate(**inputs, **settings)
+    expected = [
+        mean_logprob(model, row, pixels[None], length, eos) for row, pixels in zip(sequences, inputs["pixel_values"])
+    ]
+    outputs = captioner(images[:4], prompt=prompt, return_scores=True, batch_size=4, **settings)
+    assert [records[0]["score"] for records in outputs] == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_of_beams(captioner, images):
+    model = captioner.model
+    inputs = captioner.processor(images=images[0], return_tensors="pt")
+    settings = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5}
+    sequences = model.generate(**inputs, **settings)
+    expected = [mean_logprob(model, row, inputs["pixel_values"], 4, 0) for row in sequences]
+    outputs = captioner(images[0], return_scores=True, **settings)
+    assert [record["score"] for record in outputs] == pytest.approx(expected, abs=1e-4)
+
+
+def test_prompt_is_part_of_the_caption(captioner, images):
+    outputs = captioner(images[:2], prompt="a red")
+    assert all(records[0]["generated_text"].startswith("a red") for records in outputs)
+
+
+def test_max_new_tokens_at_the_start_and_at_the_call(model_folder, images):
+    captioner = pipeline("image-captioning", model=str(model_folder), eos_token_id=None)
+    short = pipeline("image-captioning", model=str(model_folder), max_new_tokens=3)
+    expected = {
+        length: expected_captions(captioner, images[0], eos_token_id=None, max_new_tokens=length)[0]
+        for length in (2, 3, 5, 8)
+    }
+    assert len(set(expected.values())) == 4
+
+    def text(captioner, **kwargs):
+        return captioner(images[0], **kwargs)[0]["generated_text"]
+
+    assert text(captioner) == expected[8]  # as the model's generation config says
+    assert text(captioner, max_new_tokens=5) == expected[5]
+    assert text(captioner, generate_kwargs={"max_new_tokens": 2}) == expected[2]
+    assert text(short, eos_token_id=None) == expected[3]
+    assert text(short, eos_token_id=None, max_new_tokens=5) == expected[5]
+    assert text(short, eos_token_id=None) == expected[3]  # the call before left no trace
+
+
+def test_save_pretrained_saves_the_processor(tmp_path, captioner, images):
+    captioner.save_pretrained(tmp_path / "saved")
+    again = pipeline("image-captioning", model=str(tmp_path / "saved"))
+    assert again.processor.prefix_length == 4
+    assert again(images[:2]) == captioner(images[:2])
+
+
+def test_loaded_parts(make_model, processor, images):
+    captioner = pipeline("image-captioning", model=make_model(), processor=processor)
+    assert captioner(images[0])[0]["generated_text"]
+
+
+def test_half_precision(model_folder, images):
+    captioner = pipeline("image-captioning", model=str(model_folder), dtype=torch.bfloat16)
+    assert captioner.model.dtype == torch.bfloat16
+    assert captioner(images[:2], batch_size=2)
+
+
+def test_bad_image_is_named(tmp_path, captioner):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'a.png'}: not a readable image"):
+        captioner(str(tmp_path / "a.png"))
+
+
+def test_image_text_to_text_of_transformers(model_folder, captioner, images):
+    stock = pipeline("image-text-to-text", model=str(model_folder))
+    plain = stock({"images": images[0], "text": ""})
+    assert plain[0]["generated_text"].strip() == captioner(images[0])[0]["generated_text"]
+    prompted = stock(images[:2], text=["a red", "a"], max_new_tokens=4)
+    expected = [captioner(image, prompt=text, max_new_tokens=4)[0] for image, text in zip(images, ["a red", "a"])]
+    assert [record["generated_text"].strip() for record in prompted] == [
+        record["generated_text"] for record in expected
+    ]

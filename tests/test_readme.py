@@ -1,0 +1,84 @@
+"""What the README tells people to type works."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import clipcap_hf
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def run_block(code: str):
+    exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
+
+
+def test_caption_block(tmp_path, monkeypatch, capsys):
+    (code,) = [block for block in code_blocks("python") if "EMOJI_MINI" in block]
+    monkeypatch.chdir(tmp_path)
+    for name in ("drawing-1.png", "drawing-2.png"):
+        Image.new("RGB", (80, 60), "red").save(name)
+    run_block(code)
+    assert capsys.readouterr().out.count("generated_text") == 2
+
+
+@pytest.fixture
+def tiny_clip_folder(tmp_path, clip_config, image_processor):
+    """A repository of a whole CLIP, as the README's is."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
+
+    text = CLIPTextConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=clip_config.to_dict(), projection_dim=16)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    image_processor.save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+@pytest.fixture
+def tiny_gpt2_folder(tmp_path, text_config, tokenizer):
+    from transformers import GPT2LMHeadModel
+
+    GPT2LMHeadModel(text_config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_training_block(tmp_path, monkeypatch, tiny_clip_folder, tiny_gpt2_folder):
+    """The block as it stands, but for the names of the two models, which are made here, and the number of epochs."""
+    from transformers import pipeline
+
+    (code,) = [block for block in code_blocks("python") if "Trainer(" in block]
+    for name, folder in (
+        ("openai/clip-vit-base-patch32", tiny_clip_folder),
+        ("openai-community/gpt2", tiny_gpt2_folder),
+    ):
+        assert name in code
+        code = code.replace(name, str(folder))
+    code = code.replace("num_train_epochs=10", "num_train_epochs=1, report_to='none'")
+    monkeypatch.chdir(tmp_path)
+    Path("my-images").mkdir()
+    with open("my-images/metadata.csv", "w") as metadata:
+        metadata.write("file_name,text\n")
+        for index, colour in enumerate(["red", "green", "blue"]):
+            Image.new("RGB", (40, 30), colour).save(f"my-images/{index}.png")
+            metadata.write(f"{index}.png,a {colour} picture\n")
+    run_block(code)
+    captions = pipeline("image-captioning", model="my-captioner")("my-images/0.png")
+    assert isinstance(captions[0]["generated_text"], str)
+
+
+@pytest.mark.parametrize("command", ["pip install . && clipcap demo", "pip install '.[test]' && pytest"])
+def test_two_commands_are_given(command):
+    assert any(command in block.splitlines() for block in code_blocks("bash"))
+
+
+def test_public_names_exist():
+    for name in clipcap_hf.__all__:
+        assert getattr(clipcap_hf, name) is not None

@@ -1,7 +1,7 @@
 """Train `emoji-mini`, the embedded captioner of emoji drawings, on the tower of `train_emoji_tower.py`.
 
-The tower is frozen. Each training drawing is embedded as it is and in several augmented views (the tower training's own
-augmentation), so that the captioner meets embeddings that lie around those of the drawings, as a new designer's do.
+The tower is frozen. Each training drawing is embedded as it is and, with --views, in augmented views (the tower training's
+own augmentation); in training each embedding is moved as if by another designer (`clipcap_hf.demo.DesignShift`).
 
     python examples/train_emoji_tower.py --output build/emoji-tower
     python examples/train_emoji_mini.py --tower build/emoji-tower --out build/emoji-mini
@@ -23,7 +23,15 @@ from train_emoji_tower import augment
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionModel
 from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
-from clipcap_hf.demo import TEST_SPLITS, new_captioner, score_beside_baselines, train, train_tokenizer
+from clipcap_hf.demo import (
+    PREFIX_LENGTH,
+    TEST_SPLITS,
+    new_captioner,
+    score_beside_baselines,
+    train,
+    train_tokenizer,
+    training_data,
+)
 from clipcap_hf.processing_clipcap import image_processor_from_open_clip
 
 
@@ -64,10 +72,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", required=True, help="folder that train_emoji_tower.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the captioner and scores.json")
-    parser.add_argument("--views", type=int, default=6, help="augmented views of each training image")
-    parser.add_argument("--epochs", type=float, default=5, help="passes over all views")
-    parser.add_argument("--noise", type=float, default=0.03, help="standard deviation of noise on the embeddings")
-    parser.add_argument("--prefix-length", type=int, default=8)
+    parser.add_argument("--views", type=int, default=0, help="augmented views of each training image")
+    parser.add_argument("--epochs", type=float, default=20, help="passes over all views")
+    parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of noise on the embeddings")
+    parser.add_argument("--prefix-length", type=int, default=PREFIX_LENGTH)
     parser.add_argument("--hidden-size", type=int, default=192, help="of the GPT-2")
     parser.add_argument("--layers", type=int, default=3, help="of the GPT-2")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -76,7 +84,6 @@ def main():
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from datasets import Dataset
     from transformers import set_seed
 
     from clipcap_hf.modeling_open_clip import load_open_clip_checkpoint
@@ -98,12 +105,11 @@ def main():
     views = embed_views(
         tower, data["train"]["image"], arguments.views, preprocess_cfg["mean"], preprocess_cfg["std"], arguments.seed
     )
-    rows = torch.cat([embeds["train"], views.flatten(0, 1)])
-    train_data = Dataset.from_dict({"clip_embeds": rows.numpy(), "captions": names * (arguments.views + 1)})
+    captions = list(data["train"]["captions"]) * (arguments.views + 1)
     train(
         model,
         processor,
-        train_data,
+        training_data(torch.cat([embeds["train"], views.flatten(0, 1)]), captions),
         arguments.out / "training",
         epochs=arguments.epochs,
         seed=arguments.seed,

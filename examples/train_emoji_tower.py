@@ -21,11 +21,16 @@ Examples
 --------
 .. code-block:: bash
 
-    # The published tower (RESULTS)
-    python examples/train_emoji_tower.py --output build/emoji-tower --test
+    # The published tower: 1,239 steps in 37 minutes, 44 CPU minutes, on two CPU cores that others used, too.
+    # Unseen design: 72.8 % exact by copying the nearest training image's caption (CIDEr 339), text retrieval R@1 71.1
+    # and R@5 88.0 of 1,637 captions. Unseen captions: text retrieval R@1 73.3 and R@5 97.7 of all 3,313 captions.
+    python examples/train_emoji_tower.py --output build/emoji-tower --minutes 37 --test
 
     # Choose settings without looking at the test splits: one training design plays the unseen one
     python examples/train_emoji_tower.py --output build/dev --steps 400 --hold-out-design fxemoji
+
+With --steps a run can be repeated; with --minutes the learning rate and the image size follow the clock, so that a
+busy machine trains less instead of longer; there the environment variable ``OMP_WAIT_POLICY=PASSIVE`` helps much.
 """
 
 from __future__ import annotations
@@ -457,6 +462,7 @@ def write(path: Path, save) -> None:
     """Write a file under another name first, so that no half-written file is ever found."""
     temporary = path.with_name(f".{path.name}.tmp")
     save(temporary)
+    temporary.chmod(0o644)  # safetensors writes files that only their owner can read
     os.replace(temporary, path)
 
 
@@ -480,7 +486,7 @@ def write_checkpoint(output: Path, model_cfg: dict, visual: nn.Module) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and scores.json")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=1240)
     parser.add_argument("--minutes", type=float, help="train for so long instead of --steps")
     parser.add_argument("--batch-concepts", type=int, default=64, help="captions in a batch, with two images each")
     parser.add_argument("--small-share", type=float, default=0.55, help="share of the steps at the small size")

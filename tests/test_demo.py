@@ -16,8 +16,8 @@ from clipcap_hf.demo import run_demo, score_beside_baselines
 def test_demo_trains_scores_and_saves(tmp_path, language):
     from transformers import pipeline
 
-    report = run_demo(tmp_path, language=language, epochs=2, limit=60)
-    assert report["train_loss"][-1] < report["train_loss"][0]
+    report = run_demo(tmp_path, language=language, epochs=20, limit=60)
+    assert report["train_loss"][-1] < 0.8 * report["train_loss"][0]
     for split in ("new_design", "new_caption"):
         assert set(report["scores"][split]) == {"captioner", "nearest training image", "most common caption"}
     assert report["scores"]["new_caption"]["nearest training image"]["exact_match"] == 0

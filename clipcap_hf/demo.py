@@ -262,14 +262,14 @@ def _save(out: Path, model: ClipCapForConditionalGeneration, processor: ClipCapP
 
 def draw_captions(path: Path, data, captions: dict[str, list[str]], per_split: int = 18, columns: int = 6):
     """Draw a grid of held-out images, evenly spread over each test split, with caption and reference below each."""
-    cell_width, cell_height, size, margin = 230, 206, 128, 10
+    cell_width, cell_height, size, margin = 270, 206, 128, 10
     rows = len(captions) * (per_split // columns)
     title_height = 34
     grid = Image.new("RGB", (columns * cell_width, rows * cell_height + len(captions) * title_height), "white")
     draw = ImageDraw.Draw(grid)
     # The basic layout draws whatever an untrained captioner may write; the other one refuses some of it.
     font, title_font = (
-        ImageFont.truetype(str(FONT), points, layout_engine=ImageFont.Layout.BASIC) for points in (14, 18)
+        ImageFont.truetype(str(FONT), points, layout_engine=ImageFont.Layout.BASIC) for points in (13, 18)
     )
     top = 0
     for split, texts in captions.items():

@@ -82,3 +82,10 @@ def test_two_commands_are_given(command):
 def test_public_names_exist():
     for name in clipcap_hf.__all__:
         assert getattr(clipcap_hf, name) is not None
+
+
+def test_scores_block():
+    (code,) = [block for block in code_blocks("python") if "score_captions" in block]
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    assert 0 < names["scores"]["rouge_l"] < 1

@@ -10,6 +10,7 @@ import importlib.util
 
 import torch
 
+
 _UNCONDITIONAL_OPS = ("nms", "qnms")
 _libraries = []  # a torch.library.Library undoes its definitions when it is collected
 

@@ -218,7 +218,9 @@ def _run_convert_official(arguments) -> int:
         processor.save_pretrained(Path(folder) / "captioner")
         (Path(folder) / "captioner").rename(out)
     config = model.config
-    print(f"{out}: {config.mapping_type} mapping of {config.clip_embed_dim} dimensions to {config.prefix_length} vectors")
+    print(
+        f"{out}: {config.mapping_type} mapping of {config.clip_embed_dim} dimensions to {config.prefix_length} vectors"
+    )
     return 0
 
 

@@ -16,10 +16,6 @@ import logging
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from tqdm import tqdm
-from train_emoji_tower import augment
-
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionModel
 from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
@@ -33,6 +29,9 @@ from clipcap_hf.demo import (
     training_data,
 )
 from clipcap_hf.processing_clipcap import image_processor_from_open_clip
+from torch.nn import functional as F
+from tqdm import tqdm
+from train_emoji_tower import augment
 
 
 logger = logging.getLogger("train_emoji_mini")
@@ -84,9 +83,8 @@ def main():
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from transformers import set_seed
-
     from clipcap_hf.modeling_open_clip import load_open_clip_checkpoint
+    from transformers import set_seed
 
     set_seed(arguments.seed)
     tower = OpenClipVisionModel.from_open_clip(arguments.tower).eval()

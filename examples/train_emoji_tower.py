@@ -49,15 +49,14 @@ import sys
 import time
 from pathlib import Path
 
+import clipcap_hf  # noqa: F401  first, since it makes torchvision importable where its build does not fit torch's
 import numpy as np
 import torch
 import torch.nn.functional as F
+from clipcap_hf.data import load_emoji
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-
-import clipcap_hf  # noqa: F401  first, since it makes torchvision importable where its build does not fit torch's
-from clipcap_hf.data import load_emoji
 
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from safetensors.torch import load_file
-
 from clipcap_hf.cli import main
 from clipcap_hf.data import load_emoji
+from PIL import Image
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +120,8 @@ def test_help_names_every_command(capsys):
 
 
 def test_convert_official_checkpoint(tmp_path, tokenizer, capsys):
-    from transformers import GPT2Config
-
     from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
+    from transformers import GPT2Config
 
     golden = Path(__file__).parent / "golden" / "mlp"
     GPT2Config(**json.loads((golden / "gpt2_config.json").read_text())).save_pretrained(tmp_path / "gpt2")

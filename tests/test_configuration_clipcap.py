@@ -1,9 +1,8 @@
 import json
 
 import pytest
-from transformers import AutoConfig, CLIPVisionConfig, GPT2Config, SiglipVisionConfig
-
 from clipcap_hf import ClipCapConfig, OpenClipVisionConfig
+from transformers import AutoConfig, CLIPVisionConfig, GPT2Config, SiglipVisionConfig
 
 
 def test_defaults_are_gpt2_without_a_tower():

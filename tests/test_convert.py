@@ -8,10 +8,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
-
 from clipcap_hf import ClipCapForConditionalGeneration
 from clipcap_hf.convert import convert_official_checkpoint, convert_official_embeddings
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
 
 
 GOLDEN = Path(__file__).parent / "golden"

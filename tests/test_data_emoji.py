@@ -7,9 +7,8 @@ from importlib.resources import files
 
 import datasets
 import pytest
-from PIL import Image
-
 from clipcap_hf.data import load_emoji
+from PIL import Image
 
 
 SPLITS = ["train", "validation", "new_design", "new_caption"]

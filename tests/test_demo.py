@@ -2,14 +2,13 @@
 
 import json
 
+import clipcap_hf
 import pytest
 import torch
-from PIL import Image
-
-import clipcap_hf
 from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
 from clipcap_hf.demo import run_demo, score_beside_baselines
+from PIL import Image
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])

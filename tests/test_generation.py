@@ -1,9 +1,8 @@
 import pytest
 import torch
-from transformers import GPT2Config, LogitsProcessor, LogitsProcessorList
-
 from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration
 from clipcap_hf.generation_clipcap import official_beam_search
+from transformers import GPT2Config, LogitsProcessor, LogitsProcessorList
 
 
 PREFIX, VOCAB, STOP, PAD = 4, 200, 13, 199

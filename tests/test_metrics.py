@@ -13,7 +13,6 @@ import warnings
 
 import numpy as np
 import pytest
-
 from clipcap_hf import metrics
 from clipcap_hf.metrics import java, scores
 from clipcap_hf.metrics.tokenization import tokenize
@@ -366,7 +365,6 @@ def test_batches_may_mix_strings_and_lists(tmp_path):
 
 def test_combine_gives_the_same_values_and_tokenizes_once(corpus, tmp_path, monkeypatch):
     import evaluate
-
     from clipcap_hf.metrics import tokenization
 
     splits = []

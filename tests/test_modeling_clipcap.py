@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionModel
 from packaging import version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,8 +23,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-
-from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionModel
 
 
 MAPPINGS = ["mlp", "transformer", "linear"]

@@ -2,12 +2,11 @@ import json
 
 import pytest
 import torch
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, OpenClipVisionConfig, OpenClipVisionModel
+from clipcap_hf.modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from transformers import AutoModel
-
-from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, OpenClipVisionConfig, OpenClipVisionModel
-from clipcap_hf.modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 
 
 TIMM = {"timm_pool": "", "timm_proj": "linear"}

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import GPT2Config
-
 from clipcap_hf import ClipCapForConditionalGeneration
 from clipcap_hf.convert import convert_official_checkpoint
 from clipcap_hf.generation_clipcap import official_beam_search
+from safetensors.torch import load_file
+from transformers import GPT2Config
 
 
 GOLDEN = Path(__file__).parent / "golden"

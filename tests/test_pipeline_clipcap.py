@@ -1,10 +1,9 @@
 import pytest
 import torch
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline
 from datasets import Dataset, Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
-
-from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline
 
 
 @pytest.fixture

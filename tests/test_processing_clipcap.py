@@ -4,12 +4,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from clipcap_hf import ClipCapProcessor
+from clipcap_hf.processing_clipcap import image_processor_from_open_clip, load_image, to_rgb
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil
-
-from clipcap_hf import ClipCapProcessor
-from clipcap_hf.processing_clipcap import image_processor_from_open_clip, load_image, to_rgb
 
 
 def noise(width, height, seed=0):

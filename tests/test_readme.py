@@ -1,12 +1,12 @@
 """What the README tells people to type works."""
 
+import json
 import re
 from pathlib import Path
 
+import clipcap_hf
 import pytest
 from PIL import Image
-
-import clipcap_hf
 
 
 README = Path(__file__).parent.parent / "README.md"
@@ -34,7 +34,9 @@ def tiny_clip_folder(tmp_path, clip_config, image_processor):
     """A repository of a whole CLIP, as the README's is."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-    text = CLIPTextConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = CLIPTextConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=clip_config.to_dict(), projection_dim=16)
     CLIPModel(config).save_pretrained(tmp_path / "clip")
     image_processor.save_pretrained(tmp_path / "clip")
@@ -64,11 +66,10 @@ def test_training_block(tmp_path, monkeypatch, tiny_clip_folder, tiny_gpt2_folde
     code = code.replace("num_train_epochs=10", "num_train_epochs=1, report_to='none'")
     monkeypatch.chdir(tmp_path)
     Path("my-images").mkdir()
-    with open("my-images/metadata.csv", "w") as metadata:
-        metadata.write("file_name,text\n")
+    with open("my-images/metadata.jsonl", "w") as metadata:
         for index, colour in enumerate(["red", "green", "blue"]):
             Image.new("RGB", (40, 30), colour).save(f"my-images/{index}.png")
-            metadata.write(f"{index}.png,a {colour} picture\n")
+            metadata.write(json.dumps({"file_name": f"{index}.png", "text": f"a {colour} picture"}) + "\n")
     run_block(code)
     captions = pipeline("image-captioning", model="my-captioner")("my-images/0.png")
     assert isinstance(captions[0]["generated_text"], str)

@@ -2,12 +2,11 @@ import math
 
 import pytest
 import torch
+from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor, ClipCapTrainer
 from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
-
-from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor, ClipCapTrainer
 
 
 IGNORED = -100

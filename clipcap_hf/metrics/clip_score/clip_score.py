@@ -1,7 +1,6 @@
 """CLIPScore and RefCLIPScore as an `evaluate` module; the formulas are in `clipcap_hf.metrics.clip`."""
 
 import datasets
-
 from clipcap_hf.metrics import clip, evaluate_module
 
 

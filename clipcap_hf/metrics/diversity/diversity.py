@@ -1,7 +1,6 @@
 """Diversity of captions as an `evaluate` module; the formulas are in `clipcap_hf.metrics.scores`."""
 
 import datasets
-
 from clipcap_hf.metrics import evaluate_module
 
 

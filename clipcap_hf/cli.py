@@ -52,7 +52,9 @@ def _add_demo(commands):
     )
     demo.add_argument("--language", choices=["en", "ja"], default="en", help="of the captions (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
-    demo.add_argument("--epochs", type=float, help="passes over the training set (default: what fits into minutes)")
+    demo.add_argument(
+        "--epochs", type=_positive, help="passes over the training set (default: what fits into minutes)"
+    )
     demo.set_defaults(run=_run_demo)
 
 

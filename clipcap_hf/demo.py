@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -71,7 +70,7 @@ def run_demo(
     )
     model = new_captioner(tower.vision_tower, processor)
     train_data = training_data(embeds["train"], train_captions)
-    history = train(model, processor, train_data, out / "training", epochs=epochs, seed=seed)
+    history = train(model, processor, train_data, epochs=epochs, seed=seed)
 
     scores, captions = {}, {}
     for split in TEST_SPLITS:
@@ -177,7 +176,6 @@ def train(
     model: ClipCapForConditionalGeneration,
     processor: ClipCapProcessor,
     data,
-    working_folder: Path,
     epochs: float,
     seed: int,
     batch_size: int = 32,
@@ -190,31 +188,31 @@ def train(
     """
     from transformers import Seq2SeqTrainingArguments
 
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(working_folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        weight_decay=0.01,
-        logging_strategy="epoch",
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        seed=seed,
-    )
-    trainer = ClipCapTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        # The first reference is the name; alternative names would only blur what is to be learned in minutes.
-        data_collator=CaptioningCollator(processor, sample_captions=False, embeds_noise=embeds_noise),
-        processing_class=processor,
-    )
-    trainer.train()
-    shutil.rmtree(working_folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as nothing_is_saved_here:
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=nothing_is_saved_here,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=100,
+            weight_decay=0.01,
+            logging_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            seed=seed,
+        )
+        trainer = ClipCapTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            # The first reference is the name; alternative names would only blur what is to be learned in minutes.
+            data_collator=CaptioningCollator(processor, sample_captions=False, embeds_noise=embeds_noise),
+            processing_class=processor,
+        )
+        trainer.train()
     model.config.use_cache = True  # Trainer switches the cache off in what is saved
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

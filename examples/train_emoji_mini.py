@@ -108,7 +108,6 @@ def main():
         model,
         processor,
         training_data(torch.cat([embeds["train"], views.flatten(0, 1)]), captions),
-        arguments.out / "training",
         epochs=arguments.epochs,
         seed=arguments.seed,
         learning_rate=arguments.learning_rate,

@@ -97,7 +97,7 @@ class DesignShift:
     one design to another, so that the captioner learns what designers change and what they do not.
 
     It is the transform of a data set with the columns `index` and `captions`; each row is moved anew each time it is read,
-    by torch's generator.
+    by torch's generator. In a trial with one training design held out it did neither good nor harm to that design.
 
     Args:
         embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Normalised embeddings.

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,7 +155,7 @@ def _generate(model, processor, inputs: dict[str, torch.Tensor], generate_kwargs
 def embed_images(
     model: ClipCapForConditionalGeneration,
     processor: ClipCapProcessor,
-    images: Iterable,
+    images: Sequence,
     batch_size: int = 16,
     progress: bool = True,
     desc: str = "Embedding",
@@ -182,4 +182,4 @@ def embed_images(
             pixel_values = pixel_values.to(model.device, memory_format=torch.channels_last)
             embeds.append(model.get_clip_embeds(pixel_values).float().cpu())
             bar.update(len(batch))
-    return torch.cat(embeds).clone()
+    return torch.cat(embeds)

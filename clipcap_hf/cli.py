@@ -163,7 +163,8 @@ def _load_captioner(name: str, device: str | None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {device} here: {str(error).splitlines()[0]}") from error
-    if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
+    name = os.path.expanduser(name)
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"{name}: no such folder; --model takes a folder, a Hub id or emoji-mini")
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clipcap":

@@ -56,12 +56,7 @@ def run_demo(
     data = load_emoji(language=language)
     if limit is not None:
         data = {split: rows.select(range(0, len(rows), max(1, len(rows) // limit))) for split, rows in data.items()}
-    embeds = {
-        split: F.normalize(
-            embed_images(tower, tower_processor, data[split]["image"], desc=f"Encoding {split}"), dim=-1
-        )
-        for split in ("train", *TEST_SPLITS)
-    }
+    embeds = embed_splits(tower, tower_processor, data)
 
     set_seed(seed)
     train_captions = data["train"]["captions"]
@@ -72,12 +67,7 @@ def run_demo(
     train_data = training_data(embeds["train"], train_captions)
     history = train(model, processor, train_data, epochs=epochs, seed=seed)
 
-    scores, captions = {}, {}
-    for split in TEST_SPLITS:
-        captions[split] = caption_embeds(model, processor, embeds[split], num_beams=3)
-        scores[split] = score_beside_baselines(
-            captions[split], embeds[split], list(data[split]["captions"]), embeds["train"], train_captions, language
-        )
+    captions, scores = caption_and_score(model, processor, data, embeds, language)
     report = {
         "language": language,
         "seed": seed,
@@ -90,6 +80,33 @@ def run_demo(
     _save(out, model, processor, report)
     draw_captions(out / "captions.png", data, captions)
     return report
+
+
+def embed_splits(model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, data) -> dict[str, torch.Tensor]:
+    """Normalised embeddings (images, clip_embed_dim) of the training and the test splits."""
+    return {
+        split: F.normalize(embed_images(model, processor, data[split]["image"], desc=f"Encoding {split}"), dim=-1)
+        for split in ("train", *TEST_SPLITS)
+    }
+
+
+def caption_and_score(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    data,
+    embeds: dict[str, torch.Tensor],
+    language: str,
+    num_beams: int = 3,
+) -> tuple[dict[str, list[str]], dict[str, dict]]:
+    """Captions of each test split, and their scores beside the baselines."""
+    captions, scores = {}, {}
+    for split in TEST_SPLITS:
+        captions[split] = caption_embeds(model, processor, embeds[split], num_beams=num_beams)
+        references, train_captions = list(data[split]["captions"]), data["train"]["captions"]
+        scores[split] = score_beside_baselines(
+            captions[split], embeds[split], references, embeds["train"], train_captions, language
+        )
+    return captions, scores
 
 
 class DesignShift:

@@ -5,8 +5,6 @@ import os
 import torch
 from transformers import Pipeline
 
-from .processing_clipcap import load_image
-
 
 class ImageCaptioningPipeline(Pipeline):
     r"""
@@ -60,7 +58,7 @@ class ImageCaptioningPipeline(Pipeline):
         return super().__call__(images, **kwargs)
 
     def preprocess(self, image, prompt=None):
-        inputs = self.processor(images=[load_image(image)], text=prompt, return_tensors="pt")
+        inputs = self.processor(images=[image], text=prompt, return_tensors="pt")
         return inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs, return_scores=False, **generate_kwargs):

@@ -112,7 +112,7 @@ class CaptioningCollator:
             if not embeds.isfinite().all():
                 raise ValueError(f"The column {self.embeds_column!r} holds NaN or infinity: embed those images again.")
             if self.embeds_noise:
-                embeds = torch.nn.functional.normalize(embeds, dim=-1)
+                embeds = F.normalize(embeds, dim=-1)
                 embeds = embeds + self.embeds_noise * torch.randn_like(embeds)
             return {"clip_embeds": embeds}
         if self.image_column in features[0]:

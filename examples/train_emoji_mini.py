@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionModel
-from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
 from clipcap_hf.demo import (
     PREFIX_LENGTH,
-    TEST_SPLITS,
+    caption_and_score,
+    embed_splits,
     new_captioner,
-    score_beside_baselines,
     train,
     train_tokenizer,
     training_data,
@@ -96,10 +95,7 @@ def main():
     )
     model = new_captioner(tower, processor, arguments.hidden_size, arguments.layers)
 
-    embeds = {
-        split: F.normalize(embed_images(model, processor, data[split]["image"], desc=split), dim=-1)
-        for split in ("train", *TEST_SPLITS)
-    }
+    embeds = embed_splits(model, processor, data)
     views = embed_views(
         tower, data["train"]["image"], arguments.views, preprocess_cfg["mean"], preprocess_cfg["std"], arguments.seed
     )
@@ -117,13 +113,9 @@ def main():
 
     # What is scored is what is shipped.
     model = ClipCapForConditionalGeneration.from_pretrained(arguments.out).eval()
-    scores = {}
-    for split in TEST_SPLITS:
-        captions = caption_embeds(model, processor, embeds[split], num_beams=arguments.beams)
-        scores[split] = score_beside_baselines(
-            captions, embeds[split], list(data[split]["captions"]), embeds["train"], data["train"]["captions"], "en"
-        )
-        logger.info("%s: %s", split, json.dumps(scores[split]))
+    _, scores = caption_and_score(model, processor, data, embeds, "en", num_beams=arguments.beams)
+    for split, found in scores.items():
+        logger.info("%s: %s", split, json.dumps(found))
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "tower")}
     (arguments.out / "scores.json").write_text(json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
 

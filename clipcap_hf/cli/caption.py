@@ -1,0 +1,80 @@
+"""`clipcap caption`"""
+
+import json
+import os
+import sys
+
+from .arguments import load_captioner, positive
+
+
+def add_parser(commands):
+    caption = commands.add_parser(
+        "caption",
+        help="caption image files",
+        description="Prints a line for each image, in order: the path, a tab, the caption. Files that cannot be read are "
+        "listed on standard error, and the exit status is then 1.",
+    )
+    caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
+    caption.add_argument(
+        "--model",
+        default="emoji-mini",
+        help="a folder, a Hub id, or emoji-mini, the embedded captioner of emoji drawings (default: %(default)s)",
+    )
+    caption.add_argument(
+        "--beams", type=positive, default=1, metavar="N", help="beam search with N beams (default: greedy)"
+    )
+    caption.add_argument(
+        "--captions", type=positive, default=1, metavar="N", help="print the N best captions, tab-separated"
+    )
+    caption.add_argument("--prompt", help="a beginning that every caption continues")
+    caption.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
+    caption.add_argument("--json", action="store_true", help='print {"image": ..., "captions": [...]} lines')
+    caption.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
+    )
+    caption.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images (default: by their number)"
+    )
+    caption.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    caption.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    from ..captioning import caption_files, find_images
+
+    paths, errors = find_images(arguments.paths)
+    failed = bool(errors)
+    for error in errors:
+        print(f"clipcap: {error}", file=sys.stderr)
+    if not paths:
+        return 1
+    model, processor = load_captioner(arguments.model, arguments.device)
+    workers = arguments.workers
+    if workers is None:
+        # Starting a process costs as much as reading some dozens of images.
+        workers = 0 if len(paths) < 64 else min(4, os.cpu_count() or 1)
+    generate_kwargs = {
+        "num_beams": max(arguments.beams, arguments.captions),
+        "num_return_sequences": arguments.captions,
+    }
+    if arguments.max_new_tokens:
+        generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
+    results = caption_files(
+        model,
+        processor,
+        paths,
+        batch_size=arguments.batch_size,
+        num_workers=workers,
+        prompt=arguments.prompt,
+        progress=sys.stderr.isatty() and len(paths) > arguments.batch_size,
+        **generate_kwargs,
+    )
+    for result in results:
+        if result.error:
+            failed = True
+            print(f"clipcap: {result.error}", file=sys.stderr)
+        elif arguments.json:
+            print(json.dumps({"image": result.path, "captions": result.captions}, ensure_ascii=False), flush=True)
+        else:
+            print(result.path, *result.captions, sep="\t", flush=True)
+    return int(failed)

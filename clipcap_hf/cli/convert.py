@@ -1,0 +1,65 @@
+"""`clipcap convert`"""
+
+from pathlib import Path
+
+
+def add_parser(commands):
+    convert = commands.add_parser("convert", help="convert files of the official ClipCap code")
+    kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+    official = kinds.add_parser("official", help="a checkpoint (.pt) to a captioner")
+    official.add_argument("checkpoint", metavar="STATE.pt")
+    official.add_argument("--out", required=True, metavar="DIR", help="folder for the captioner; must not exist")
+    official.add_argument("--vision", help="the CLIP it was trained with, by Hub id, folder or open_clip name")
+    official.add_argument(
+        "--text",
+        default="openai-community/gpt2",
+        help="Hub id or folder with configuration and tokenizer of its language model (default: %(default)s)",
+    )
+    official.add_argument(
+        "--normalize-clip-embeds", action="store_true", help="it was trained with --normalize_prefix"
+    )
+    official.set_defaults(run=_run_official)
+
+    embeddings = kinds.add_parser("embeddings", help="CLIP embeddings (.pkl) to a datasets folder")
+    embeddings.add_argument("pickle", metavar="EMBEDDINGS.pkl")
+    embeddings.add_argument("--out", required=True, metavar="DIR", help="folder for the data set; must not exist")
+    embeddings.set_defaults(run=_run_embeddings)
+
+
+def _run_official(arguments) -> int:
+    import tempfile
+
+    from .. import ClipCapProcessor
+    from ..convert import convert_official_checkpoint
+
+    out = Path(arguments.out)
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another folder")
+    processor = ClipCapProcessor.from_vision_text_pretrained(arguments.vision, arguments.text)
+    model = convert_official_checkpoint(
+        arguments.checkpoint,
+        text_config=arguments.text,
+        vision=arguments.vision,
+        normalize_clip_embeds=arguments.normalize_clip_embeds,
+        image_token_id=processor.image_token_id,
+    )
+    processor.prefix_length = model.config.prefix_length
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        model.save_pretrained(Path(folder) / "captioner")
+        processor.save_pretrained(Path(folder) / "captioner")
+        (Path(folder) / "captioner").rename(out)
+    config = model.config
+    print(
+        f"{out}: {config.mapping_type} mapping of {config.clip_embed_dim} dimensions to {config.prefix_length} vectors"
+    )
+    return 0
+
+
+def _run_embeddings(arguments) -> int:
+    from ..convert import convert_official_embeddings
+
+    data = convert_official_embeddings(arguments.pickle, arguments.out)
+    print(f"{arguments.out}: {len(data)} images with {sum(map(len, data['captions']))} captions")
+    return 0

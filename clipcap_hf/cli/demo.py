@@ -1,0 +1,33 @@
+"""`clipcap demo`"""
+
+from pathlib import Path
+
+from .arguments import positive
+
+
+def add_parser(commands):
+    demo = commands.add_parser(
+        "demo",
+        help="train a captioner of emoji from scratch, offline, in minutes",
+        description="Encodes the embedded emoji drawings with the embedded image tower, trains a captioner from scratch, "
+        "scores it on two held-out splits beside baselines, and saves it with a picture of its captions.",
+    )
+    demo.add_argument(
+        "--out", default="clipcap-demo", metavar="DIR", help="folder for the results (default: %(default)s)"
+    )
+    demo.add_argument("--language", choices=["en", "ja"], default="en", help="of the captions (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    demo.add_argument("--epochs", type=positive, help="passes over the training set (default: what fits into minutes)")
+    demo.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    from transformers.utils import logging
+
+    from ..demo import run_demo, summary
+
+    logging.set_verbosity_error()
+    kwargs = {} if arguments.epochs is None else {"epochs": arguments.epochs}
+    report = run_demo(arguments.out, language=arguments.language, seed=arguments.seed, **kwargs)
+    print(summary(Path(arguments.out), report))
+    return 0

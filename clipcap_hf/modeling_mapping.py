@@ -1,0 +1,102 @@
+"""The mapping networks: a CLIP embedding in, the prefix out (sections 3.2 and 3.3 of the paper)."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_clipcap import ClipCapConfig
+
+
+class ClipCapMLPMappingNetwork(nn.Module):
+    """Section 3.2 of the paper: embedding -> tanh(half the prefix) -> prefix (batch, prefix_length, hidden)."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        self.prefix_length = config.prefix_length
+        prefix_size = config.prefix_length * config.text_config.get_text_config().hidden_size
+        self.fc1 = nn.Linear(config.clip_embed_dim, prefix_size // 2)
+        self.fc2 = nn.Linear(prefix_size // 2, prefix_size)
+
+    def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
+        prefix = self.fc2(torch.tanh(self.fc1(clip_embeds)))
+        return prefix.unflatten(-1, (self.prefix_length, -1))
+
+
+class ClipCapLinearMappingNetwork(nn.Module):
+    """One linear layer, as the official `predict.py` has for prefixes of more than 10 vectors."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        self.prefix_length = config.prefix_length
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.linear = nn.Linear(config.clip_embed_dim, config.prefix_length * hidden_size)
+
+    def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
+        return self.linear(clip_embeds).unflatten(-1, (self.prefix_length, -1))
+
+
+class ClipCapMappingAttention(nn.Module):
+    """Self-attention over all tokens; only the output projection has a bias."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+
+
+class ClipCapMappingLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer encoder layer with ReLU."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        hidden_size = config.text_config.get_text_config().hidden_size
+        intermediate_size = int(hidden_size * config.mapping_mlp_ratio)
+        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=config.mapping_layer_norm_eps)
+        self.self_attn = ClipCapMappingAttention(hidden_size, config.mapping_num_heads)
+        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=config.mapping_layer_norm_eps)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        return hidden_states + self.fc2(F.relu(self.fc1(self.layer_norm2(hidden_states))))
+
+
+class ClipCapTransformerMappingNetwork(nn.Module):
+    """Section 3.3 of the paper: the embedding becomes `clip_length` tokens, `prefix_length` learned constants join them,
+    and what the transformer makes of the constants is the prefix (batch, prefix_length, hidden)."""
+
+    def __init__(self, config: ClipCapConfig):
+        super().__init__()
+        self.clip_length = config.clip_length
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.clip_projection = nn.Linear(config.clip_embed_dim, config.clip_length * hidden_size)
+        self.prefix_const = nn.Parameter(torch.empty(config.prefix_length, hidden_size))
+        self.layers = nn.ModuleList(ClipCapMappingLayer(config) for _ in range(config.mapping_num_layers))
+
+    def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
+        clip_tokens = self.clip_projection(clip_embeds).unflatten(-1, (self.clip_length, -1))
+        prefix_const = self.prefix_const.expand(len(clip_tokens), -1, -1)
+        hidden_states = torch.cat([clip_tokens, prefix_const], dim=1)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states[:, self.clip_length :]
+
+
+MAPPING_NETWORKS = {
+    "mlp": ClipCapMLPMappingNetwork,
+    "transformer": ClipCapTransformerMappingNetwork,
+    "linear": ClipCapLinearMappingNetwork,
+}

@@ -100,6 +100,10 @@ class ClipCapConfig(PreTrainedConfig):
             model does not have, so that it can never be generated and the vocabulary is not resized.
         freeze_vision (`bool`): Keep the vision tower as it is in training (the paper's setting).
         freeze_language_model (`bool`): Train the mapping network alone (the paper's light variant).
+        save_frozen (`bool`): Whether checkpoints hold the frozen parts too. With `False` they hold the trained weights
+            alone and say where the frozen parts come from; `from_pretrained` puts the whole together again.
+        donors (`dict`, *optional*): Where `"vision_tower"` and `"language_model"` were loaded from, kept by
+            [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]. A part without an entry is always saved.
 
     Example:
 
@@ -136,6 +140,8 @@ class ClipCapConfig(PreTrainedConfig):
     image_token_id: int | None = None
     freeze_vision: bool = True
     freeze_language_model: bool = False
+    save_frozen: bool = True
+    donors: dict[str, dict[str, Any]] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

@@ -27,6 +27,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig
+from .donors_clipcap import (
+    donor_folder,
+    donor_record,
+    leaving_out_frozen,
+    load_language_model,
+    remember_donors,
+    with_donors,
+)
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork
 from .modeling_open_clip import OpenClipVisionModel, is_open_clip_name
 
@@ -136,6 +144,7 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         self.vision_tower = vision_tower
         self.mapping_network = MAPPING_NETWORKS[config.mapping_type](config)
         self.language_model = language_model
+        self._donor_hashes = {}  # of the parts that are known to be as their donors are
         # The parts hold the very configurations that are saved with the whole.
         config.text_config = language_model.config
         if vision_tower is not None:
@@ -400,40 +409,93 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers, but a checkpoint that lacks weights is an error, not a partly random captioner."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        accepts_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        vision_tower: str | None = None,
+        language_model: str | None = None,
+        **kwargs,
+    ):
+        r"""
+        As in transformers, but a checkpoint that lacks weights is an error, not a partly random captioner.
+
+        Parts that the checkpoint leaves out (`save_frozen=False`) are loaded from where they came from, and checked.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder.
+            vision_tower (`str`, *optional*): Hub id, folder or open_clip name where a tower that the checkpoint leaves
+                out is now, if it is no longer where it was.
+            language_model (`str`, *optional*): Likewise.
+            kwargs: As in transformers.
+
+        Raises:
+            OSError: If there is no checkpoint, or a part that it leaves out is not to be found.
+            ValueError: If weights are missing, damaged or of another shape than the configuration says, or if a part that
+                the checkpoint leaves out is not the one that it was trained with.
+        """
+        moved = {"vision_tower": vision_tower, "language_model": language_model}
+        moved = {part: name for part, name in moved.items() if name is not None}
+        wants_info = kwargs.get("output_loading_info", False)
+        name, donor_hashes = pretrained_model_name_or_path, {}
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                **kwargs,
-            )
+            if name is not None:
+                kwargs, donor_hashes = with_donors(cls, name, moved, kwargs)
+            model, info = cls._load_complete(name, model_args, kwargs)
         except SafetensorError as error:
             raise ValueError(
-                f"The weights in {pretrained_model_name_or_path} are incomplete or damaged ({error}): copy or download "
-                "them again."
+                f"The weights in {name} are incomplete or damaged ({error}): copy or download them again."
             ) from error
+        model._donor_hashes = donor_hashes
+        model._freeze()  # loading makes new parameters, which want gradients
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_complete(cls, name, model_args: tuple, kwargs: dict) -> tuple["ClipCapForConditionalGeneration", dict]:
+        accepts_mismatch = kwargs.get("ignore_mismatched_sizes", False)  # otherwise reported below, by name
+        # Where a checkpoint leaves parts out, all the weights are at hand already.
+        source = name if kwargs.get("state_dict") is None else None
+        model, info = super().from_pretrained(
+            source, *model_args, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        )
+        if source is None and name is not None:
+            model.name_or_path = model.config.name_or_path = str(name)
         problems = []
         if missing := sorted(info["missing_keys"]):
             problems.append(f"{len(missing)} are missing, for example {missing[0]}")
         if (mismatched := sorted(info["mismatched_keys"])) and not accepts_mismatch:
-            name, found, expected = mismatched[0]
+            key, found, expected = mismatched[0]
             problems.append(
-                f"{len(mismatched)} have another shape, for example {name} {tuple(found)} where the configuration asks "
+                f"{len(mismatched)} have another shape, for example {key} {tuple(found)} where the configuration asks "
                 f"for {tuple(expected)}"
             )
         if problems:
             raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not fit its configuration: {' and '.join(problems)}. "
-                f"Does config.json belong to these weights (mapping_type is {model.config.mapping_type!r}, prefix_length "
+                f"The weights of {name} do not fit its configuration: {' and '.join(problems)}. Does config.json belong "
+                f"to these weights (mapping_type is {model.config.mapping_type!r}, prefix_length "
                 f"{model.config.prefix_length})?"
             )
-        model._freeze()  # loading makes new parameters, which want gradients
-        return (model, info) if wants_info else model
+        return model, info
+
+    def save_pretrained(self, save_directory, *args, save_frozen: bool | None = None, **kwargs):
+        r"""
+        As in transformers, but frozen parts may be left out, which makes a checkpoint of a few megabytes.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            save_frozen (`bool`, *optional*): With `False`, each part of which nothing is trained and whose donor is known
+                (`config.donors`) is not saved: the checkpoint says where it comes from, with its revision and a hash of
+                its weights. A part without a donor, or one that no longer is what its donor is, is saved all the same.
+                By default what `config.save_frozen` says, which is how `Trainer` and `push_to_hub` can be told.
+            args, kwargs: As in transformers.
+        """
+        with leaving_out_frozen(self, self.config.save_frozen if save_frozen is None else save_frozen):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @staticmethod
+    def _load_donor(part: str, name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
+        load = _load_vision_tower if part == "vision_tower" else load_language_model
+        return load(donor_folder(name), dtype, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -467,15 +529,22 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         ... )  # doctest: +SKIP
 
         ```"""
-        if isinstance(vision, str):
-            vision = _load_vision_tower(vision, dtype, **(vision_kwargs or {}))
+        donors = {}
         if isinstance(text, str):
-            config_kwargs.setdefault("image_token_id", _placeholder_id(text, **(text_kwargs or {})))
-            text = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, **(text_kwargs or {}))
+            config_kwargs.setdefault("image_token_id", _check_text_donor(text, config_kwargs, **(text_kwargs or {})))
+        if isinstance(vision, str):
+            name, vision_kwargs = vision, vision_kwargs or {}
+            vision = cls._load_donor("vision_tower", name, dtype, **vision_kwargs)
+            donors["vision_tower"] = donor_record(name, vision.dtype, vision_kwargs)
+        if isinstance(text, str):
+            name, text_kwargs = text, text_kwargs or {}
+            text = cls._load_donor("language_model", name, dtype, **text_kwargs)
+            donors["language_model"] = donor_record(name, text.dtype, text_kwargs)
         # Copies: a new configuration resets the attention implementation of those it is given.
         config = ClipCapConfig(
             vision_config=None if vision is None else copy.deepcopy(vision.config),
             text_config=copy.deepcopy(text.config),
+            donors=donors or None,
             **config_kwargs,
         )
         for part in filter(None, (vision, text)):
@@ -484,6 +553,7 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         model = cls(config, vision_tower=vision, language_model=text)
         model.mapping_network.to(next(text.parameters()).dtype)
         model.generation_config = _caption_generation_config(text, config)
+        remember_donors(model)
         return model
 
 
@@ -499,16 +569,29 @@ def _load_vision_tower(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrai
     return tower_class.from_pretrained(name, config=vision_config, dtype=dtype, **kwargs)
 
 
-def _placeholder_id(text: str, **kwargs) -> int | None:
-    # The first id beyond the tokenizer, which is what ClipCapProcessor takes; it may lie below `vocab_size`, since many
-    # language models (OPT, Qwen) have more rows than their tokenizers have tokens.
+def _check_text_donor(text: str, config_kwargs: dict, **kwargs) -> int | None:
+    """Find what does not fit before any weights are loaded; returns the id of the placeholder."""
+    folder = donor_folder(text)
+    config = AutoConfig.from_pretrained(folder, **kwargs)
+    # A configuration without a tower checks all that concerns the language model.
+    ClipCapConfig(text_config=copy.deepcopy(config), **config_kwargs)
+    # The placeholder is the first id beyond the tokenizer, which is what ClipCapProcessor takes; it may lie below
+    # `vocab_size`, since many language models (OPT, Qwen) have more rows than their tokenizers have tokens.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, ValueError):
         return None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of weights without a tokenizer
         return None
-    return tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
+    placeholder = tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
+    vocab_size = config.get_text_config().vocab_size
+    if placeholder > vocab_size:
+        raise ValueError(
+            f"The tokenizer of {text} has {placeholder} tokens, but its language model embeds {vocab_size}: is it another "
+            "model's tokenizer? If tokens were added to it, load both, call `resize_token_embeddings(len(tokenizer))` on "
+            "the language model, and save it beside the tokenizer."
+        )
+    return placeholder
 
 
 def _caption_generation_config(language_model: PreTrainedModel, config: ClipCapConfig) -> GenerationConfig:

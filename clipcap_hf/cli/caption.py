@@ -28,6 +28,15 @@ def add_parser(commands):
     )
     caption.add_argument("--prompt", help="a beginning that every caption continues")
     caption.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
+    caption.add_argument(
+        "--explain",
+        type=positive,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="N",
+        help="below each caption, the N vocabulary tokens nearest to each prefix vector, with their cosines (default: 1)",
+    )
     caption.add_argument("--json", action="store_true", help='print {"image": ..., "captions": [...]} lines')
     caption.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
@@ -66,6 +75,7 @@ def run(arguments) -> int:
         batch_size=arguments.batch_size,
         num_workers=workers,
         prompt=arguments.prompt,
+        explain=arguments.explain,
         progress=sys.stderr.isatty() and len(paths) > arguments.batch_size,
         **generate_kwargs,
     )
@@ -74,7 +84,19 @@ def run(arguments) -> int:
             failed = True
             print(f"clipcap: {result.error}", file=sys.stderr)
         elif arguments.json:
-            print(json.dumps({"image": result.path, "captions": result.captions}, ensure_ascii=False), flush=True)
+            print(json.dumps(_record(result), ensure_ascii=False), flush=True)
         else:
             print(result.path, *result.captions, sep="\t", flush=True)
+            for number, tokens in enumerate(result.prefix_tokens or [], start=1):
+                print(f"  {number}", *(f"{token!r} {cosine:.3f}" for token, cosine in tokens), sep="\t", flush=True)
     return int(failed)
+
+
+def _record(result) -> dict:
+    record = {"image": result.path, "captions": result.captions}
+    if result.prefix_tokens is not None:
+        record["prefix"] = [
+            [{"token": token, "cosine": round(cosine, 4)} for token, cosine in tokens]
+            for tokens in result.prefix_tokens
+        ]
+    return record

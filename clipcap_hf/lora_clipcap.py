@@ -1,0 +1,59 @@
+"""LoRA adapters on the language model (Hu et al. 2021, arXiv 2106.09685), by way of PEFT."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
+    """Put new LoRA adapters, which change nothing yet, on a language model and freeze all the rest of it.
+
+    Args:
+        language_model ([`~transformers.PreTrainedModel`]): The language model.
+        lora (`dict`): Arguments of `peft.LoraConfig`. Without `target_modules` PEFT chooses by the kind of model.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If the arguments are wrong for PEFT or for this language model.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("This captioner has LoRA adapters (`config.lora`): `pip install peft`.") from error
+    if lora.get("modules_to_save"):
+        raise ValueError("`lora` cannot train whole modules beside the adapters: leave `modules_to_save` out.")
+    before = set(language_model.modules())
+    try:
+        language_model.add_adapter(LoraConfig(**lora))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lora` does not suit a `{language_model.config.model_type}`: {error} It holds arguments of peft.LoraConfig."
+        ) from error
+    ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+    if language_model.config.tie_word_embeddings and any(hasattr(end, "lora_A") for end in ends):
+        raise ValueError(
+            "`lora` adapts the embeddings or the head, which share their weights in this language model, and would part "
+            "them: leave both out of `target_modules`."
+        )
+    for module in set(language_model.modules()) - before:
+        module._is_hf_initialized = True  # the model's own rules would draw the second matrix, which begins with zeros
+    freeze_beside_lora(language_model)
+
+
+def freeze_beside_lora(language_model: PreTrainedModel):
+    """Let nothing but the adapters be trained."""
+    for name, parameter in language_model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def merge_lora(language_model: PreTrainedModel):
+    """Add the adapters to the weights that they adapt, and take them out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [name for name, module in language_model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name in adapted:
+        layer = language_model.get_submodule(name)
+        layer.merge(safe_merge=True)
+        language_model.set_submodule(name, layer.get_base_layer())
+    language_model._hf_peft_config_loaded = False
+    del language_model.peft_config

@@ -127,6 +127,9 @@ def _caption_pixels(
     pixel_values = torch.stack(pixels).to(model.device, memory_format=torch.channels_last)
     with torch.no_grad():
         image_outputs = model.get_image_features(pixel_values, return_dict=True)  # once, for caption and explanation
+    found = None
+    if explain:  # first, since beam search repeats the prefix in place
+        found = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
     captions = _generate(
         model,
         processor,
@@ -136,9 +139,8 @@ def _caption_pixels(
         mm_encoder_outputs={"image": image_outputs},
         **generate_kwargs,
     )
-    if not explain:
+    if found is None:
         return [{"captions": of_image} for of_image in captions]
-    found = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
     words = [
         [list(zip(*vector)) for vector in zip(tokens, cosines)]
         for tokens, cosines in zip(found.tokens, found.cosines.tolist())

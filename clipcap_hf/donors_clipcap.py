@@ -312,7 +312,7 @@ def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         if not _is_frozen(getattr(model, part), weights):
             continue
         donor, found = Donor(part, record), weights_hash(weights.values())
-        if found != model._donor_hashes.get(part):
+        if found not in (model._donor_hashes.get(part), record["sha256"]):
             try:
                 same = _cast_hash(donor.load(model._load_donor, getattr(model, part).config), weights) == found
             except (OSError, ValueError) as error:

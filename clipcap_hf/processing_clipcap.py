@@ -94,7 +94,10 @@ class ClipCapProcessor(ProcessorMixin):
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
-                raise ValueError("The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`.")
+                raise ValueError(
+                    "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
+                    "`tokenizer.eos_token`, at which captions end, and save the tokenizer beside its language model."
+                )
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
         self.image_token = IMAGE_TOKEN

@@ -135,7 +135,9 @@ def test_tokenizer_without_a_padding_token(tmp_path, make_tokenizer, captions):
 def test_tokenizer_without_an_end_token(tmp_path, make_tokenizer):
     tokenizer = make_tokenizer(eos_token=None, bos_token=None)
     folder = text_folder(tmp_path, tokenizer, eos_token_id=None, bos_token_id=None)
-    with pytest.raises(ValueError, match="neither a padding nor an end token.*`tokenizer.eos_token`.*save the tokenizer"):
+    with pytest.raises(
+        ValueError, match="neither a padding nor an end token.*`tokenizer.eos_token`.*save the tokenizer"
+    ):
         ClipCapProcessor.from_vision_text_pretrained(None, folder)
     tokenizer.eos_token = "<|endoftext|>"  # as advised
     tokenizer.save_pretrained(folder)
@@ -202,7 +204,4 @@ def test_pretrained_smollm2(tmp_path, captions):
         again = ClipCapForConditionalGeneration.from_pretrained(tmp_path / "captioner")
         assert torch.equal(again.generate(clip_embeds=embeds, max_new_tokens=6), captions)
         same = ClipCapProcessor.from_pretrained(tmp_path / "captioner")
-        assert (
-            same.tokenizer("A red heart.")["input_ids"]
-            == processor.tokenizer("A red heart.")["input_ids"]
-        )
+        assert same.tokenizer("A red heart.")["input_ids"] == processor.tokenizer("A red heart.")["input_ids"]

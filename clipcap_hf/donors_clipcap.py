@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .modeling_open_clip import is_open_clip_name
+from .modeling_text import check_can_read_gguf
 
 
 logger = logging.get_logger(__name__)
@@ -43,26 +44,6 @@ def donor_folder(name: str) -> str:
             "(only its files are read, so its dependencies are not needed)."
         )
     return str(Path(next(iter(spec.submodule_search_locations))))
-
-
-def load_language_model(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
-    """A causal language model by Hub id or folder; one that is read from GGUF can be saved like any other."""
-    if "gguf_file" not in kwargs:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    _check_can_read_gguf(name)
-    read = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    # transformers takes the model for a quantised one and refuses to save it, though its weights are ordinary ones.
-    config = copy.deepcopy(read.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict(), dtype=read.dtype)
-    model.generation_config = read.generation_config
-    return model
-
-
-def _check_can_read_gguf(name: str):
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"The weights of {name} are a GGUF file, which needs the package gguf: `pip install gguf`.")
 
 
 def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +142,7 @@ class Donor:
             ValueError: If it is another model than the one recorded.
         """
         if self.is_gguf:
-            _check_can_read_gguf(self.name)
+            check_can_read_gguf(self.name)
             self._compare(self._gguf_hash())
             return
         try:

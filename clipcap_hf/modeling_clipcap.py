@@ -14,25 +14,22 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     CLIPVisionModelWithProjection,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig
+from .configuration_clipcap import ClipCapConfig
 from .donors_clipcap import (
     donor_folder,
     donor_record,
     leaving_out_frozen,
-    load_language_model,
     remember_donors,
     with_donors,
 )
@@ -40,6 +37,7 @@ from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
 from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork
 from .modeling_open_clip import OpenClipVisionModel, is_open_clip_name
+from .modeling_text import caption_generation_config, load_language_model, placeholder_id, read_text_donor
 
 
 @dataclass
@@ -589,9 +587,9 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         donors, tokenizer = {}, None
         if isinstance(text, str):
             text_kwargs = text_kwargs or {}
-            text_config, tokenizer = _check_text_donor(text, config_kwargs, **text_kwargs)
+            text_config, tokenizer = read_text_donor(donor_folder(text), config_kwargs, **text_kwargs)
             if tokenizer is not None:
-                config_kwargs.setdefault("image_token_id", _placeholder_id(tokenizer))
+                config_kwargs.setdefault("image_token_id", placeholder_id(tokenizer))
         if isinstance(vision, str):
             name, vision_kwargs = vision, vision_kwargs or {}
             vision = cls._load_donor("vision_tower", name, dtype, **vision_kwargs)
@@ -612,7 +610,7 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True  # post_init() must not draw these weights anew
         model = cls(config, vision_tower=vision, language_model=text)
         model.mapping_network.to(next(text.parameters()).dtype)
-        model.generation_config = _caption_generation_config(text, config, tokenizer)
+        model.generation_config = caption_generation_config(text, config, tokenizer)
         remember_donors(model)
         return model
 
@@ -627,66 +625,6 @@ def _load_vision_tower(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrai
         vision_config.projection_dim = config.projection_dim  # a whole CLIP goes by its own
     tower_class = vision_tower_class(vision_config.model_type)
     return tower_class.from_pretrained(name, config=vision_config, dtype=dtype, **kwargs)
-
-
-def _check_text_donor(
-    text: str, config_kwargs: dict, **kwargs
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
-    """Configuration and tokenizer of a language model; finds what does not fit before its weights are loaded."""
-    folder = donor_folder(text)
-    config = AutoConfig.from_pretrained(folder, **kwargs)
-    # A configuration without a tower checks all that concerns the language model.
-    ClipCapConfig(text_config=copy.deepcopy(config), **config_kwargs)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError):
-        return config, None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of weights without a tokenizer
-        return config, None
-    tokens, rows = _placeholder_id(tokenizer), config.get_text_config().vocab_size
-    if tokens > rows:
-        raise ValueError(
-            f"The tokenizer of {text} has {tokens} tokens, but its language model embeds {rows}: is it another model's "
-            "tokenizer? If tokens were added to it, load both, call `resize_token_embeddings(len(tokenizer))` on the "
-            "language model, and save it beside the tokenizer."
-        )
-    return config, tokenizer
-
-
-def _placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # The first id beyond the tokenizer, which is what ClipCapProcessor takes; it may lie below `vocab_size`, since many
-    # language models (OPT, Qwen) have more rows than their tokenizers have tokens.
-    return tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
-
-
-def _caption_generation_config(
-    language_model: PreTrainedModel, config: ClipCapConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> GenerationConfig:
-    text_config = config.text_config.get_text_config()
-    eos_token_id, pad_token_id = _end_ids(language_model, tokenizer), language_model.generation_config.pad_token_id
-    if pad_token_id is None:
-        pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-    if pad_token_id is not None and pad_token_id >= text_config.vocab_size:
-        pad_token_id = 0  # captions that have ended are fed with it, so it needs an embedding
-    # 67 is the official decoders' limit. Sampling is theirs to choose who want it: the official code is greedy.
-    context = getattr(text_config, "max_position_embeddings", None)
-    return GenerationConfig(
-        max_new_tokens=67 if context is None else min(67, context - config.prefix_length),
-        bos_token_id=language_model.generation_config.bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-
-
-def _end_ids(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | list[int] | None:
-    # Captions are trained to end with the tokenizer's end token, which need not be among those of the language model.
-    ends, own = language_model.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)
-    if own is None or own == ends:
-        return ends
-    if ends is None:
-        return own
-    ends = ends if isinstance(ends, list) else [ends]
-    return ends if own in ends else [own, *ends]
 
 
 def _check_finite(clip_embeds: torch.Tensor):

@@ -7,6 +7,7 @@ ensure_torchvision_imports()  # transformers imports torchvision wherever it is 
 
 from transformers import (  # noqa: E402
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -17,6 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 from .assets import EMOJI_MINI  # noqa: E402
 from .configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
 from .generation_clipcap import official_beam_search  # noqa: E402
+from .image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
 from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
 from .modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
+AutoImageProcessor.register(OpenClipVisionConfig, image_processor_classes={"pil": OpenClipImageProcessor})
 AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(ClipCapConfig, ClipCapForConditionalGeneration)
@@ -54,6 +57,7 @@ __all__ = [
     "ClipCapProcessor",
     "ClipCapTrainer",
     "ImageCaptioningPipeline",
+    "OpenClipImageProcessor",
     "OpenClipVisionConfig",
     "OpenClipVisionModel",
     "official_beam_search",

@@ -161,7 +161,8 @@ def caption_embeds(
     Args:
         model ([`ClipCapForConditionalGeneration`]): The captioner.
         processor ([`ClipCapProcessor`]): Its processor.
-        clip_embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): From `model.get_clip_embeds`.
+        clip_embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): From `model.get_clip_embeds`; of patches
+            `(images, patches, clip_embed_dim)`.
         batch_size (`int`): Embeddings that go through the model at once.
         progress (`bool`): Show a progress bar on standard error.
         generate_kwargs: For `generate()`.
@@ -202,7 +203,8 @@ def embed_images(
         desc (`str`): What the progress bar says.
 
     Returns:
-        `torch.Tensor` of shape `(images, clip_embed_dim)`, on the CPU.
+        `torch.Tensor` of shape `(images, clip_embed_dim)`, or of patches `(images, clip_length, clip_embed_dim)`, on the
+        CPU.
     """
     embeds = []
     with torch.inference_mode(), tqdm(total=len(images), unit="image", desc=desc, disable=not progress) as bar:

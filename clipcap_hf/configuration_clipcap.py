@@ -10,12 +10,14 @@ from transformers.configuration_utils import SubConfigSpec
 IMAGE_TOKEN = "<image>"
 
 
-def clip_embed_dim_of(vision_config: PreTrainedConfig) -> int:
-    """Width of the image embedding that the tower of this configuration gives to the mapping network."""
+def clip_embed_dim_of(vision_config: PreTrainedConfig, vision_feature: str = "pooled") -> int:
+    """Width of what the tower of this configuration gives to the mapping network: an embedding, or patch tokens."""
+    if vision_config.model_type == "xclip_vision_model":
+        return vision_config.mit_hidden_size
     # CLIP's towers are used with their projection (paper, section 3), others by their pooled output.
-    if vision_config.model_type == "clip_vision_model":
+    if vision_feature == "pooled" and vision_config.model_type == "clip_vision_model":
         return vision_config.projection_dim
-    if vision_config.model_type == "open_clip_vision_model":
+    if vision_feature == "pooled" and vision_config.model_type == "open_clip_vision_model":
         return vision_config.embed_dim
     if (hidden_size := getattr(vision_config, "hidden_size", None)) is None:
         raise ValueError(
@@ -35,6 +37,8 @@ class OpenClipVisionConfig(PreTrainedConfig):
         vision_cfg (`dict`): open_clip's `model_cfg["vision_cfg"]`, unchanged.
         quick_gelu (`bool`): Whether the tower uses QuickGELU. OpenAI's weights need it, though the model config of
             the same name may not say so; the wrong activation gives embeddings that are only slightly wrong.
+        hidden_size (`int`, *optional*): Width of the patch tokens. Read off `vision_cfg`, or by the model off a tower of
+            timm.
 
     Example:
 
@@ -55,6 +59,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
     embed_dim: int = 512
     vision_cfg: dict[str, Any] | None = None
     quick_gelu: bool = False
+    hidden_size: int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -63,6 +68,10 @@ class OpenClipVisionConfig(PreTrainedConfig):
         # Weights come from the checkpoint; timm must not download its own first.
         if "timm_model_name" in self.vision_cfg:
             self.vision_cfg["timm_model_pretrained"] = False
+        elif self.hidden_size is None:
+            width = self.vision_cfg.get("width", 768)
+            is_resnet = isinstance(self.vision_cfg.get("layers"), (list, tuple))
+            self.hidden_size = 32 * width if is_resnet else width
         super().__post_init__(**kwargs)
 
     @property
@@ -85,10 +94,13 @@ class ClipCapConfig(PreTrainedConfig):
         mapping_type (`str`): `"mlp"` (section 3.2: two layers with tanh), `"transformer"` (section 3.3) or `"linear"`
             (one linear layer, found in the official code only).
         prefix_length (`int`): Number of vectors that the mapping network hands to the language model.
-        clip_length (`int`, *optional*): Number of tokens that the transformer mapping makes of one embedding; as many
-            as `prefix_length` by default. The other mappings have none.
-        clip_embed_dim (`int`, *optional*): Width of the CLIP embedding. Read off `vision_config`; without one it is
-            512, that of ViT-B/32.
+        vision_feature (`str`): What the mapping network reads. `"pooled"`: the image's embedding, as in the paper.
+            `"patches"`: the tower's patch tokens, averaged to `clip_length` tokens, for the transformer mapping only.
+        clip_length (`int`, *optional*): Number of tokens that the transformer mapping makes of one embedding, or of all
+            patches, see [`~clipcap_hf.modeling_mapping.pool_patches`]; as many as `prefix_length` by default. The other
+            mappings have none.
+        clip_embed_dim (`int`, *optional*): Width of the CLIP embedding, or of each patch token. Read off
+            `vision_config`; without one it is 512, that of ViT-B/32.
         normalize_clip_embeds (`bool`): Divide each embedding by its L2 norm first (`--normalize_prefix` of the
             official code, which its transformer notebook does and its README command does not).
         mapping_num_layers (`int`): Layers of the transformer mapping.
@@ -131,6 +143,7 @@ class ClipCapConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     mapping_type: Literal["mlp", "transformer", "linear"] = "mlp"
+    vision_feature: Literal["pooled", "patches"] = "pooled"
     prefix_length: int = 10
     clip_length: int | None = None
     clip_embed_dim: int | None = None
@@ -155,6 +168,13 @@ class ClipCapConfig(PreTrainedConfig):
                 f"The language model must be a causal one, but `{self.text_config.model_type}` is an encoder-decoder."
             )
         # The language model's head is tied by the language model's own rules; this class ties nothing.
+        if self.vision_feature == "patches" and self.mapping_type != "transformer":
+            raise ValueError(
+                f'`vision_feature="patches"` needs `mapping_type="transformer"`: a {self.mapping_type!r} mapping reads '
+                "one embedding, not several tokens."
+            )
+        if self.vision_feature == "patches" and getattr(self.vision_config, "model_type", "") == "xclip_vision_model":
+            raise ValueError('X-CLIP\'s video encoder gives no patch tokens: use `vision_feature="pooled"`.')
         self._set_clip_embed_dim()
         if self.mapping_type == "transformer" and self.clip_length is None:
             self.clip_length = self.prefix_length
@@ -166,7 +186,13 @@ class ClipCapConfig(PreTrainedConfig):
             self.image_token_id = self.text_config.get_text_config().vocab_size
 
     def _set_clip_embed_dim(self):
-        from_tower = None if self.vision_config is None else clip_embed_dim_of(self.vision_config)
+        from_tower = None
+        if self.vision_config is not None:
+            try:
+                from_tower = clip_embed_dim_of(self.vision_config, self.vision_feature)
+            except ValueError:
+                if self.clip_embed_dim is None:
+                    raise
         if self.clip_embed_dim is None:
             self.clip_embed_dim = 512 if from_tower is None else from_tower
         elif from_tower not in (None, self.clip_embed_dim):

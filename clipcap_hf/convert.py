@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTraine
 
 from .configuration_clipcap import clip_embed_dim_of
 from .convert_embeddings import convert_official_embeddings
-from .modeling_clipcap import ClipCapForConditionalGeneration, _load_vision_tower
+from .modeling_clipcap import ClipCapForConditionalGeneration
+from .modeling_vision import load_vision_config
 
 
 GPT2_FULL_STOP = 13  # the id of "." in the vocabulary of GPT-2
@@ -98,14 +99,15 @@ def convert_official_checkpoint(
     mapper_config = _mapper_config(mapper_weights, text_config.get_text_config().hidden_size)
     mapper_weights = _rename_mapper(mapper_weights, mapper_config["mapping_type"])
 
-    if isinstance(vision, str):
-        vision = _load_vision_tower(vision, dtype, **(vision_kwargs or {}))
     if vision is not None:
-        _check_tower(clip_embed_dim_of(vision.config), mapper_config["clip_embed_dim"])
+        by_name = isinstance(vision, str)
+        vision_config = load_vision_config(vision, **(vision_kwargs or {})) if by_name else vision.config
+        _check_tower(clip_embed_dim_of(vision_config), mapper_config["clip_embed_dim"])
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
         vision,
         _load_language_model(text_class, text_config, text_weights, dtype),
         dtype=dtype,
+        vision_kwargs=vision_kwargs,
         normalize_clip_embeds=normalize_clip_embeds,
         **{"mapping_num_heads": mapping_num_heads, **mapper_config, **config_kwargs},
     )

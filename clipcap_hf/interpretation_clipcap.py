@@ -1,4 +1,4 @@
-"""The prefix in words: the vocabulary tokens nearest to each prefix vector (Mokady et al. 2021, section 4.2)."""
+"""The prefix in words: the vocabulary tokens nearest to each prefix vector (Mokady et al. 2021, figure 6)."""
 
 from dataclasses import dataclass
 

@@ -12,13 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     Cache,
-    CLIPVisionModelWithProjection,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -26,18 +23,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_clipcap import ClipCapConfig
-from .donors_clipcap import (
-    donor_folder,
-    donor_record,
-    leaving_out_frozen,
-    remember_donors,
-    with_donors,
-)
+from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
 from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
-from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork
-from .modeling_open_clip import OpenClipVisionModel, is_open_clip_name
-from .modeling_text import caption_generation_config, load_language_model, placeholder_id, read_text_donor
+from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork, pool_patches
+from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
+from .modeling_vision import (
+    build_vision_tower,
+    embed_pixels,
+    load_vision_config,
+    load_vision_tower,
+    vision_feature_dim,
+)
 
 
 @dataclass
@@ -60,20 +57,6 @@ class ClipCapCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor] | None = None
     attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
-
-
-def vision_tower_class(model_type: str) -> type:
-    """The class that gives the image embedding; chosen by name, since remote code has classes of its own."""
-    if model_type == "clip_vision_model":
-        return CLIPVisionModelWithProjection  # AutoModel would leave the projection out
-    if model_type == "open_clip_vision_model":
-        return OpenClipVisionModel
-    return AutoModel
-
-
-def _build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
-    tower_class = vision_tower_class(vision_config.model_type)
-    return tower_class.from_config(vision_config) if tower_class is AutoModel else tower_class(vision_config)
 
 
 class ClipCapPreTrainedModel(PreTrainedModel):
@@ -139,7 +122,7 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
     ):
         super().__init__(config)
         if vision_tower is None and config.vision_config is not None:
-            vision_tower = _build_vision_tower(config.vision_config)
+            vision_tower = build_vision_tower(config.vision_config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.vision_tower = vision_tower
@@ -218,25 +201,23 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         The prefix of each image.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`, *optional*): Preprocessed images.
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`, *optional*): Preprocessed images; or
+                videos, `(batch, frames, 3, height, width)`.
             clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings from the same tower,
-                as [`get_clip_embeds`](#get_clip_embeds) returns them, in place of pixels.
+                as [`get_clip_embeds`](#get_clip_embeds) returns them, in place of pixels; with
+                `vision_feature="patches"` patch tokens of shape `(batch, patches, clip_embed_dim)`.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is the prefix, of shape
-            `(batch, prefix_length, hidden)`; the rest is the vision tower's.
+            `(batch, prefix_length, hidden)`; the rest is the vision tower's, of each frame where it takes images.
         """
         if (pixel_values is None) == (clip_embeds is None):
             raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
         vision_outputs = {}
         if clip_embeds is None:
-            vision_outputs = self._run_vision_tower(pixel_values, **kwargs)
-            clip_embeds = self._pooled(vision_outputs)
-        elif clip_embeds.ndim != 2 or clip_embeds.shape[-1] != self.config.clip_embed_dim:
-            raise ValueError(
-                f"`clip_embeds` must have the shape (batch, {self.config.clip_embed_dim}) that this model's mapping "
-                f"network takes, got {tuple(clip_embeds.shape)}. Were they made by another CLIP?"
-            )
+            clip_embeds, vision_outputs = self._embed_pixels(pixel_values, **kwargs)
+        else:
+            self._check_clip_embeds(clip_embeds)
         return BaseModelOutputWithPooling(
             pooler_output=self._map(clip_embeds),
             last_hidden_state=vision_outputs.get("last_hidden_state"),
@@ -255,8 +236,8 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         tokenizer=None,
     ) -> PrefixInterpretation:
         r"""
-        Read the prefix as words: the vocabulary tokens whose embeddings are nearest to each prefix vector (section 4.2 of
-        the paper). They tell most where the language model was trained, too; for a frozen one they are hard to read.
+        Read the prefix as words: the vocabulary tokens whose embeddings are nearest to each prefix vector (figure 6 of the
+        paper). They tell most where the language model was trained, too; for a frozen one they are hard to read.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`, *optional*): Preprocessed images.
@@ -274,27 +255,40 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         return nearest_tokens(prefix, self.get_input_embeddings().weight, k, tokenizer)
 
     def get_clip_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """CLIP embeddings (batch, clip_embed_dim) of preprocessed images (batch, 3, height, width), not normalised."""
-        return self._pooled(self._run_vision_tower(pixel_values))
+        """CLIP embeddings (batch, clip_embed_dim) of preprocessed images (batch, 3, height, width) or videos (batch,
+        frames, 3, height, width), not normalised; with `vision_feature="patches"` patch tokens, pooled to (batch,
+        clip_length, clip_embed_dim)."""
+        return self._embed_pixels(pixel_values)[0]
 
-    def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> ModelOutput:
+    def _embed_pixels(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         if self.vision_tower is None:
             raise ValueError(
                 "This captioner has no vision tower (`vision_config` is None): pass `clip_embeds` in place of "
                 "`pixel_values`."
             )
-        kwargs["return_dict"] = True
-        return self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype), **kwargs)
+        clip_embeds, outputs = embed_pixels(self.vision_tower, pixel_values, self.config.vision_feature, **kwargs)
+        if self.config.vision_feature == "patches":
+            clip_embeds = pool_patches(clip_embeds, self.config.clip_length)
+        return clip_embeds, outputs
 
-    def _pooled(self, vision_outputs: ModelOutput) -> torch.Tensor:
-        for name in ("image_embeds", "pooler_output"):
-            if (embeds := vision_outputs.get(name)) is not None:
-                return embeds.flatten(1)  # convolutional towers of transformers pool to (batch, channels, 1, 1)
-        raise ValueError(f"`{self.config.vision_config.model_type}` gives no pooled image embedding.")
+    def _check_clip_embeds(self, clip_embeds: torch.Tensor):
+        patches = self.config.vision_feature == "patches"
+        if clip_embeds.ndim != 2 + patches or clip_embeds.shape[-1] != self.config.clip_embed_dim:
+            shape = (
+                f"(batch, patches, {self.config.clip_embed_dim})"
+                if patches
+                else f"(batch, {self.config.clip_embed_dim})"
+            )
+            raise ValueError(
+                f"`clip_embeds` must have the shape {shape} that this model's mapping network takes (`vision_feature` is "
+                f"{self.config.vision_feature!r}), got {tuple(clip_embeds.shape)}. Were they made by another CLIP?"
+            )
 
     def _map(self, clip_embeds: torch.Tensor) -> torch.Tensor:
         weight = next(self.mapping_network.parameters())
         clip_embeds = clip_embeds.to(weight.device, weight.dtype)
+        if self.config.vision_feature == "patches":
+            clip_embeds = pool_patches(clip_embeds, self.config.clip_length)
         if self.config.normalize_clip_embeds:
             clip_embeds = F.normalize(clip_embeds, dim=-1)
         return self.mapping_network(clip_embeds)
@@ -319,9 +313,10 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`): Tokens, with `prefix_length` placeholders
                 `config.image_token_id` for each image.
-            pixel_values (`torch.FloatTensor` of shape `(images, 3, height, width)`, *optional*): Preprocessed images.
+            pixel_values (`torch.FloatTensor` of shape `(images, 3, height, width)`, *optional*): Preprocessed images; or
+                videos, `(videos, frames, 3, height, width)`.
             clip_embeds (`torch.FloatTensor` of shape `(images, clip_embed_dim)`, *optional*): Embeddings of the images,
-                in place of their pixels.
+                in place of their pixels; or patch tokens, `(images, patches, clip_embed_dim)`.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 where there is padding.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Like `input_ids`, with -100 where no
                 loss is wanted: on the prefix and on padding (by `attention_mask`: the padding token may be a real one).
@@ -401,8 +396,9 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
             inputs (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): `input_ids`: the placeholders and a
                 prompt to continue, padded on the left. Without it each image is captioned with no prompt.
             generation_config ([`~transformers.GenerationConfig`], *optional*): In place of the model's own.
-            kwargs: `pixel_values` (batch, 3, height, width) or `clip_embeds` (batch, clip_embed_dim), `attention_mask`,
-                and anything that `generate` of transformers takes. `max_length` counts the prefix: use
+            kwargs: `pixel_values` (batch, 3, height, width), of videos (batch, frames, 3, height, width), or
+                `clip_embeds` (batch, clip_embed_dim), of patches (batch, patches, clip_embed_dim), `attention_mask`, and
+                anything that `generate` of transformers takes. `max_length` counts the prefix: use
                 `max_new_tokens`.
 
         Returns:
@@ -549,7 +545,7 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _load_donor(part: str, name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
-        load = _load_vision_tower if part == "vision_tower" else load_language_model
+        load = load_vision_tower if part == "vision_tower" else load_language_model
         return load(donor_folder(name), dtype, **kwargs)
 
     @classmethod
@@ -568,12 +564,14 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         Args:
             vision (`str`, [`~transformers.PreTrainedModel`] or `None`): A Hub id or folder of transformers
                 (`"openai/clip-vit-base-patch32"`), an open_clip checkpoint (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"` or
-                a folder with `open_clip_config.json`), a loaded model, or `None` to work on embeddings alone.
-            text (`str` or [`~transformers.PreTrainedModel`]): A Hub id, folder or loaded model of a causal LM.
+                a folder with `open_clip_config.json`; its plain ViTs become `CLIPVisionModelWithProjection`), a loaded
+                model, or `None` to work on embeddings alone.
+            text (`str` or [`~transformers.PreTrainedModel`]): A Hub id, folder or loaded model of a causal LM, or
+                `"package:NAME"`, the folder of an installed Python package.
             dtype (`torch.dtype`): Of the parts that are loaded here by name; the new mapping network takes that of the
                 language model. Training wants `torch.float32`, whatever the parts were saved in.
             vision_kwargs (`dict`, *optional*): For the tower's `from_pretrained` (`revision`, `token`, ...).
-            text_kwargs (`dict`, *optional*): For the language model's.
+            text_kwargs (`dict`, *optional*): For the language model's (`revision`, `token`, `gguf_file`, ...).
             config_kwargs: Fields of [`ClipCapConfig`]: `mapping_type`, `prefix_length`, `freeze_language_model`, ...
 
         Example:
@@ -584,14 +582,25 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         ... )  # doctest: +SKIP
 
         ```"""
-        donors, tokenizer = {}, None
+        vision_kwargs, text_kwargs, donors, tokenizer = vision_kwargs or {}, text_kwargs or {}, {}, None
+        vision_config, text_config = getattr(vision, "config", None), getattr(text, "config", None)
+        # Configurations first: what does not fit is found before any weights are loaded.
+        if isinstance(vision, str):
+            vision_config = load_vision_config(donor_folder(vision), **vision_kwargs)
         if isinstance(text, str):
-            text_kwargs = text_kwargs or {}
-            text_config, tokenizer = read_text_donor(donor_folder(text), config_kwargs, **text_kwargs)
+            text_config = AutoConfig.from_pretrained(donor_folder(text), **text_kwargs)
+        vision_feature = config_kwargs.get("vision_feature", "pooled")
+        if vision_config is not None:
+            config_kwargs.setdefault("clip_embed_dim", vision_feature_dim(vision_config, vision_feature))
+        ClipCapConfig(
+            vision_config=copy.deepcopy(vision_config), text_config=copy.deepcopy(text_config), **config_kwargs
+        )
+        if isinstance(text, str):
+            tokenizer = load_tokenizer(donor_folder(text), text_config, **text_kwargs)
             if tokenizer is not None:
                 config_kwargs.setdefault("image_token_id", placeholder_id(tokenizer))
         if isinstance(vision, str):
-            name, vision_kwargs = vision, vision_kwargs or {}
+            name, vision_kwargs = vision, {**vision_kwargs, "vision_feature": vision_feature}
             vision = cls._load_donor("vision_tower", name, dtype, **vision_kwargs)
             donors["vision_tower"] = donor_record(name, vision.dtype, vision_kwargs)
         if isinstance(text, str):
@@ -613,18 +622,6 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         model.generation_config = caption_generation_config(text, config, tokenizer)
         remember_donors(model)
         return model
-
-
-def _load_vision_tower(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
-    if is_open_clip_name(name):
-        return OpenClipVisionModel.from_open_clip(name, dtype=dtype, **kwargs)
-    config = AutoConfig.from_pretrained(name, **kwargs)
-    # A repository of a whole CLIP holds its tower's configuration inside its own.
-    vision_config = getattr(config, "vision_config", None) or config
-    if vision_config.model_type == "clip_vision_model":
-        vision_config.projection_dim = config.projection_dim  # a whole CLIP goes by its own
-    tower_class = vision_tower_class(vision_config.model_type)
-    return tower_class.from_pretrained(name, config=vision_config, dtype=dtype, **kwargs)
 
 
 def _check_finite(clip_embeds: torch.Tensor):

@@ -1,5 +1,7 @@
 """The mapping networks: a CLIP embedding in, the prefix out (sections 3.2 and 3.3 of the paper)."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -74,25 +76,46 @@ class ClipCapMappingLayer(GradientCheckpointingLayer):
         return hidden_states + self.fc2(F.relu(self.fc1(self.layer_norm2(hidden_states))))
 
 
+def pool_patches(patches: torch.Tensor, clip_length: int) -> torch.Tensor:
+    """Average patch tokens (batch, patches, dim), row by row over the image, to `clip_length` tokens.
+
+    Where both numbers are squares, the square grid of patches is cut into a square grid of cells (adaptive average
+    pooling); otherwise the sequence is cut into runs. No more patches than `clip_length` stay as they are, so pooling
+    what is pooled changes nothing.
+    """
+    if patches.shape[1] <= clip_length:
+        return patches
+    side, cells = math.isqrt(patches.shape[1]), math.isqrt(clip_length)
+    patches = patches.transpose(1, 2)
+    if side**2 == patches.shape[2] and cells**2 == clip_length:
+        pooled = F.adaptive_avg_pool2d(patches.unflatten(2, (side, side)), cells).flatten(2)
+    else:
+        pooled = F.adaptive_avg_pool1d(patches, clip_length)
+    return pooled.transpose(1, 2)
+
+
 class ClipCapTransformerMappingNetwork(nn.Module):
     """Section 3.3 of the paper: the embedding becomes `clip_length` tokens, `prefix_length` learned constants join them,
-    and what the transformer makes of the constants is the prefix (batch, prefix_length, hidden)."""
+    and what the transformer makes of the constants is the prefix (batch, prefix_length, hidden). With
+    `vision_feature="patches"` the tokens are patches, at most `clip_length`, projected one by one."""
 
     def __init__(self, config: ClipCapConfig):
         super().__init__()
-        self.clip_length = config.clip_length
+        self.tokens_per_embed = 1 if config.vision_feature == "patches" else config.clip_length
+        self.prefix_length = config.prefix_length
         hidden_size = config.text_config.get_text_config().hidden_size
-        self.clip_projection = nn.Linear(config.clip_embed_dim, config.clip_length * hidden_size)
+        self.clip_projection = nn.Linear(config.clip_embed_dim, self.tokens_per_embed * hidden_size)
         self.prefix_const = nn.Parameter(torch.empty(config.prefix_length, hidden_size))
         self.layers = nn.ModuleList(ClipCapMappingLayer(config) for _ in range(config.mapping_num_layers))
 
     def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
-        clip_tokens = self.clip_projection(clip_embeds).unflatten(-1, (self.clip_length, -1))
+        # (batch, dim) or (batch, patches, dim) to (batch, tokens, hidden)
+        clip_tokens = self.clip_projection(clip_embeds).unflatten(-1, (self.tokens_per_embed, -1)).flatten(1, -2)
         prefix_const = self.prefix_const.expand(len(clip_tokens), -1, -1)
         hidden_states = torch.cat([clip_tokens, prefix_const], dim=1)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return hidden_states[:, self.clip_length :]
+        return hidden_states[:, -self.prefix_length :]
 
 
 MAPPING_NETWORKS = {

@@ -1,11 +1,10 @@
-"""Pretrained language models: what fits is found out before their weights are loaded."""
+"""Pretrained language models and their tokenizers."""
 
 import copy
 import importlib.util
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -17,19 +16,18 @@ from transformers import (
 from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig
 
 
-def read_text_donor(
-    folder: str, config_kwargs: dict, **kwargs
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
-    """Configuration and tokenizer of a language model; finds what does not fit before its weights are loaded."""
-    config = AutoConfig.from_pretrained(folder, **kwargs)
-    # A configuration without a tower checks all that concerns the language model.
-    ClipCapConfig(text_config=copy.deepcopy(config), **config_kwargs)
+def load_tokenizer(folder: str, config: PreTrainedConfig, **kwargs) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a language model, if there is one.
+
+    Raises:
+        ValueError: If it has more tokens than the language model of this configuration embeds.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, ValueError):
-        return config, None
+        return None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of weights without a tokenizer
-        return config, None
+        return None
     tokens, rows = placeholder_id(tokenizer), config.get_text_config().vocab_size
     if tokens > rows:
         raise ValueError(
@@ -37,7 +35,7 @@ def read_text_donor(
             "tokenizer? If tokens were added to it, load both, call `resize_token_embeddings(len(tokenizer))` on the "
             "language model, and save it beside the tokenizer."
         )
-    return config, tokenizer
+    return tokenizer
 
 
 def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -47,7 +47,7 @@ class ImageCaptioningPipeline(Pipeline):
         r"""
         Args:
             images (path, URL, `PIL.Image.Image`, a list of them, or a dataset): What to caption. A list may be batched
-                with `batch_size=`.
+                with `batch_size=`. A video is given as `{"video": VIDEO}`, with anything that the processor takes as one.
             kwargs: `prompt` (`str`), a beginning that every caption continues; `return_scores` (`bool`), adds the
                 `score`, the mean log-probability of the caption's tokens; `max_new_tokens`, `num_beams`,
                 `num_return_sequences` and every other argument of `generate()`, also as `generate_kwargs`.
@@ -58,7 +58,9 @@ class ImageCaptioningPipeline(Pipeline):
         return super().__call__(images, **kwargs)
 
     def preprocess(self, image, prompt=None):
-        inputs = self.processor(images=[image], text=prompt, return_tensors="pt")
+        is_video = isinstance(image, dict) and "video" in image
+        visual = {"videos": [image["video"]]} if is_video else {"images": [image]}
+        inputs = self.processor(**visual, text=prompt, return_tensors="pt")
         return inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs, return_scores=False, **generate_kwargs):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.image_utils import load_image as fetch_image
 from transformers.image_utils import make_flat_list_of_images
@@ -11,33 +11,10 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_clipcap import IMAGE_TOKEN
 from .donors_clipcap import donor_folder
+from .image_processing_open_clip import OpenClipImageProcessor, image_processor_from_open_clip, to_rgb
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB image: EXIF rotation applied, transparency put on white, 16-bit grey scaled down."""
-    # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith(("I", "F")):
-        return _grey_to_8_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    import numpy as np
-
-    pixels = np.asarray(image, dtype=np.float64)
-    if image.mode == "F" and pixels.max() <= 1:
-        scale = 255.0  # floating-point images are in [0, 1] by convention
-    else:
-        # "I" holds 32 bits, but in practice pictures of 8 or 16.
-        scale = 255 / 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 1.0
-    return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
+from .modeling_vision import load_vision_config
+from .video_frames import list_videos, read_frames
 
 
 def load_image(image: str | Path | Image.Image) -> Image.Image:
@@ -84,10 +61,19 @@ class ClipCapProcessor(ProcessorMixin):
             token) if it has none, and pads on the left, as generation needs; the collator for training pads on the
             right.
         prefix_length (`int`): The model's `config.prefix_length`.
+        num_frames (`int`): Frames that are taken of each video.
         chat_template (`str`, *optional*): For chat-style input.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, prefix_length: int = 10, chat_template=None, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        prefix_length: int = 10,
+        num_frames: int = 8,
+        chat_template=None,
+        **kwargs,
+    ):
         if tokenizer is None:
             raise ValueError("ClipCapProcessor needs a tokenizer.")
         if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -103,39 +89,60 @@ class ClipCapProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.prefix_length = prefix_length
+        self.num_frames = num_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
-    def __call__(self, images=None, text=None, clip_embeds: torch.Tensor | None = None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        clip_embeds: torch.Tensor | None = None,
+        num_frames: int | None = None,
+        **kwargs,
+    ) -> BatchFeature:
         r"""
         Args:
             images (image, path, URL, or a list of them, *optional*): One image for each text. Images of any mode are
                 made upright RGB first, see [`to_rgb`].
             text (`str` or `list[str]`, *optional*): Prompts to continue; one prompt serves all images. None by default.
-            clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images.
+            videos (list of frames, array (frames, height, width, 3), path, or a list of them, *optional*): One video for
+                each text, in place of images, see [`~clipcap_hf.video_frames.read_frames`].
+            clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images; or
+                patch tokens, `(batch, patches, clip_embed_dim)`.
+            num_frames (`int`, *optional*): Frames to take of each video, evenly spread; the processor's own by default.
             kwargs: Arguments of the tokenizer and the image processor (`return_tensors`, `padding`, ...). Texts of
                 unequal length are padded.
 
         Returns:
             [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` (batch, sequence), and `pixel_values`
-            (batch, 3, height, width) or `clip_embeds` (batch, clip_embed_dim).
+            (batch, 3, height, width), of videos (batch, frames, 3, height, width), or `clip_embeds`.
 
         Raises:
             ValueError: If there is nothing to process, or the numbers of images and texts differ.
         """
-        if images is None and text is None and clip_embeds is None:
-            raise ValueError("Pass `images`, `clip_embeds` or `text`.")
-        if images is not None and clip_embeds is not None:
-            raise ValueError("Pass either `images` or `clip_embeds`, not both.")
+        given = [
+            name
+            for name, value in (("images", images), ("videos", videos), ("clip_embeds", clip_embeds))
+            if value is not None
+        ]
+        if not given and text is None:
+            raise ValueError("Pass `images`, `videos`, `clip_embeds` or `text`.")
+        if len(given) > 1:
+            raise ValueError(f"Pass either `{given[0]}` or `{given[1]}`, not both.")
         merged = self._merge_kwargs(ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
 
         image_inputs, num_images = {}, 0
         if images is not None:
             image_inputs, num_images = self._process(images, **merged["images_kwargs"])
+        elif videos is not None:
+            image_inputs, num_images = self._videos_to_pixels(videos, num_frames, **merged["images_kwargs"])
         elif clip_embeds is not None:
             clip_embeds = torch.stack([torch.as_tensor(embeds) for embeds in clip_embeds])
-            if clip_embeds.ndim != 2:
+            if clip_embeds.ndim not in (2, 3):
                 raise ValueError(
-                    f"`clip_embeds` must have the shape (batch, clip_embed_dim), got {tuple(clip_embeds.shape)}."
+                    "`clip_embeds` must have the shape (batch, clip_embed_dim), or (batch, patches, clip_embed_dim) of "
+                    f"patches, got {tuple(clip_embeds.shape)}."
                 )
             image_inputs, num_images = {"clip_embeds": clip_embeds}, len(clip_embeds)
 
@@ -170,6 +177,15 @@ class ClipCapProcessor(ProcessorMixin):
             to_rgb(image) if isinstance(image, Image.Image) else image for image in make_flat_list_of_images(images)
         ]
         return self.image_processor(images, **images_kwargs), len(images)
+
+    def _videos_to_pixels(self, videos, num_frames: int | None, **images_kwargs) -> tuple[dict, int]:
+        num_frames = num_frames or self.num_frames
+        videos = [read_frames(video, num_frames) for video in list_videos(videos)]
+        frames = [frame for video in videos for frame in video]
+        inputs, _ = self._process(frames, **{**images_kwargs, "return_tensors": "np"})
+        pixel_values = inputs["pixel_values"]
+        # Image processors of video models (VideoMAE's) take all frames for one video.
+        return {"pixel_values": pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[-3:])}, len(videos)
 
     def _with_placeholders(self, text: str | list[str] | None, num_images: int) -> list[str]:
         if text is None:
@@ -211,7 +227,14 @@ class ClipCapProcessor(ProcessorMixin):
         backend = kwargs.pop("backend", "pil")
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         image_processor = None
-        if "image_processor" not in (processor_dict or {}) or processor_dict["image_processor"] is not None:
+        image_processor_dict = (processor_dict or {}).get("image_processor", {})
+        if (
+            image_processor_dict is not None
+            and image_processor_dict.get("image_processor_type") == "OpenClipImageProcessor"
+        ):
+            # By its class, which need not be registered where this file is remote code.
+            image_processor = OpenClipImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        elif image_processor_dict is not None:
             image_processor = AutoImageProcessor.from_pretrained(
                 pretrained_model_name_or_path, backend=backend, **kwargs
             )
@@ -223,6 +246,7 @@ class ClipCapProcessor(ProcessorMixin):
         vision: str | None,
         text: str,
         prefix_length: int = 10,
+        num_frames: int = 8,
         vision_kwargs: dict | None = None,
         text_kwargs: dict | None = None,
     ) -> "ClipCapProcessor":
@@ -233,6 +257,7 @@ class ClipCapProcessor(ProcessorMixin):
             vision (`str` or `None`): Hub id, folder or open_clip name of the vision tower.
             text (`str`): Hub id or folder of the language model.
             prefix_length (`int`): The model's `config.prefix_length`.
+            num_frames (`int`): Frames that are taken of each video; a video encoder's own where it has one.
             vision_kwargs (`dict`, *optional*): For loading the image processor (`revision`, `token`, ...).
             text_kwargs (`dict`, *optional*): For loading the tokenizer.
         """
@@ -243,45 +268,17 @@ class ClipCapProcessor(ProcessorMixin):
             _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **vision_kwargs)
             image_processor = image_processor_from_open_clip(preprocess_cfg)
         else:
-            image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **vision_kwargs)
+            try:
+                image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **vision_kwargs)
+            except (OSError, ValueError):
+                load_vision_config(vision, **vision_kwargs)  # says so if there is no such tower
+                raise
+            if "VideoMAE" in type(image_processor).__name__:  # a video encoder, which wants its own number of frames
+                num_frames = getattr(load_vision_config(vision, **vision_kwargs), "num_frames", num_frames)
         tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{text} has no tokenizer: put the files of the language model's tokenizer beside it.")
-        return cls(image_processor, tokenizer, prefix_length=prefix_length)
-
-
-def image_processor_from_open_clip(preprocess_cfg: dict):
-    """The image processor that does what open_clip's evaluation transform of this `preprocess_cfg` does.
-
-    To the bit, but for one case: where the margin that the centre crop cuts off is odd, transformers rounds its half down
-    and torchvision to the even number, so that the crop may lie one pixel to the left or above.
-    """
-    from transformers import CLIPImageProcessorPil
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
-
-    resize_mode = preprocess_cfg.get("resize_mode", "shortest")
-    if resize_mode not in ("shortest", "squash"):
-        raise ValueError(f"open_clip's resize mode {resize_mode!r} has no counterpart in transformers.")
-    size = preprocess_cfg.get("size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    shortest = resize_mode == "shortest"
-    if shortest and height != width:
-        raise ValueError(
-            f"open_clip's resize mode 'shortest' to {height} x {width} has no counterpart in transformers."
-        )
-    resample = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
-    interpolation = preprocess_cfg.get("interpolation", "bicubic")
-    if interpolation not in resample:
-        raise ValueError(f"open_clip's interpolation {interpolation!r} has no counterpart in transformers.")
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": height} if shortest else {"height": height, "width": width},
-        default_to_square=not shortest,
-        do_center_crop=shortest,
-        crop_size={"height": height, "width": width},
-        resample=resample[interpolation],
-        image_mean=list(preprocess_cfg.get("mean", OPENAI_CLIP_MEAN)),
-        image_std=list(preprocess_cfg.get("std", OPENAI_CLIP_STD)),
-    )
+        return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)
 
 
 __all__ = ["ClipCapProcessor"]

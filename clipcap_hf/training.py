@@ -24,8 +24,8 @@ class CaptioningCollator:
         processor ([`ClipCapProcessor`]): Of the model to train.
         image_column (`str`): Column with the image (anything that the processor takes).
         caption_column (`str`): Column with the caption, or with a list of captions of which one is drawn each time.
-        embeds_column (`str`): Column with the image's CLIP embedding, of shape `(clip_embed_dim,)`; it is preferred to
-            the image where a row has it.
+        embeds_column (`str`): Column with the image's CLIP embedding, of shape `(clip_embed_dim,)` or, of patches,
+            `(patches, clip_embed_dim)`; it is preferred to the image where a row has it.
         append_eos (`bool`): End captions with the end token. The official code does not, and its captions run on unless
             they hit a full stop.
         sample_captions (`bool`): Draw one of several captions at random (by torch's generator, so runs with a seed
@@ -34,6 +34,7 @@ class CaptioningCollator:
         embeds_noise (`float`): Standard deviation of the Gaussian noise that is added to each dimension of an embedding
             divided by its L2 norm (CapDec, Nukrai et al. 2022, section 3), so that the captioner also accepts embeddings
             that lie near those of training. For models with `normalize_clip_embeds`.
+        video_column (`str`): Column with a video (anything that the processor takes), for rows without an image.
 
     Example:
 
@@ -58,6 +59,7 @@ class CaptioningCollator:
         sample_captions: bool = True,
         max_caption_length: int | None = None,
         embeds_noise: float = 0.0,
+        video_column: str = "video",
     ):
         if append_eos and processor.tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no end token: set one, or pass `append_eos=False`.")
@@ -69,6 +71,7 @@ class CaptioningCollator:
         self.sample_captions = sample_captions
         self.max_caption_length = max_caption_length
         self.embeds_noise = embeds_noise
+        self.video_column = video_column
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         captions = [self._caption(feature) for feature in features]
@@ -117,9 +120,11 @@ class CaptioningCollator:
             return {"clip_embeds": embeds}
         if self.image_column in features[0]:
             return {"images": [feature[self.image_column] for feature in features]}
+        if self.video_column in features[0]:
+            return {"videos": [feature[self.video_column] for feature in features]}
         raise ValueError(
-            f"The data has neither a column {self.image_column!r} nor {self.embeds_column!r}; it has "
-            f"{', '.join(features[0])}. Pass `image_column=` or `embeds_column=`, and `remove_unused_columns=False` to the "
+            f"The data has neither a column {self.image_column!r} nor {self.video_column!r} nor {self.embeds_column!r}; it "
+            f"has {', '.join(features[0])}. Pass `image_column=`, `video_column=` or `embeds_column=`, and `remove_unused_columns=False` to the "
             "training arguments."
         )
 

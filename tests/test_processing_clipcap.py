@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 from clipcap_hf import ClipCapProcessor
-from clipcap_hf.processing_clipcap import image_processor_from_open_clip, load_image, to_rgb
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from clipcap_hf.processing_clipcap import load_image, to_rgb
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil
 
@@ -19,61 +18,6 @@ def assert_colour(image, expected, tolerance=0):
     assert image.mode == "RGB"
     difference = np.abs(np.asarray(image).astype(int).reshape(-1, 3) - np.asarray(expected))
     assert difference.max() <= tolerance, np.unique(np.asarray(image).reshape(-1, 3), axis=0)
-
-
-# -- the transform of open_clip
-
-
-@pytest.mark.parametrize("size", [(64, 64), (50, 40), (40, 50), (300, 33), (20, 25), (33, 32), (224, 224)], ids=str)
-@pytest.mark.parametrize(
-    "preprocess_cfg",
-    [
-        {"size": 32, "resize_mode": "shortest", "interpolation": "bicubic"},
-        {"size": 32, "resize_mode": "squash", "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
-        {"size": 32, "resize_mode": "shortest", "interpolation": "bilinear"},
-        {"size": (32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)},
-        {"size": [24, 40], "resize_mode": "squash"},
-    ],
-    ids=["shortest", "squash", "bilinear", "pair", "oblong"],
-)
-def test_image_processor_is_the_transform_of_open_clip(preprocess_cfg, size):
-    reference_cfg = {**preprocess_cfg}
-    if isinstance(reference_cfg["size"], list):
-        reference_cfg["size"] = tuple(reference_cfg["size"])
-    transform = image_transform_v2(PreprocessCfg(**reference_cfg), is_train=False)
-    image = noise(*size)
-    pixels = image_processor_from_open_clip(preprocess_cfg)(image, return_tensors="pt")["pixel_values"]
-    expected = transform(image)
-    assert pixels.shape[1:] == expected.shape
-    torch.testing.assert_close(pixels[0], expected, rtol=0, atol=5e-7)
-    # The same 8-bit picture went into the normalisation.
-    mean, std = (torch.tensor(reference_cfg.get(k, d)).view(3, 1, 1) for k, d in (("mean", MEAN), ("std", STD)))
-    assert torch.equal(*((255 * (tensor * std + mean)).round() for tensor in (pixels[0], expected)))
-
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@pytest.mark.parametrize("size", [(50, 41), (41, 50)], ids=str)
-def test_odd_margins_are_cut_a_pixel_earlier_than_by_open_clip(size):
-    transform = image_transform_v2(PreprocessCfg(size=32), is_train=False)
-    image = noise(*size)
-    resized = transform.transforms[0](image)  # 32 by 39: a margin of 7, which torchvision cuts as 4 and 3
-    assert sorted(resized.size) == [32, 39]
-    corner = [(length - 32) // 2 for length in resized.size]
-    cropped = resized.crop((*corner, corner[0] + 32, corner[1] + 32))
-    pixels = image_processor_from_open_clip({"size": 32})(image, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels[0], transform(cropped), rtol=0, atol=5e-7)
-
-
-def test_resize_mode_without_a_counterpart():
-    with pytest.raises(ValueError, match="'longest' has no counterpart"):
-        image_processor_from_open_clip({"size": 32, "resize_mode": "longest"})
-    with pytest.raises(ValueError, match="interpolation 'random' has no counterpart"):
-        image_processor_from_open_clip({"size": 32, "interpolation": "random"})
-    with pytest.raises(ValueError, match=r"'shortest'.*24 x 40.*no counterpart"):
-        image_processor_from_open_clip({"size": [24, 40], "resize_mode": "shortest"})
 
 
 # -- images of every mode
@@ -278,7 +222,7 @@ def test_text_alone(processor):
 
 
 def test_nothing_and_too_much(processor, images):
-    with pytest.raises(ValueError, match="Pass `images`, `clip_embeds` or `text`"):
+    with pytest.raises(ValueError, match="Pass `images`, `videos`, `clip_embeds` or `text`"):
         processor()
     with pytest.raises(ValueError, match="either `images` or `clip_embeds`, not both"):
         processor(images=images[0], clip_embeds=torch.randn(1, 16))
@@ -292,7 +236,9 @@ def test_embeddings(processor, embeds_processor):
         assert (inputs["input_ids"][:, :4] == which.image_token_id).all() and inputs["input_ids"].shape[0] == 2
     assert torch.equal(processor(clip_embeds=embeds.tolist(), return_tensors="pt")["clip_embeds"], embeds)
     assert torch.equal(processor(clip_embeds=list(embeds), return_tensors="pt")["clip_embeds"], embeds)
-    with pytest.raises(ValueError, match=r"`clip_embeds` must have the shape \(batch, clip_embed_dim\), got \(16,\)"):
+    with pytest.raises(
+        ValueError, match=r"`clip_embeds` must have the shape \(batch, clip_embed_dim\).*, got \(16,\)"
+    ):
         processor(clip_embeds=torch.randn(16))
     with pytest.raises(ValueError, match="no image processor: pass `clip_embeds`"):
         embeds_processor(images=Image.new("RGB", (8, 8)))
@@ -384,7 +330,7 @@ def test_torchvision_backend_on_request(model_folder, images):
     assert type(other.image_processor).__name__ == "CLIPImageProcessor"
     assert type(default.image_processor).__name__ == "CLIPImageProcessorPil"
     pixels = [processor(images=images[3], return_tensors="pt")["pixel_values"] for processor in (default, other)]
-    torch.testing.assert_close(*pixels, rtol=0, atol=3 / 255 / min(STD))
+    torch.testing.assert_close(*pixels, rtol=0, atol=3 / 255 / min(CLIPImageProcessorPil.image_std))
 
 
 # -- from the parts of others

@@ -148,7 +148,7 @@ def test_missing_columns(embeds_processor):
     with pytest.raises(ValueError, match="no column 'captions'; it has clip_embeds, text.*`caption_column=`"):
         collator([{"clip_embeds": [0.0] * 16, "text": "a"}])
     with pytest.raises(
-        ValueError, match="neither a column 'image' nor 'clip_embeds'; it has captions.*`image_column=`"
+        ValueError, match="neither a column 'image' nor 'video' nor 'clip_embeds'; it has captions.*`image_column=`"
     ):
         collator([{"captions": "a"}])
     with pytest.raises(ValueError, match="'clip_embeds' is empty in some rows"):

@@ -1,0 +1,194 @@
+"""open_clip's evaluation transform, to the bit, and the conversion of any picture to the RGB that it takes."""
+
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
+from transformers.processing_utils import ImagesKwargs
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright 8-bit RGB image: EXIF rotation applied, transparency put on white, 16-bit grey scaled down."""
+    # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _grey_to_8_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
+    if image.mode == "F" and pixels.max() <= 1:
+        scale = 255.0  # floating-point images are in [0, 1] by convention
+    else:
+        # "I" holds 32 bits, but in practice pictures of 8 or 16.
+        scale = 255 / 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 1.0
+    return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
+
+
+class OpenClipImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    resize_mode (`str`):
+        `"shortest"`: scale until the image covers the target, then crop its centre. `"longest"`: scale until it fits
+        into the target, then pad. `"squash"`: scale both sides to the target's.
+    fill_color (`int`):
+        Grey value, 0 to 255, of the padding.
+    """
+
+    resize_mode: Literal["shortest", "longest", "squash"]
+    fill_color: int
+
+
+class OpenClipImageProcessor(PilBackend):
+    r"""
+    What open_clip's `image_transform(..., is_train=False)` does, to the last bit of each float.
+
+    [`~transformers.CLIPImageProcessorPil`] differs from it where the margin that the centre crop cuts off is odd (it
+    rounds half of it down, torchvision to the even number), in the last bit of the normalisation, and has neither
+    `"longest"` nor oblong targets. Images are made RGB before they are resized, as open_clip's training data are.
+
+    Args:
+        size (`dict`): `{"height": int, "width": int}` of the output, in pixels.
+        resize_mode (`str`): `"shortest"`, `"longest"` or `"squash"`, as in open_clip's `preprocess_cfg`.
+        fill_color (`int`): Grey value of the padding that `"longest"` needs.
+        resample (`PIL.Image.Resampling`): Bicubic or bilinear. Oblong `"shortest"` is always bicubic, as in open_clip.
+        image_mean (`list[float]`): Of the normalisation, for values in [0, 1].
+        image_std (`list[float]`): Likewise.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from clipcap_hf import OpenClipImageProcessor
+
+    >>> image_processor = OpenClipImageProcessor(size={"height": 32, "width": 32}, resize_mode="longest")
+    >>> image_processor(Image.new("RGB", (50, 41)), return_tensors="pt")["pixel_values"].shape
+    torch.Size([1, 3, 32, 32])
+
+    ```"""
+
+    valid_kwargs = OpenClipImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+    size = {"height": 224, "width": 224}
+    resize_mode = "shortest"
+    fill_color = 0
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def process_image(self, image, **kwargs) -> np.ndarray:
+        return super().process_image(to_rgb(image) if isinstance(image, Image.Image) else image, **kwargs)
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize,
+        size,
+        resample,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        return_tensors,
+        resize_mode,
+        fill_color,
+        **kwargs,
+    ) -> BatchFeature:
+        processed = []
+        for image in images:
+            if do_resize:
+                picture = to_pil_image(image, input_data_format=ChannelDimension.FIRST)
+                picture = _resize(picture, (size.height, size.width), resize_mode, resample)
+                picture = _center_crop_or_pad(picture, (size.height, size.width), fill_color)
+                image = np.moveaxis(np.asarray(picture), -1, 0)
+            if do_rescale:
+                # A division, like torchvision's: multiplying by 1/255 gives another last bit.
+                image = image.astype(np.float32) / np.float32(round(1 / rescale_factor))
+            if do_normalize:
+                image = image - np.asarray(image_mean, np.float32).reshape(-1, 1, 1)
+                image = image / np.asarray(image_std, np.float32).reshape(-1, 1, 1)
+            processed.append(image)
+        return BatchFeature({"pixel_values": processed}, tensor_type=return_tensors)
+
+
+def _resize(image: Image.Image, target: tuple[int, int], resize_mode: str, resample: int) -> Image.Image:
+    width, height = image.size
+    target_height, target_width = target
+    if resize_mode == "squash":
+        new = (target_width, target_height)
+    elif resize_mode == "shortest" and target_height == target_width:
+        # torchvision's rule for one number: the long side is rounded down.
+        short, long = sorted(image.size)
+        new_long = int(target_width * long / short)
+        new = (target_width, new_long) if width <= height else (new_long, target_width)
+    else:
+        choose = max if resize_mode == "longest" else min
+        ratio = choose(height / target_height, width / target_width)
+        new = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+        if resize_mode == "shortest":
+            resample = PILImageResampling.BICUBIC
+    return image if new == image.size else image.resize(new, resample)
+
+
+def _center_crop_or_pad(image: Image.Image, target: tuple[int, int], fill_color: int) -> Image.Image:
+    target_height, target_width = target
+    missing = max(0, target_width - image.width), max(0, target_height - image.height)
+    if any(missing):
+        padded = Image.new("RGB", (image.width + missing[0], image.height + missing[1]), (fill_color,) * 3)
+        padded.paste(image, (missing[0] // 2, missing[1] // 2))
+        image = padded
+    # Python rounds halves to the even number, like torchvision.
+    left, top = round((image.width - target_width) / 2), round((image.height - target_height) / 2)
+    return image.crop((left, top, left + target_width, top + target_height))
+
+
+def image_processor_from_open_clip(preprocess_cfg: dict) -> OpenClipImageProcessor:
+    """The image processor that does what open_clip's evaluation transform of this `preprocess_cfg` does.
+
+    Raises:
+        ValueError: If `mode`, `resize_mode` or `interpolation` are none of open_clip's.
+    """
+    size = preprocess_cfg.get("size", 224)
+    height, width = (size, size) if isinstance(size, int) else (size * 2 if len(size) == 1 else size)
+    resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
+    interpolation = preprocess_cfg.get("interpolation") or "bicubic"
+    # "random" is drawn in training only.
+    resample = {
+        "bicubic": PILImageResampling.BICUBIC,
+        "bilinear": PILImageResampling.BILINEAR,
+        "random": PILImageResampling.BICUBIC,
+    }
+    for name, value, known in (
+        ("mode", preprocess_cfg.get("mode", "RGB"), ("RGB",)),
+        ("resize_mode", resize_mode, ("shortest", "longest", "squash")),
+        ("interpolation", interpolation, tuple(resample)),
+    ):
+        if value not in known:
+            raise ValueError(f"open_clip's `preprocess_cfg` has {name} {value!r}; known are {', '.join(known)}.")
+    mean = preprocess_cfg.get("mean") or OPENAI_CLIP_MEAN
+    std = preprocess_cfg.get("std") or OPENAI_CLIP_STD
+    return OpenClipImageProcessor(
+        size={"height": height, "width": width},
+        resize_mode=resize_mode,
+        fill_color=preprocess_cfg.get("fill_color", 0),
+        resample=resample[interpolation],
+        image_mean=list(mean) if isinstance(mean, (list, tuple)) else [mean] * 3,
+        image_std=list(std) if isinstance(std, (list, tuple)) else [std] * 3,
+    )
+
+
+__all__ = ["OpenClipImageProcessor"]

@@ -1,0 +1,205 @@
+"""Vision towers: which class a tower has, how it is loaded by name, and what the mapping network reads of it."""
+
+import difflib
+import math
+
+import torch
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_clipcap import clip_embed_dim_of
+from .modeling_open_clip import (
+    OpenClipVisionModel,
+    clip_vision_obstacle,
+    is_open_clip_name,
+    list_open_clip_names,
+    load_open_clip_config,
+)
+from .modeling_xclip import XCLIPVideoModel
+
+
+# AutoModel would leave out CLIP's projection, and X-CLIP's integration of the frames.
+_TOWER_CLASSES = {
+    "clip_vision_model": CLIPVisionModelWithProjection,
+    "open_clip_vision_model": OpenClipVisionModel,
+    "xclip_vision_model": XCLIPVideoModel,
+}
+
+# For suggestions only: the Hub cannot be asked what names are near.
+_POPULAR_TOWERS = (
+    "openai/clip-vit-base-patch32",
+    "openai/clip-vit-base-patch16",
+    "openai/clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14-336",
+    "google/siglip-base-patch16-224",
+    "google/siglip-so400m-patch14-384",
+    "google/siglip2-base-patch16-224",
+    "google/siglip2-so400m-patch14-384",
+    "facebook/dinov2-base",
+    "facebook/dinov2-large",
+    "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "google/vit-base-patch16-224-in21k",
+    "microsoft/xclip-base-patch32",
+)
+
+
+def vision_tower_class(model_type: str) -> type:
+    """The class that gives the image embedding; chosen by name, since remote code has classes of its own."""
+    return _TOWER_CLASSES.get(model_type, AutoModel)
+
+
+def build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
+    """A tower of this configuration with random weights."""
+    tower_class = vision_tower_class(vision_config.model_type)
+    return tower_class.from_config(vision_config) if tower_class is AutoModel else tower_class(vision_config)
+
+
+def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
+    """The configuration of a tower by name, as [`load_vision_tower`] takes it, without its weights.
+
+    Raises:
+        ValueError: If there is no such tower; the message suggests the nearest names.
+    """
+    if is_open_clip_name(name):
+        return load_open_clip_config(name, **_hub_kwargs(kwargs))
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no vision tower {name!r}{_suggestion(name)} ({error})") from error
+    # A repository of a whole CLIP holds its tower's configuration inside its own.
+    vision_config = getattr(config, "vision_config", None) or config
+    if vision_config.model_type == "clip_vision_model":
+        vision_config.projection_dim = config.projection_dim  # a whole CLIP goes by its own
+    return vision_config
+
+
+def load_vision_tower(
+    name: str, dtype: torch.dtype | str | None = None, vision_feature: str = "pooled", **kwargs
+) -> PreTrainedModel:
+    """A pretrained vision tower.
+
+    Plain ViTs of open_clip become [`~transformers.CLIPVisionModelWithProjection`], which gives the same embeddings and
+    makes the captioner loadable without open_clip; its other towers are [`OpenClipVisionModel`].
+
+    Args:
+        name (`str`): A Hub id or folder of transformers, of a tower or of a model with a `vision_config`
+            (`"openai/clip-vit-base-patch32"`), or an open_clip checkpoint (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"` or a
+            folder with `open_clip_config.json`).
+        dtype (`torch.dtype`, *optional*): Of the weights.
+        vision_feature (`str`): As in [`ClipCapConfig`]; the weights of a pooling layer may be missing for `"patches"`.
+        kwargs: For the tower's `from_pretrained` (`revision`, `token`, ...).
+
+    Raises:
+        ValueError: If there is no such tower, or its checkpoint lacks weights, which would be random.
+    """
+    vision_config = load_vision_config(name, **kwargs)
+    if is_open_clip_name(name):
+        tower = OpenClipVisionModel.from_open_clip(name, dtype=dtype, **kwargs)
+        return tower if clip_vision_obstacle(tower.config) else tower.to_clip_vision_model()
+    tower_class = vision_tower_class(vision_config.model_type)
+    tower, info = tower_class.from_pretrained(
+        name, config=vision_config, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    missing = sorted(info["missing_keys"])
+    if vision_feature == "patches":
+        missing = [key for key in missing if "pool" not in key and "head" not in key]
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of its `{vision_config.model_type}` tower, for example {missing[0]}, "
+            "which would be random. Choose a checkpoint that has them"
+            + ('; `vision_feature="patches"` needs no pooling layer.' if "pool" in missing[0] else ".")
+        )
+    return tower
+
+
+def _hub_kwargs(kwargs: dict) -> dict:
+    return {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+
+
+def _suggestion(name: str) -> str:
+    # The official code says "ViT-B/32" for what is "ViT-B-32/openai" here.
+    known = {known.lower(): known for known in (*list_open_clip_names(), *_POPULAR_TOWERS)}
+    names = (name.lower(), f"{name.lower().replace('/', '-')}/openai")
+    near = [known[found] for text in names for found in difflib.get_close_matches(text, known, n=2, cutoff=0.75)]
+    near.sort(key=lambda found: -max(difflib.SequenceMatcher(None, found.lower(), text).ratio() for text in names))
+    return f"; did you mean {' or '.join(map(repr, dict.fromkeys(near[:3])))}?" if near else "."
+
+
+def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> int:
+    """Width of what the mapping network reads of a tower, found by a pass of the tower without weights.
+
+    Raises:
+        ValueError: If the tower cannot give this feature.
+    """
+    if vision_config.model_type in _TOWER_CLASSES:
+        return clip_embed_dim_of(vision_config, vision_feature)
+    size = getattr(vision_config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        with torch.device("meta"), torch.no_grad():
+            tower = build_vision_tower(vision_config).eval()
+            embeds, _ = embed_pixels(tower, torch.zeros(1, 3, height, width), vision_feature)
+    except NotImplementedError:  # an operation that needs real numbers
+        return clip_embed_dim_of(vision_config, vision_feature)
+    return embeds.shape[-1]
+
+
+def embed_pixels(
+    tower: PreTrainedModel, pixel_values: torch.Tensor, vision_feature: str = "pooled", **kwargs
+) -> tuple[torch.Tensor, ModelOutput]:
+    """What the mapping network reads of images or videos.
+
+    Args:
+        tower ([`~transformers.PreTrainedModel`]): The vision tower.
+        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)` or `(batch, frames, 3, height, width)`):
+            Preprocessed images, or videos. Towers of images embed each frame, and the embeddings are averaged.
+        vision_feature (`str`): `"pooled"`: the projected or pooled embedding, or the mean of the patch tokens where a
+            tower has neither. `"patches"`: the last hidden state of each patch, without class and register tokens.
+        kwargs: For the tower.
+
+    Returns:
+        Embeddings of shape `(batch, dim)`, or `(batch, patches, dim)` of patches, and the tower's outputs.
+    """
+    model_type = tower.config.model_type
+    if pixel_values.ndim not in (4, 5):
+        raise ValueError(
+            "`pixel_values` must be images (batch, 3, height, width) or videos (batch, frames, 3, height, width), got "
+            f"the shape {tuple(pixel_values.shape)}."
+        )
+    if model_type == "open_clip_vision_model" and vision_feature == "patches":
+        kwargs["output_patches"] = True
+    frames = pixel_values.shape[1] if pixel_values.ndim == 5 and model_type != "xclip_vision_model" else None
+    if frames is not None:
+        pixel_values = pixel_values.flatten(0, 1)
+    outputs = tower(pixel_values=pixel_values.to(tower.dtype), return_dict=True, **kwargs)
+    if vision_feature == "patches":
+        embeds = _patch_tokens(outputs, tower.config, pixel_values.shape[-2:])
+    else:
+        embeds = _pooled_embeds(outputs, tower.config, pixel_values.shape[-2:])
+    if frames is not None:
+        embeds = embeds.unflatten(0, (-1, frames)).mean(1)
+    return embeds, outputs
+
+
+def _pooled_embeds(outputs: ModelOutput, config: PreTrainedConfig, image_size: tuple[int, int]) -> torch.Tensor:
+    for name in ("image_embeds", "pooler_output"):
+        if (embeds := outputs.get(name)) is not None:
+            return embeds.flatten(1)  # convolutional towers of transformers pool to (batch, channels, 1, 1)
+    return _patch_tokens(outputs, config, image_size).mean(1)
+
+
+def _patch_tokens(outputs: ModelOutput, config: PreTrainedConfig, image_size: tuple[int, int]) -> torch.Tensor:
+    hidden_states = outputs.get("last_hidden_state")
+    if hidden_states is None or getattr(config, "mask_ratio", 0):
+        reason = "gives no `last_hidden_state`" if hidden_states is None else "hides patches at random (`mask_ratio`)"
+        raise ValueError(f"A `{config.model_type}` tower {reason}, so it has no patch tokens to read.")
+    if hidden_states.ndim == 4:  # a feature map
+        return hidden_states.flatten(2).transpose(1, 2)
+    # Class, distillation and register tokens come first.
+    patch_size = getattr(config, "patch_size", None) or 1
+    patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size[-2:]
+    patches = (image_size[0] // patch_height) * (image_size[1] // patch_width)
+    tokens = hidden_states.shape[1]
+    if patches > tokens and image_size[0] == image_size[1]:  # a pyramid, whose last stage is coarser than its patches
+        patches = math.isqrt(tokens) ** 2
+    return hidden_states[:, -patches:]

@@ -1,0 +1,52 @@
+"""The video encoder of X-CLIP, which transformers has only together with its text encoder."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import XCLIPVisionConfig, XCLIPVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.x_clip.modeling_x_clip import XCLIPMultiframeIntegrationTransformer, XCLIPPreTrainedModel
+
+
+class XCLIPVideoModel(XCLIPPreTrainedModel):
+    r"""
+    `pixel_values` (batch, frames, 3, height, width), with `config.num_frames` frames, in; `pooler_output` (batch,
+    `config.mit_hidden_size`) out: what [`~transformers.XCLIPModel.get_video_features`] gives. Loads from a repository
+    of a whole X-CLIP.
+
+    Raises:
+        ValueError: If the pixels are those of single images, or the number of frames is another.
+    """
+
+    config: XCLIPVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("video",)
+
+    def __init__(self, config: XCLIPVisionConfig):
+        super().__init__(config)
+        self.vision_model = XCLIPVisionModel(config)
+        # What is projected goes straight into the integration transformer, so the widths are the same.
+        self.visual_projection = nn.Linear(config.hidden_size, config.mit_hidden_size, bias=False)
+        mit_config = copy.copy(config)
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            setattr(mit_config, name, getattr(config, f"mit_{name}"))
+        self.mit = XCLIPMultiframeIntegrationTransformer(mit_config)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        frames = self.config.num_frames
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != frames:
+            raise ValueError(
+                f"X-CLIP takes videos of {frames} frames, (batch, {frames}, 3, height, width), got "
+                f"{tuple(pixel_values.shape)}: pass `videos=` and `num_frames={frames}` to the processor."
+            )
+        frame_embeds = self.vision_model(pixel_values=pixel_values.flatten(0, 1), **kwargs).pooler_output
+        frame_embeds = self.visual_projection(frame_embeds).unflatten(0, (-1, frames))
+        outputs = self.mit(frame_embeds)
+        return outputs.to_tuple() if return_dict is False else outputs
+
+
+__all__ = ["XCLIPVideoModel"]

@@ -155,6 +155,8 @@ def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> 
     try:
         with torch.device("meta"), torch.no_grad():
             tower = build_vision_tower(vision_config).eval()
+            if tower.main_input_name != "pixel_values":
+                raise TypeError(f"it takes `{tower.main_input_name}`")
             embeds, _ = embed_pixels(tower, torch.zeros(1, 3, height, width), vision_feature)
     except NotImplementedError:  # an operation that needs real numbers
         return clip_embed_dim_of(vision_config, vision_feature)

@@ -9,13 +9,16 @@ from transformers.configuration_utils import SubConfigSpec
 
 IMAGE_TOKEN = "<image>"
 
+# Classes of transformers that project the pooled output to the embedding that CLIP compares with texts.
+PROJECTED_TOWERS = ("clip_vision_model", "metaclip_2_vision_model")
+
 
 def clip_embed_dim_of(vision_config: PreTrainedConfig, vision_feature: str = "pooled") -> int:
     """Width of what the tower of this configuration gives to the mapping network: an embedding, or patch tokens."""
     if vision_config.model_type == "xclip_vision_model":
         return vision_config.mit_hidden_size
     # CLIP's towers are used with their projection (paper, section 3), others by their pooled output.
-    if vision_feature == "pooled" and vision_config.model_type == "clip_vision_model":
+    if vision_feature == "pooled" and vision_config.model_type in PROJECTED_TOWERS:
         return vision_config.projection_dim
     if vision_feature == "pooled" and vision_config.model_type == "open_clip_vision_model":
         return vision_config.embed_dim

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
-from .configuration_clipcap import clip_embed_dim_of
 from .convert_embeddings import convert_official_embeddings
 from .modeling_clipcap import ClipCapForConditionalGeneration
-from .modeling_vision import load_vision_config
+from .modeling_vision import load_vision_config, vision_feature_dim
 
 
 GPT2_FULL_STOP = 13  # the id of "." in the vocabulary of GPT-2
@@ -102,7 +101,7 @@ def convert_official_checkpoint(
     if vision is not None:
         by_name = isinstance(vision, str)
         vision_config = load_vision_config(vision, **(vision_kwargs or {})) if by_name else vision.config
-        _check_tower(clip_embed_dim_of(vision_config), mapper_config["clip_embed_dim"])
+        _check_tower(vision_feature_dim(vision_config, "pooled"), mapper_config["clip_embed_dim"])
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
         vision,
         _load_language_model(text_class, text_config, text_weights, dtype),

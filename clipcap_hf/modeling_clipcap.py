@@ -590,8 +590,8 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
         if isinstance(text, str):
             text_config = AutoConfig.from_pretrained(donor_folder(text), **text_kwargs)
         vision_feature = config_kwargs.get("vision_feature", "pooled")
-        if vision_config is not None:
-            config_kwargs.setdefault("clip_embed_dim", vision_feature_dim(vision_config, vision_feature))
+        if vision_config is not None and config_kwargs.get("clip_embed_dim") is None:
+            config_kwargs["clip_embed_dim"] = vision_feature_dim(vision_config, vision_feature)
         ClipCapConfig(
             vision_config=copy.deepcopy(vision_config), text_config=copy.deepcopy(text_config), **config_kwargs
         )

@@ -4,10 +4,17 @@ import difflib
 import math
 
 import torch
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionModelWithProjection,
+    MetaClip2VisionModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
-from .configuration_clipcap import clip_embed_dim_of
+from .configuration_clipcap import PROJECTED_TOWERS, clip_embed_dim_of
 from .modeling_open_clip import (
     OpenClipVisionModel,
     clip_vision_obstacle,
@@ -21,6 +28,7 @@ from .modeling_xclip import XCLIPVideoModel
 # AutoModel would leave out CLIP's projection, and X-CLIP's integration of the frames.
 _TOWER_CLASSES = {
     "clip_vision_model": CLIPVisionModelWithProjection,
+    "metaclip_2_vision_model": MetaClip2VisionModelWithProjection,
     "open_clip_vision_model": OpenClipVisionModel,
     "xclip_vision_model": XCLIPVideoModel,
 }
@@ -51,7 +59,16 @@ def vision_tower_class(model_type: str) -> type:
 def build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
     """A tower of this configuration with random weights."""
     tower_class = vision_tower_class(vision_config.model_type)
-    return tower_class.from_config(vision_config) if tower_class is AutoModel else tower_class(vision_config)
+    if tower_class is not AutoModel:
+        return tower_class(vision_config)
+    try:
+        return AutoModel.from_config(vision_config)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"AutoModel of transformers knows no `{vision_config.model_type}`: choose another tower."
+        ) from None
 
 
 def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
@@ -68,7 +85,7 @@ def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
         raise ValueError(f"There is no vision tower {name!r}{_suggestion(name)} ({error})") from error
     # A repository of a whole CLIP holds its tower's configuration inside its own.
     vision_config = getattr(config, "vision_config", None) or config
-    if vision_config.model_type == "clip_vision_model":
+    if vision_config.model_type in PROJECTED_TOWERS:
         vision_config.projection_dim = config.projection_dim  # a whole CLIP goes by its own
     return vision_config
 
@@ -138,9 +155,13 @@ def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> 
     try:
         with torch.device("meta"), torch.no_grad():
             tower = build_vision_tower(vision_config).eval()
+            if tower.main_input_name != "pixel_values":
+                raise TypeError(f"it takes `{tower.main_input_name}`")
             embeds, _ = embed_pixels(tower, torch.zeros(1, 3, height, width), vision_feature)
     except NotImplementedError:  # an operation that needs real numbers
         return clip_embed_dim_of(vision_config, vision_feature)
+    except TypeError as error:
+        raise ValueError(f"A `{vision_config.model_type}` is not an encoder of plain images: {error}") from error
     return embeds.shape[-1]
 
 
@@ -190,8 +211,8 @@ def _pooled_embeds(outputs: ModelOutput, config: PreTrainedConfig, image_size: t
 
 def _patch_tokens(outputs: ModelOutput, config: PreTrainedConfig, image_size: tuple[int, int]) -> torch.Tensor:
     hidden_states = outputs.get("last_hidden_state")
-    if hidden_states is None or getattr(config, "mask_ratio", 0):
-        reason = "gives no `last_hidden_state`" if hidden_states is None else "hides patches at random (`mask_ratio`)"
+    if hidden_states is None or config.model_type == "vit_mae":
+        reason = "gives no `last_hidden_state`" if hidden_states is None else "hides patches at random"
         raise ValueError(f"A `{config.model_type}` tower {reason}, so it has no patch tokens to read.")
     if hidden_states.ndim == 4:  # a feature map
         return hidden_states.flatten(2).transpose(1, 2)

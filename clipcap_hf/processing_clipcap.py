@@ -268,17 +268,25 @@ class ClipCapProcessor(ProcessorMixin):
             _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **vision_kwargs)
             image_processor = image_processor_from_open_clip(preprocess_cfg)
         else:
-            try:
-                image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **vision_kwargs)
-            except (OSError, ValueError):
-                load_vision_config(vision, **vision_kwargs)  # says so if there is no such tower
-                raise
-            if "VideoMAE" in type(image_processor).__name__:  # a video encoder, which wants its own number of frames
-                num_frames = getattr(load_vision_config(vision, **vision_kwargs), "num_frames", num_frames)
+            image_processor, own_num_frames = _load_image_processor(vision, **vision_kwargs)
+            num_frames = own_num_frames or num_frames
         tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{text} has no tokenizer: put the files of the language model's tokenizer beside it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)
+
+
+def _load_image_processor(vision: str, **kwargs) -> tuple:
+    """The image processor of a tower of transformers, and the number of frames of a video encoder."""
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **kwargs)
+    except (OSError, ValueError):
+        load_vision_config(vision, **kwargs)  # says so if there is no such tower
+        raise
+    try:
+        return image_processor, getattr(load_vision_config(vision, **kwargs), "num_frames", None)
+    except ValueError:  # a folder may hold the processor alone
+        return image_processor, None
 
 
 __all__ = ["ClipCapProcessor"]

@@ -1,12 +1,13 @@
 import json
 
+import open_clip
 import pytest
 import torch
 from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, OpenClipVisionConfig, OpenClipVisionModel
 from clipcap_hf.modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 from open_clip.model import CLIP
 from safetensors.torch import save_file
-from transformers import AutoModel
+from transformers import AutoModel, CLIPVisionModelWithProjection
 
 
 TIMM = {"timm_pool": "", "timm_proj": "linear"}
@@ -36,13 +37,27 @@ TOWERS = {
     "eva": {"image_size": 32, "timm_model_name": "eva_test", "timm_pool": "token", "timm_proj": None},
     "swin": {"image_size": 64, "timm_model_name": "swin_test", **TIMM, "timm_pool": "avg"},
     "convnext": {"image_size": 32, "timm_model_name": "test_convnext", **TIMM, "timm_pool": "avg"},
+    "mobileclip": {"image_size": 64, "timm_model_name": "mci_test", "timm_pool": "avg", "timm_proj": None},
+    "perception-encoder": {"image_size": 32, "timm_model_name": "pe_test", "timm_pool": "map", "timm_proj": None},
+    "vitamin": {"image_size": 64, "timm_model_name": "vitamin_test", **TIMM},
+    "relative-positions": {"image_size": 32, "timm_model_name": "relpos_test", **TIMM},
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_timm_models():
     """Towers of the families that open_clip takes from timm, a few kilobytes each."""
-    from timm.models import eva, register_model, swin_transformer, vision_transformer
+    from timm.models import (
+        eva,
+        fastvit,
+        register_model,
+        swin_transformer,
+        vision_transformer,
+        vision_transformer_relpos,
+        vitamin,
+    )
+
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 
     def vit_test_siglip(pretrained=False, **kwargs):
         sizes = {
@@ -66,7 +81,27 @@ def tiny_timm_models():
         sizes = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
         return swin_transformer._create_swin_transformer("swin_tiny_patch4_window7_224", **{**sizes, **kwargs})
 
-    for function in (vit_test_siglip, eva_test, swin_test):
+    def mci_test(pretrained=False, **kwargs):
+        return fastvit.fastvit_mci0(layers=(1, 1, 1, 1), embed_dims=(8, 16, 32, 64), **kwargs)
+
+    def pe_test(pretrained=False, **kwargs):
+        return eva.vit_pe_core_tiny_patch16_384(**small, img_size=32, ref_feat_shape=(2, 2), **kwargs)
+
+    def vitamin_test(pretrained=False, **kwargs):
+        stem = vitamin.VitCfg(
+            embed_dim=(16, 24, 48),
+            depths=(1, 1, 1),
+            stem_width=16,
+            conv_cfg=vitamin.VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
+            head_type="1d",
+        )
+        return vitamin.vitamin_small_224(**small, img_size=64, embed_cfg=stem, **kwargs)
+
+    def relpos_test(pretrained=False, **kwargs):
+        sizes = {**small, "rel_pos_dim": 16, "img_size": 32}
+        return vision_transformer_relpos.vit_relpos_medium_patch16_cls_224(**sizes, **kwargs)
+
+    for function in (vit_test_siglip, eva_test, swin_test, mci_test, pe_test, vitamin_test, relpos_test):
         function.__module__ = "timm.models.vision_transformer"
         register_model(function)
 
@@ -106,6 +141,37 @@ def test_output_is_that_of_open_clip(name):
     if name == "vit-tokens":
         assert torch.equal(outputs.last_hidden_state, reference.visual(pixels)[1])
         assert torch.equal(model(pixel_values=pixels, return_dict=False)[0], outputs.image_embeds)
+
+
+PATCHES = {
+    "vit-attentional-pool": 4,
+    "resnet": 1,
+    "efficientnet": 4,
+    "eva": 16,
+    "swin": 64,
+    "convnext": 1,
+    "vitamin": 16,
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_patches(name):
+    model = build(name)
+    pixels = images(model)
+    outputs = model(pixels, output_patches=True)
+    assert outputs.last_hidden_state.shape == (2, PATCHES.get(name, 4), model.config.hidden_size)
+    torch.testing.assert_close(outputs.image_embeds, model(pixels).image_embeds, rtol=0, atol=1e-6)
+    if not hasattr(model.visual, "trunk"):
+        expected = model.visual.forward_intermediates(pixels, indices=1, intermediates_only=True)[
+            "image_intermediates"
+        ]
+    else:
+        norm = name not in ("mobileclip", "efficientnet")  # they end with another convolution, not with a norm
+        expected = model.visual.trunk.forward_intermediates(pixels, indices=1, norm=norm, intermediates_only=True)
+    if name not in ("mobileclip", "efficientnet"):
+        expected = expected[-1].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(outputs.last_hidden_state, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -200,6 +266,8 @@ def test_names_of_open_clip(tmp_path):
     assert not is_open_clip_name("ViT-B-32") and not is_open_clip_name(str(tmp_path))
     with pytest.raises(ValueError, match="no weights 'nobody' for ViT-B-32. It has: openai, "):
         load_open_clip_checkpoint("ViT-B-32/nobody")
+    with pytest.raises(ValueError, match="Did you mean 'ViT-B-32/laion2b_s34b_b79k'?"):
+        load_open_clip_checkpoint("ViT-B-32/laion2b_s34b_b79")
 
 
 def test_tag_says_which_activation_its_weights_need():
@@ -208,3 +276,84 @@ def test_tag_says_which_activation_its_weights_need():
     assert preprocess_cfg["size"] == 224 and preprocess_cfg["mean"][0] == pytest.approx(0.48145466)
     config, _, _ = load_open_clip_checkpoint("ViT-B-32/laion2b_s34b_b79k", with_weights=False)
     assert config["quick_gelu"] is False
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("name", ["vit", "vit-tokens", "vit-sin-cos-tok"])
+@torch.no_grad()
+def test_plain_vits_become_models_of_transformers(tmp_path, name, quick_gelu):
+    TOWERS["vit-sin-cos-tok"] = {**TOWERS["vit"], "pos_embed_type": "sin_cos_2d", "norm_kwargs": {"eps": 1e-3}}
+    donor = build(name, quick_gelu=quick_gelu)
+    model = donor.to_clip_vision_model()
+    assert type(model) is CLIPVisionModelWithProjection and not model.training
+    assert model.config.hidden_act == ("quick_gelu" if quick_gelu else "gelu")
+    pixels = images(donor)
+    expected = donor(pixels, output_patches=True)
+    model.save_pretrained(tmp_path)
+    for tower in (model, CLIPVisionModelWithProjection.from_pretrained(tmp_path)):
+        outputs = tower(pixels)
+        torch.testing.assert_close(outputs.image_embeds, expected.image_embeds, rtol=0, atol=1e-6)
+        torch.testing.assert_close(outputs.last_hidden_state[:, 1:], expected.last_hidden_state, rtol=0, atol=2e-6)
+    assert not torch.allclose(*model(pixels).image_embeds)
+    assert donor.to(torch.bfloat16).to_clip_vision_model().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "obstacle"),
+    [
+        ("resnet", "the layers of a ResNet"),
+        ("siglip", "an architecture of timm, vit_test_siglip"),
+        ("vit-attentional-pool", "`attentional_pool` True"),
+        ("vit-sin-cos", "`pool_type` 'avg'"),
+    ],
+)
+def test_towers_that_transformers_does_not_have(name, obstacle):
+    with pytest.raises(ValueError, match=f"cannot become a CLIPVisionModelWithProjection: it has {obstacle}"):
+        build(name).to_clip_vision_model()
+
+
+def test_weights_as_pickles(tmp_path):
+    donor = build("vit")
+    name = write_open_clip(tmp_path / "vit", donor)
+    (tmp_path / "vit" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has neither open_clip_model.safetensors nor open_clip_pytorch_model.bin"):
+        OpenClipVisionModel.from_open_clip(name)
+    weights = {f"module.{key}": value for key, value in donor.state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "vit" / "open_clip_pytorch_model.bin")
+    model = OpenClipVisionModel.from_open_clip(name).eval()
+    assert torch.equal(model.visual.conv1.weight, donor.visual.conv1.weight)
+
+
+REPRESENTATIVE = [
+    "ViT-B-32",
+    "ViT-H-14-378-quickgelu",
+    "RN50x4",
+    "ViT-SO400M-14-SigLIP2-378",
+    "ViT-B-16-SigLIP-i18n-256",
+]
+REPRESENTATIVE += ["EVA02-B-16", "convnext_base_w_320", "MobileCLIP-S1", "MobileCLIP2-B", "coca_ViT-B-32"]
+REPRESENTATIVE += ["PE-Core-B-16", "ViTamin-S", "swin_base_patch4_window7_224", "roberta-ViT-B-32", "nllb-clip-base"]
+
+
+def check_real_size(architecture):
+    """The tower in its real size, without weights: an image goes in and an embedding of the stated width comes out."""
+    model_cfg = open_clip.get_model_config(architecture)
+    config = OpenClipVisionConfig(embed_dim=model_cfg["embed_dim"], vision_cfg=model_cfg["vision_cfg"])
+    with torch.device("meta"), torch.no_grad():
+        model = OpenClipVisionModel(config).eval()
+        size = config.image_size
+        outputs = model(torch.empty(1, 3, size, size), output_patches=True)
+    assert outputs.image_embeds.shape == (1, model_cfg["embed_dim"])
+    assert size == model_cfg["vision_cfg"]["image_size"] and model.visual.image_size in (size, (size, size))
+    assert outputs.last_hidden_state.shape[-1] == config.hidden_size
+
+
+@pytest.mark.parametrize("architecture", REPRESENTATIVE)
+def test_real_sizes(architecture):
+    check_real_size(architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", open_clip.list_models())
+def test_real_sizes_of_all_architectures(architecture):
+    check_real_size(architecture)

@@ -1,6 +1,8 @@
-"""Data sets that ship with the package."""
+"""Data sets: the readers of captioned images, their CLIP embeddings, and the data set that ships with the package."""
 
 from .emoji import load_emoji
+from .readers import READERS, load_captions
+from .schema import caption_features, warn_of_overlap
 
 
-__all__ = ["load_emoji"]
+__all__ = ["READERS", "caption_features", "load_captions", "load_emoji", "warn_of_overlap"]

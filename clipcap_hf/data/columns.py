@@ -156,10 +156,9 @@ def _streamed(
         captions = [caption for caption in captions if caption is not None]
         return {"image": row[image_column], "captions": captions, "image_id": image_id, "split": split}
 
-    dataset = dataset.map(
-        convert, with_indices=True, remove_columns=dataset.column_names, features=caption_features(int_ids=False)
-    )
-    return dataset.filter(bool, input_columns="captions").cast_column("image", Image())
+    # The form comes last: a `map` that is given features leaves images as bytes.
+    dataset = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
+    return dataset.filter(bool, input_columns="captions").cast(caption_features(int_ids=False))
 
 
 def _get(row: dict, name: str) -> Any:

@@ -18,8 +18,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
+from transformers import AutoImageProcessor
 
-from ..processing_clipcap import load_image, to_rgb
+from ..modeling_clipcap import _load_vision_tower
+from ..modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
+from ..processes import process_state
+from ..processing_clipcap import image_processor_from_open_clip, load_image, to_rgb
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 
 
@@ -99,6 +103,16 @@ def embed(
     return load_embeddings(out)
 
 
+def load_tower(name: str):
+    """A vision tower, in float32, and its image processor, by a name as in
+    [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]."""
+    tower = _load_vision_tower(name, torch.float32)
+    if is_open_clip_name(name):
+        _, preprocess_cfg, _ = load_open_clip_checkpoint(name, with_weights=False)
+        return tower, image_processor_from_open_clip(preprocess_cfg)
+    return tower, AutoImageProcessor.from_pretrained(name, backend="pil")
+
+
 class Encoder:
     """A vision tower in the type in which it computes."""
 
@@ -106,7 +120,10 @@ class Encoder:
         self.device = tower.device
         self.dtype = dtype or _fast_dtype(tower)
         self.vision_feature = vision_feature
-        self.description = {**describe_tower(tower, vision_feature, name), "dtype": str(self.dtype).removeprefix("torch.")}
+        self.description = {
+            **describe_tower(tower, vision_feature, name),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
         if tower.dtype != self.dtype:
             tower = copy.deepcopy(tower).to(self.dtype)
         self.tower = tower.eval()
@@ -141,10 +158,9 @@ def _embed_split(
     progress: bool,
     name: str = "",
 ) -> Dataset:
-    from accelerate import PartialState
     from datasets import Image as ImageFeature
 
-    process = PartialState()
+    process = process_state()
     if dataset.features is None:
         dataset = dataset._resolve_features()
     if "image" not in dataset.features:
@@ -187,7 +203,10 @@ def _embed_split(
         num_workers = min(num_workers, len(todo))
     loader = DataLoader(batches, batch_size=None, num_workers=num_workers)
     bar = tqdm(
-        total=expected, unit="image", desc=f"Embedding {name}".strip(), disable=not (progress and process.is_main_process)
+        total=expected,
+        unit="image",
+        desc=f"Embedding {name}".strip(),
+        disable=not (progress and process.is_main_process),
     )
     with bar, folder:
         for batch in loader:

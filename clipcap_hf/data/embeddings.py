@@ -52,7 +52,9 @@ def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Datase
     data = data.with_format("numpy", columns=["clip_embeds"], output_all_columns=True)
     if split is None:
         return data
-    return select_split(data if isinstance(data, DatasetDict) else DatasetDict({str(data.split): data}), split, str(path))
+    return select_split(
+        data if isinstance(data, DatasetDict) else DatasetDict({str(data.split): data}), split, str(path)
+    )
 
 
 def embeddings_provenance(dataset: Dataset) -> dict[str, Any] | None:

@@ -286,8 +286,19 @@ def _read_conceptual(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
             if len(columns) != 2 or not any(urls):
                 raise ValueError(f"Line {line_number} of {path} is not a caption, a tab and a URL: {line[:200]!r}.")
             caption = columns[1 if urls[0] and not urls[1] else 0]  # the 12M set has the URL first
+            if number in files and number < 1000:
+                _check_caption_beside(files[number], caption, number, path)
             yield CaptionedRecord(number, [files.get(number, f"{number}.jpg")], [caption], split)
             number += 1
+
+
+def _check_caption_beside(image: str, caption: str, number: int, path: Path):
+    # img2dataset writes the caption beside the image. Numbers that are not rows would mix up all captions, silently.
+    beside = Path(image).with_suffix(".txt")
+    if beside.is_file() and (found := beside.read_text(encoding="utf-8")).split() != caption.split():
+        raise ValueError(
+            f"{beside} has the caption {found!r}, but row {number} of {path} is {caption!r}: are the images named by their row?"
+        )
 
 
 def _files_by_number(root: Path) -> dict[int, str]:

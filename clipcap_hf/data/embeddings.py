@@ -153,6 +153,8 @@ class EmbeddingsFolder:
     def begin(self):
         """Make the folder, or make sure that it is of the same data and tower; called by one process alone."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self._temporary_files():  # of a killed run
+            leftover.unlink()
         manifest = self.path / MANIFEST
         if manifest.is_file():
             found = json.loads(manifest.read_text(encoding="utf-8"))
@@ -165,8 +167,6 @@ class EmbeddingsFolder:
             raise ValueError(f"{self.path} is not empty and holds no embeddings: choose another folder.")
         else:
             self._write_json(MANIFEST, self.provenance)
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
 
     def is_done(self, shard: int) -> bool:
         return (self.path / _data_file(shard)).is_file()
@@ -183,12 +183,12 @@ class EmbeddingsFolder:
             self.writers[shard].write_batch({**columns, "clip_embeds": torch.stack(embeds).numpy()})
 
     def finish_shard(self, shard: int):
-        writer = self.writers.pop(shard)
-        writer.finalize()
+        self.writers[shard].finalize()
         if failed := self.failed.pop(shard):
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in failed)
             self._write_text(_failed_file(shard), lines)  # before the data, which says that the shard is done
         os.replace(self._temporary(_data_file(shard)), self.path / _data_file(shard))
+        del self.writers[shard]
 
     def finish(self, shards: int):
         """Make the folder one that `datasets.load_from_disk` reads; called by one process, when all shards are done."""
@@ -234,6 +234,9 @@ class EmbeddingsFolder:
             self._temporary(_data_file(shard)).unlink(missing_ok=True)
         if exception_type is not None and issubclass(exception_type, OSError):
             logger.error(f"{self.path} could not be written. What was finished is kept: run again to go on.")
+
+    def _temporary_files(self) -> list[Path]:
+        return [path for name in (MANIFEST, "data-*", "failed*", "state.json") for path in self.path.glob(f".{name}.tmp")]
 
     def _temporary(self, name: str) -> Path:
         return self.path / f".{name}.tmp"

@@ -72,7 +72,7 @@ def main():
                 progress=False,
             )
             rates["embed"].append(len(paths) / (time.perf_counter() - start))
-        similarity = torch.cosine_similarity(torch.from_numpy(np.stack(embedded["clip_embeds"][:])), expected).min()
+        similarity = torch.cosine_similarity(torch.tensor(embedded["clip_embeds"][:]), expected).min()
     for name, values in rates.items():
         print(f"{name}: {statistics.median(values):.1f} images/s ({', '.join(f'{value:.1f}' for value in values)})")
     ratios = [new / old for new, old in zip(rates["embed"], rates["one at a time"])]

@@ -5,6 +5,8 @@ import json
 import logging
 import tarfile
 
+import datasets
+import pandas
 import pytest
 from clipcap_hf.data import caption_features, load_captions, warn_of_overlap
 from clipcap_hf.data.schema import MAX_CAPTION_LENGTH, clean_caption
@@ -182,7 +184,9 @@ def test_conceptual_rows_that_belong_to_other_captions(tmp_path, write):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_imagefolder(tmp_path, write, kind, monkeypatch):
+def test_imagefolder(tmp_path, write, kind):
+    if kind == "csv" and datasets.__version__ < "5" and pandas.__version__ >= "3":
+        pytest.skip("datasets 4.0 cannot read metadata.csv by pandas 3")
     for name in ("train/1.jpg", "train/2.jpg", "test/3.jpg"):
         write(f"folder/{name}")
     rows = {"train": [("1.jpg", "a dog"), ("1.jpg", "a brown dog"), ("2.jpg", "a cat")], "test": [("3.jpg", "a cow")]}

@@ -44,6 +44,7 @@ def run(arguments) -> int:
     import torch
 
     from ..data.embed import embed, load_tower
+    from ..data.embeddings import embeddings_provenance
     from ..processes import process_state
 
     data = load_data(arguments)
@@ -66,7 +67,6 @@ def run(arguments) -> int:
     if process_state().is_main_process:
         splits = embedded if isinstance(embedded, dict) else {"": embedded}
         for name, split in splits.items():
-            print(
-                f"{arguments.out}{'/' * bool(name)}{name}: {len(split)} images of shape {split[0]['clip_embeds'].shape}"
-            )
+            shape = " x ".join(map(str, embeddings_provenance(split)["shape"]))
+            print(f"{arguments.out}{'/' * bool(name)}{name}: {len(split)} images, embeddings of {shape}")
     return 0

@@ -30,7 +30,8 @@ def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Datase
         split (`str`, *optional*): The split to return, where the folder has several.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: Memory-mapped, with `clip_embeds` as float32 NumPy arrays.
+        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: Memory-mapped, with
+            `clip_embeds` (clip_embed_dim, or (tokens, dim)) in float32.
 
     Raises:
         FileNotFoundError: If there are no embeddings.
@@ -48,8 +49,6 @@ def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Datase
             raise ValueError(f"{path} is unfinished: run `embed` again with the same arguments, and it goes on.")
         raise FileNotFoundError(f"There are no embeddings in {path}.")
     data = load_from_disk(os.fspath(path))
-    # As NumPy arrays, since a Python list of each number takes as long as a training step.
-    data = data.with_format("numpy", columns=["clip_embeds"], output_all_columns=True)
     if split is None:
         return data
     return select_split(
@@ -236,7 +235,9 @@ class EmbeddingsFolder:
             logger.error(f"{self.path} could not be written. What was finished is kept: run again to go on.")
 
     def _temporary_files(self) -> list[Path]:
-        return [path for name in (MANIFEST, "data-*", "failed*", "state.json") for path in self.path.glob(f".{name}.tmp")]
+        return [
+            path for name in (MANIFEST, "data-*", "failed*", "state.json") for path in self.path.glob(f".{name}.tmp")
+        ]
 
     def _temporary(self, name: str) -> Path:
         return self.path / f".{name}.tmp"

@@ -216,7 +216,18 @@ def step_by_step(name, owner, do):
 if mode == "slowly":
     step_by_step("write", EmbeddingsFolder, lambda: time.sleep(0.1))
     run()
-elif mode == "kill at each step":
+elif mode == "full disk, then kill at each step":
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert sorted(os.listdir(out)) == ["clip_embeds.json"]
+    else:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        try:
+            run()
+        except OSError:
+            os._exit(7)
+        os._exit(0)
     # A process that is killed at its first step, one that is killed at its second, ..., until one ends by itself.
     for limit in range(1, 1000):
         if child := os.fork():
@@ -238,10 +249,6 @@ elif mode == "kill at each step":
         run()
         os._exit(0)
     print(limit)
-elif mode == "full disk":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-    run()
 else:
     run()
 """
@@ -310,22 +317,12 @@ def test_killed_and_resumed_by_two_processes(tmp_path, script, expected_rows):
     assert not list(out.glob(".*"))
 
 
-def test_killed_at_each_step(tmp_path, script, expected_rows):
+def test_full_disk_and_killed_at_each_step(tmp_path, script, expected_rows):
     out = tmp_path / "embeds"
-    assert int(finish(script(out, "kill at each step"))) > 5
+    assert int(finish(script(out, "full disk, then kill at each step"))) > 5
     assert rows_of(load_embeddings(out)) == expected_rows
     failed = [json.loads(line)["image_id"] for line in (out / "failed.jsonl").read_text().splitlines()]
     assert failed == list(BROKEN)
-
-
-def test_full_disk(tmp_path, script, expected_rows):
-    out = tmp_path / "embeds"
-    process = script(out, "full disk")
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode != 0 and "OSError" in errors and "run again to go on" in errors
-    assert not list(out.glob("data-*")) and not list(out.glob(".*"))
-    finish(script(out))
-    assert rows_of(load_embeddings(out)) == expected_rows
 
 
 @pytest.mark.slow

@@ -4,14 +4,17 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .modeling_clipcap import ClipCapForConditionalGeneration
+from .processes import process_state
 from .processing_clipcap import ClipCapProcessor, load_image
 
 
@@ -87,6 +90,9 @@ def caption_files(
 ) -> Iterator[CaptionedImage]:
     """Caption image files.
 
+    Under `torchrun` or `accelerate launch` the files are divided over the processes, batch by batch. Every process must
+    go through all results, and every one gets them all, in the order of `paths`.
+
     Args:
         model ([`ClipCapForConditionalGeneration`]): The captioner, on the device that is to be used.
         processor ([`ClipCapProcessor`]): Its processor.
@@ -104,6 +110,25 @@ def caption_files(
     """
     if processor.image_processor is None:
         raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
+    process = process_state()
+    stride = process.num_processes * batch_size
+    own = [
+        path
+        for start in range(process.process_index * batch_size, len(paths), stride)
+        for path in paths[start : start + batch_size]
+    ]
+    progress = progress and process.is_main_process
+    results = _caption_own(model, processor, own, batch_size, num_workers, prompt, progress, generate_kwargs)
+    if process.num_processes == 1:
+        yield from results
+        return
+    for _ in range(0, len(paths), stride):
+        yield from gather_object(list(islice(results, batch_size)))
+
+
+def _caption_own(
+    model, processor, paths: list[str], batch_size, num_workers, prompt, progress, generate_kwargs
+) -> Iterator[CaptionedImage]:
     loader = DataLoader(_ImageFiles(paths, processor), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
     remaining = iter(paths)
     with tqdm(total=len(paths), unit="image", disable=not progress) as bar:

@@ -4,11 +4,11 @@ import argparse
 import os
 import sys
 
-from . import caption, convert, demo
+from . import caption, convert, demo, embed
 
 
 # Each has `add_parser(commands)`, and imports what is slow to import when it runs.
-COMMANDS = (demo, caption, convert)
+COMMANDS = (demo, caption, embed, convert)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,8 @@ def add_parser(commands):
         "caption",
         help="caption image files",
         description="Prints a line for each image, in order: the path, a tab, the caption. Files that cannot be read are "
-        "listed on standard error, and the exit status is then 1.",
+        "listed on standard error, and the exit status is then 1. Under torchrun the processes divide the images, and the "
+        "first prints for all.",
     )
     caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
     caption.add_argument(
@@ -50,10 +51,12 @@ def add_parser(commands):
 
 def run(arguments) -> int:
     from ..captioning import caption_files, find_images
+    from ..processes import process_state
 
     paths, errors = find_images(arguments.paths)
     failed = bool(errors)
-    for error in errors:
+    speaks = process_state().is_main_process  # under torchrun, for all
+    for error in errors if speaks else ():
         print(f"clipcap: {error}", file=sys.stderr)
     if not paths:
         return 1
@@ -80,6 +83,8 @@ def run(arguments) -> int:
         **generate_kwargs,
     )
     for result in results:
+        if not speaks:
+            continue
         if result.error:
             failed = True
             print(f"clipcap: {result.error}", file=sys.stderr)
@@ -89,7 +94,8 @@ def run(arguments) -> int:
             print(result.path, *result.captions, sep="\t", flush=True)
             for number, tokens in enumerate(result.prefix_tokens or [], start=1):
                 print(f"  {number}", *(f"{token!r} {cosine:.3f}" for token, cosine in tokens), sep="\t", flush=True)
-    return int(failed)
+    # torchrun kills the other processes as soon as one fails, and the first may still have lines to print.
+    return int(failed and speaks)
 
 
 def _record(result) -> dict:

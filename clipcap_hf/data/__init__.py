@@ -1,6 +1,20 @@
-"""Data sets that ship with the package."""
+"""Data sets: the readers of captioned images, their CLIP embeddings, and the data set that ships with the package."""
 
+from .embed import embed
+from .embeddings import check_embeddings, embeddings_provenance, load_embeddings
 from .emoji import load_emoji
+from .readers import READERS, load_captions
+from .schema import caption_features, warn_of_overlap
 
 
-__all__ = ["load_emoji"]
+__all__ = [
+    "READERS",
+    "caption_features",
+    "check_embeddings",
+    "embed",
+    "embeddings_provenance",
+    "load_captions",
+    "load_embeddings",
+    "load_emoji",
+    "warn_of_overlap",
+]

@@ -1,0 +1,209 @@
+"""Data sets that `datasets` itself can load, brought to the one form of `schema.py` by the names of their columns."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .schema import CaptionCleaner, caption_features, clean_caption, image_paths, select_split
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+logger = logging.getLogger(__name__)
+
+_CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "json.caption")
+
+
+def load_columns(
+    builder: str | None,
+    source: str | os.PathLike,
+    images: None = None,
+    split: str | None = None,
+    missing: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | list[str] | None = None,
+    id_column: str | None = None,
+    **load_kwargs,
+) -> Dataset | DatasetDict | IterableDataset:
+    """The readers "imagefolder", "webdataset" and "hub" (`builder` is None) of [`load_captions`]."""
+    if images is not None:
+        raise ValueError("`images` has no meaning here: the data set itself says where its images are.")
+    splits = _load(builder, source, load_kwargs)
+    if split is not None:
+        selected = select_split(splits, split, str(source))
+        splits = type(splits)({next(name for name in splits if splits[name] is selected): selected})
+    names = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
+    for name, dataset in splits.items():
+        if hasattr(dataset, "num_rows"):
+            root = source if builder == "imagefolder" else None
+            splits[name] = _map_style(dataset, name, str(source), missing or "error", root, **names)
+        else:
+            splits[name] = _streamed(dataset, name, str(source), **names)
+    return splits if split is None else next(iter(splits.values()))
+
+
+def _load(builder: str | None, source, load_kwargs: dict):
+    from datasets import load_dataset, load_from_disk
+
+    if builder == "webdataset":
+        return load_dataset("webdataset", data_files=_tar_files(source), **{"streaming": True, **load_kwargs})
+    if builder is not None:
+        if not os.path.isdir(source):
+            raise FileNotFoundError(f"There is no folder {source}.")
+        return load_dataset(builder, data_dir=os.fspath(source), **load_kwargs)
+    if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        from datasets import DatasetDict
+
+        saved = load_from_disk(os.fspath(source))
+        return saved if isinstance(saved, DatasetDict) else DatasetDict({str(saved.split or "train"): saved})
+    return load_dataset(os.fspath(source), **load_kwargs)
+
+
+def _tar_files(source) -> str | list[str] | dict:
+    if isinstance(source, (dict, list)) or "://" in str(source):
+        return source
+    pattern = os.path.join(source, "*.tar") if os.path.isdir(source) else os.fspath(source)
+    if not (files := sorted(glob.glob(pattern, recursive=True))):
+        raise FileNotFoundError(f"There are no tar shards {pattern}.")
+    return files
+
+
+def _map_style(
+    dataset: Dataset, split: str, source: str, missing: str, root, image_column, caption_column, id_column
+) -> Dataset:
+    from datasets import Image
+
+    image_column, caption_columns = _find_columns(dataset, source, image_column, caption_column, id_column)
+    if dataset.features[image_column]._type != "Image":
+        dataset = dataset.cast_column(image_column, Image())
+    paths = image_paths(dataset, image_column)
+    ids = list(dataset[id_column]) if id_column else [_default_id(split, *row, root) for row in enumerate(paths)]
+    clean = CaptionCleaner(source)
+    captions: dict[Any, list[str]] = {}
+    first_rows: dict[Any, int] = {}
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in caption_columns))
+    for row, (image_id, texts) in enumerate(zip(ids, dataset.select_columns(tops))):
+        first_rows.setdefault(image_id, row)  # a caption a row: the rows of an image become one
+        found = [caption for name in caption_columns for caption in clean(_get(texts, name), image_id)]
+        captions.setdefault(image_id, []).extend(found)
+    clean.report()
+    if len(first_rows) < len(ids):
+        logger.info(f"{source}: {len(ids)} rows are of {len(first_rows)} images.")
+    kept = [image_id for image_id, texts in captions.items() if texts]
+    if without := len(captions) - len(kept):
+        logger.warning(f"{source}: {without} images without a caption were left out.")
+    kept_rows = _rows_with_image([first_rows[image_id] for image_id in kept], paths, missing, source)
+    features = caption_features(int_ids=all(isinstance(image_id, int) for image_id in ids))
+    columns = {
+        "captions": [captions[image_id] if first_rows[image_id] == row else [] for row, image_id in enumerate(ids)],
+        "image_id": ids if features["image_id"].dtype == "int64" else list(map(str, ids)),
+        "split": [split] * len(ids),
+    }
+    dataset = dataset.select_columns([image_column])
+    if image_column != "image":
+        dataset = dataset.rename_column(image_column, "image")
+    for name, column in columns.items():
+        dataset = dataset.add_column(name, column, feature=features[name])
+    # Last, since adding columns to a selection would copy the images.
+    return dataset if kept_rows == list(range(len(ids))) else dataset.select(kept_rows)
+
+
+def _default_id(split: str, row: int, path: str | None, root) -> str:
+    if root is not None and path is not None:
+        return os.path.relpath(path, root)
+    return f"{split}-{row}"
+
+
+def _rows_with_image(rows: list[int], paths: list[str | None], missing: str, source: str) -> list[int]:
+    absent = {row for row in rows if paths[row] is not None and not _exists(paths[row])}
+    if not absent:
+        return rows
+    names = [str(paths[row]) for row in sorted(absent)[:3]]
+    message = f"{len(absent)} of the {len(rows)} images that {source} lists are not there: {', '.join(names)}"
+    message += ", ..." if len(absent) > 3 else ""
+    if missing == "error" or len(absent) == len(rows):
+        raise FileNotFoundError(f"{message}. `missing='skip'` goes on with those present.")
+    logger.warning(f"{message}. They were left out.")
+    return [row for row in rows if row not in absent]
+
+
+def _exists(path: str) -> bool:
+    return "://" in path or os.path.isfile(path)
+
+
+def _streamed(
+    dataset: IterableDataset, split: str, source: str, image_column, caption_column, id_column
+) -> IterableDataset:
+    from datasets import Image
+
+    image_column, caption_columns = _find_columns(dataset, source, image_column, caption_column, id_column)
+    id_column = id_column or ("__key__" if "__key__" in dataset.column_names else None)
+    if dataset.features[image_column]._type == "Image":
+        dataset = dataset.cast_column(image_column, Image(decode=False))
+
+    def convert(row: dict, number: int) -> dict:
+        image_id = str(_get(row, id_column)) if id_column else f"{split}-{number}"
+        where = f"image {image_id} of {source}"
+        captions = []
+        for name in caption_columns:
+            texts = _get(row, name)
+            captions += [clean_caption(text, where) for text in ([texts] if isinstance(texts, str) else texts or [])]
+        captions = [caption for caption in captions if caption is not None]
+        return {"image": row[image_column], "captions": captions, "image_id": image_id, "split": split}
+
+    # The form comes last: a `map` that is given features leaves images as bytes.
+    dataset = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
+    return dataset.filter(bool, input_columns="captions").cast(caption_features(int_ids=False))
+
+
+def _get(row: dict, name: str) -> Any:
+    """A column, or with dots a field inside one: `"json.caption"`."""
+    for part in name.split("."):
+        row = None if row is None else row.get(part)
+    return row
+
+
+def _find_columns(dataset, source: str, image_column, caption_column, id_column) -> tuple[str, list[str]]:
+    if dataset.features is None:
+        dataset = dataset._resolve_features()
+    features = dataset.features
+    exists = "the columns are " + ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+    if image_column is None:
+        image_column = next((name for name, feature in features.items() if _kind(feature) == "Image"), "image")
+    if isinstance(caption_column, str):
+        caption_column = [caption_column]
+    elif caption_column is None:
+        known = [name for name in _CAPTION_COLUMNS if _feature(features, name) is not None]
+        if not known:
+            raise ValueError(f"{source} has no column that is known for captions; {exists}. Pass `caption_column=`.")
+        caption_column = known[:1]
+    for name in (image_column, *caption_column, *filter(None, [id_column])):
+        if _feature(features, name) is None:
+            raise ValueError(f"{source} has no column {name!r}; {exists}.")
+    if _kind(features[image_column]) not in ("Image", "string"):
+        raise ValueError(f"The column {image_column!r} of {source} does not hold images; {exists}.")
+    for name in caption_column:
+        if _kind(_feature(features, name)) not in ("string", "list of string"):
+            raise ValueError(f"The column {name!r} of {source} does not hold captions; {exists}.")
+    return image_column, list(caption_column)
+
+
+def _feature(features, name: str):
+    for part in name.split("."):
+        features = features.get(part) if isinstance(features, dict) else None
+    return features
+
+
+def _kind(feature) -> str:
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return f"list of {_kind(inner)}"
+    dtype = getattr(feature, "dtype", None)
+    if feature.__class__.__name__ == "Value":
+        return "string" if dtype in ("string", "large_string") else dtype
+    return getattr(feature, "_type", "struct")

@@ -1,0 +1,322 @@
+"""CLIP embeddings of whole data sets: each image is encoded once, by any number of processes, and no work is lost."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor
+
+from ..modeling_clipcap import _load_vision_tower
+from ..modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
+from ..processes import process_state
+from ..processing_clipcap import image_processor_from_open_clip, load_image, to_rgb
+from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
+
+
+def embed(
+    model,
+    dataset,
+    out: str | os.PathLike,
+    image_processor=None,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: int = 4096,
+    progress: bool = True,
+) -> Dataset | DatasetDict:
+    r"""
+    Encode the images of a data set once and write their CLIP embeddings, for training without the vision tower.
+
+    The work is cut into shards of `shard_size` rows, or of the shards that a streamed data set has, and each is written
+    under a temporary name and renamed once it is whole. Run again after an interruption, also with another number of
+    processes, it makes the shards that are missing and ends with the same rows. Under `torchrun` or `accelerate launch`
+    the shards are divided over the processes. An image that cannot be read is left out and recorded with its reason in
+    `failed.jsonl`.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`] or [`~transformers.PreTrainedModel`]): A captioner or a vision tower,
+            on the device that is to be used.
+        dataset ([`~datasets.Dataset`], `IterableDataset` or a dictionary of them by split): From [`load_captions`], or
+            with a column `image` ([`~datasets.Image`]) and any others, which are kept.
+        out (`str` or path): Folder to write; with splits, one folder in it for each.
+        image_processor ([`~transformers.BaseImageProcessor`] or [`ClipCapProcessor`]): The transform of the tower.
+        batch_size (`int`): Images that go through the tower at once.
+        num_workers (`int`, *optional*): Processes that read and resize images meanwhile; by their number by default. 0
+            reads them here.
+        dtype (`torch.dtype`, *optional*): In which the tower computes. By default bfloat16 on GPUs that have it, float16
+            on older ones, and what the model is in elsewhere. What is written is float32.
+        shard_size (`int`): Rows in a file: the work that an interruption can cost each process.
+        progress (`bool`): Show a progress bar on standard error.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: As [`load_embeddings`] reads it: the columns of `dataset` with
+        `clip_embeds` (clip_embed_dim, or (tokens, dim)) and `image_path` in place of `image`.
+
+    Raises:
+        ValueError: If `out` holds the embeddings of other data or by another tower, or no image at all could be read.
+        OSError: If `out` cannot be written; what was finished before stays.
+
+    Example:
+
+    ```python
+    >>> from clipcap_hf import EMOJI_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
+    >>> from clipcap_hf.data import embed, load_emoji
+
+    >>> model = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI)
+    >>> processor = ClipCapProcessor.from_pretrained(EMOJI_MINI)
+    >>> data = embed(model, load_emoji("validation"), "embeds", processor, progress=False)  # doctest: +SKIP
+
+    ```"""
+    image_processor = getattr(image_processor, "image_processor", image_processor)
+    tower = getattr(model, "vision_tower", model)
+    if tower is None:
+        raise ValueError("This captioner has no vision tower: name the CLIP that is to embed the images.")
+    if image_processor is None:
+        raise ValueError("Pass `image_processor`, the transform of the vision tower.")
+    encoder = Encoder(tower, dtype, getattr(model.config, "vision_feature", "pooled"), model.name_or_path)
+    out = Path(out)
+    if not isinstance(dataset, dict):
+        return _embed_split(encoder, dataset, out, image_processor, batch_size, num_workers, shard_size, progress)
+    for name, split in dataset.items():
+        _embed_split(encoder, split, out / name, image_processor, batch_size, num_workers, shard_size, progress, name)
+    EmbeddingsFolder(out).write_splits(list(dataset))
+    return load_embeddings(out)
+
+
+def load_tower(name: str):
+    """A vision tower, in float32, and its image processor, by a name as in
+    [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]."""
+    tower = _load_vision_tower(name, torch.float32)
+    if is_open_clip_name(name):
+        _, preprocess_cfg, _ = load_open_clip_checkpoint(name, with_weights=False)
+        return tower, image_processor_from_open_clip(preprocess_cfg)
+    return tower, AutoImageProcessor.from_pretrained(name, backend="pil")
+
+
+class Encoder:
+    """A vision tower in the type in which it computes."""
+
+    def __init__(self, tower, dtype: torch.dtype | None = None, vision_feature: str = "pooled", name: str = ""):
+        self.device = tower.device
+        self.dtype = dtype or _fast_dtype(tower)
+        self.vision_feature = vision_feature
+        self.description = {
+            **describe_tower(tower, vision_feature, name),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if tower.dtype != self.dtype:
+            tower = copy.deepcopy(tower).to(self.dtype)
+        self.tower = tower.eval()
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """float32 embeddings (batch, clip_embed_dim) on the CPU, of pixels (batch, 3, height, width)."""
+        # Convolutional towers are twice as fast with channels last.
+        memory_format = torch.channels_last if pixel_values.ndim == 4 else torch.preserve_format
+        pixel_values = pixel_values.to(self.device, self.dtype, memory_format=memory_format)
+        outputs = self.tower(pixel_values=pixel_values, return_dict=True)
+        for name in ("image_embeds", "pooler_output"):
+            if (embeds := outputs.get(name)) is not None:
+                return embeds.flatten(1).float().cpu()
+        raise ValueError(f"`{self.tower.config.model_type}` gives no pooled image embedding.")
+
+
+def _fast_dtype(tower) -> torch.dtype:
+    if tower.device.type == "cuda" and tower.dtype == torch.float32:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return tower.dtype
+
+
+def _embed_split(
+    encoder: Encoder,
+    dataset,
+    out: Path,
+    image_processor,
+    batch_size: int,
+    num_workers: int | None,
+    shard_size: int,
+    progress: bool,
+    name: str = "",
+) -> Dataset:
+    from datasets import Image as ImageFeature
+
+    process = process_state()
+    if dataset.features is None:
+        dataset = dataset._resolve_features()
+    if "image" not in dataset.features:
+        raise ValueError(f"The data has no column 'image'; it has {', '.join(dataset.features)}: rename the column.")
+    # The bytes are decoded in the workers, where a broken image costs nothing but itself.
+    dataset = dataset.with_format(None).cast_column("image", ImageFeature(decode=False))
+    preprocess = _Preprocess(image_processor)
+    blank = preprocess.pixels(Image.new("RGB", (64, 64)))
+    shape = tuple(encoder(blank[None]).shape[1:])
+    streamed = not hasattr(dataset, "num_rows")
+    shards = dataset.num_shards if streamed else -(-dataset.num_rows // shard_size)
+    if not shards:
+        raise ValueError("The data set has no rows.")
+    provenance = {
+        **encoder.description,
+        "transform": json.loads(image_processor.to_json_string()),
+        "shape": list(shape),
+        "data": {
+            "fingerprint": None if streamed else dataset._fingerprint,
+            "shards": shards,
+            "shard_size": None if streamed else shard_size,
+        },
+    }
+    folder = EmbeddingsFolder(out, provenance, dataset.features, shape)
+    if process.is_main_process:
+        folder.begin()
+    process.wait_for_everyone()
+    mine = [shard for shard in range(shards) if shard % process.num_processes == process.process_index]
+    todo = [shard for shard in mine if not folder.is_done(shard)]
+    if streamed:
+        batches, expected = _StreamedBatches(dataset, todo, batch_size, preprocess), None
+    else:
+        batches = _Batches(dataset, todo, batch_size, shard_size, preprocess)
+        expected = sum(stop - start for _, start, stop, _ in batches.spans)
+    if num_workers is None:
+        # Starting a process costs as much as reading some dozens of images.
+        cores = (os.cpu_count() or 1) // process.num_processes
+        num_workers = 0 if expected is not None and expected < 64 else min(8, cores)
+    if streamed:
+        num_workers = min(num_workers, len(todo))
+    loader = DataLoader(batches, batch_size=None, num_workers=num_workers)
+    bar = tqdm(
+        total=expected,
+        unit="image",
+        desc=f"Embedding {name}".strip(),
+        disable=not (progress and process.is_main_process),
+    )
+    with bar, folder:
+        for batch in loader:
+            folder.write(batch.shard, *_encode(encoder, batch))
+            if batch.is_last:
+                folder.finish_shard(batch.shard)
+            bar.update(len(batch.rows))
+    process.wait_for_everyone()
+    if process.is_main_process:
+        folder.finish(shards)
+    process.wait_for_everyone()
+    return load_embeddings(out)
+
+
+@dataclass
+class _Batch:
+    shard: int
+    is_last: bool
+    rows: list[dict[str, Any]]
+    pixels: torch.Tensor | None  # of the images that could be read
+    errors: list[str | None]
+
+
+def _encode(encoder: Encoder, batch: _Batch) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
+    """The rows with an embedding, their embeddings, and what is to be recorded of the other rows."""
+    embeds = iter(() if batch.pixels is None else encoder(batch.pixels))
+    rows, kept, failed = [], [], []
+    for row, error in zip(batch.rows, batch.errors):
+        embed = next(embeds) if error is None else None
+        if embed is not None and not embed.isfinite().all():
+            error = f"the embedding holds NaN or infinity in {encoder.dtype}"
+        if error is None:
+            rows.append(row)
+            kept.append(embed)
+        else:
+            failed.append({"image_id": row.get("image_id"), "image": row["image_path"], "error": error})
+    return rows, kept, failed
+
+
+class _Preprocess:
+    """Reads and transforms the images of a batch."""
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def __call__(self, shard: int, is_last: bool, columns: dict[str, list]) -> _Batch:
+        names = list(columns)
+        rows = [dict(zip(names, values)) for values in zip(*columns.values())]
+        pixels, errors = [], []
+        for row in rows:
+            image = row.pop("image")
+            row["image_path"] = image["path"] if image and image["bytes"] is None else None
+            try:
+                pixels.append(self.pixels(_read(image)))
+                errors.append(None)
+            except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+                errors.append(str(error) or type(error).__name__)
+        return _Batch(shard, is_last, rows, torch.stack(pixels) if pixels else None, errors)
+
+
+def _read(image: dict | None) -> Image.Image:
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise ValueError("there is no image")
+    if image["bytes"] is None:
+        return load_image(image["path"])
+    with Image.open(io.BytesIO(image["bytes"])) as opened:
+        return to_rgb(opened)
+
+
+class _Batches(TorchDataset):
+    """The batches of a data set with random access. None goes beyond its shard, so they are the same in every run."""
+
+    def __init__(self, dataset, shards: list[int], batch_size: int, shard_size: int, preprocess: _Preprocess):
+        self.dataset = dataset
+        self.preprocess = preprocess
+        self.spans = []
+        for shard in shards:
+            end = min((shard + 1) * shard_size, dataset.num_rows)
+            for start in range(shard * shard_size, end, batch_size):
+                stop = min(start + batch_size, end)
+                self.spans.append((shard, start, stop, stop == end))
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> _Batch:
+        shard, start, stop, is_last = self.spans[index]
+        return self.preprocess(shard, is_last, self.dataset[start:stop])
+
+
+class _StreamedBatches(TorchIterableDataset):
+    """The batches of a streamed data set, each worker with shards of its own."""
+
+    def __init__(self, dataset, shards: list[int], batch_size: int, preprocess: _Preprocess):
+        self.dataset = dataset
+        self.shards = shards
+        self.batch_size = batch_size
+        self.preprocess = preprocess
+
+    def __iter__(self) -> Iterator[_Batch]:
+        worker = torch.utils.data.get_worker_info()
+        step, first = (worker.num_workers, worker.id) if worker else (1, 0)
+        for shard in self.shards[first::step]:
+            rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=shard)
+            previous = None
+            for columns in rows.iter(self.batch_size):
+                if previous is not None:
+                    yield self.preprocess(shard, False, previous)
+                previous = columns
+            yield self.preprocess(shard, True, previous or {})

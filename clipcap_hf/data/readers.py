@@ -1,0 +1,329 @@
+"""Captioned images of the field's formats, read into the one form of `schema.py`; images stay paths until they are used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .columns import load_columns
+from .schema import CaptionCleaner, caption_features, check_unique, select_split, split_name, warn_of_overlap
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+logger = logging.getLogger(__name__)
+
+
+def load_captions(
+    kind: str,
+    source: str | os.PathLike | dict[str, str],
+    images: str | os.PathLike | None = None,
+    split: str | None = None,
+    missing: str | None = None,
+    **kwargs,
+) -> Dataset | DatasetDict | IterableDataset:
+    r"""
+    Read captioned images.
+
+    | `kind` | `source` | `images` |
+    |---|---|---|
+    | `"karpathy"` | `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json` | folder with `train2014/` and `val2014/`, or with the Flickr images |
+    | `"coco"` | `captions_train2014.json`, `captions_val2017.json`, ... | folder with the images, or with `train2014/` and the like |
+    | `"stair"` | `stair_captions_v1.2_train.json`, ... (Japanese) | as for COCO |
+    | `"nocaps"` | `nocaps_val_4500_captions.json`, ... | folder with the images |
+    | `"official"` | `train_caption.json` of the official ClipCap code | as for COCO |
+    | `"conceptual"` | TSV of captions and URLs (Conceptual Captions 3M, 12M) | folder, or folders in it, of images that are named by their row, from 0: `12.jpg`, `000000012.jpg`, as `img2dataset` names them with its default of 10,000 images a shard |
+    | `"imagefolder"` | folder of images with `metadata.jsonl` or `metadata.csv` | |
+    | `"webdataset"` | folder, path or glob pattern of `.tar` shards; streamed | |
+    | `"hub"` | a data set of the Hub, or a folder or script-less file that `load_dataset` takes | |
+
+    Args:
+        kind (`str`): The format.
+        source (`str`, path, or `dict`): The annotations; a dictionary gives a file for each split.
+        images (`str` or path, *optional*): Folder of the images; that of `source` by default.
+        split (`str`, *optional*): The split to return; `"val"` is `"validation"`. All by default.
+        missing (`str`, *optional*): What to do with images that are listed but not there: `"error"`, or `"skip"` and warn
+            with their number. The default is `"skip"` for Conceptual Captions, whose images vanish from the web, and
+            `"error"` for all others.
+        kwargs: For `"imagefolder"`, `"webdataset"` and `"hub"`: `image_column`, `caption_column` (a name, or a list of
+            names), `id_column`, and what `datasets.load_dataset` takes, `streaming=True` for one.
+
+    Returns:
+        [`~datasets.Dataset`] for one split, [`~datasets.DatasetDict`] for all; iterable ones if streamed. The columns are
+        those of [`caption_features`]: `image`, `captions`, `image_id`, `split` and, for nocaps, `domain`.
+
+    Raises:
+        FileNotFoundError: If the annotations are not there, or images are missing and may not be.
+        ValueError: If the file is not of this format, a caption is no string, an image is listed twice, or there is no
+            such split or column; the message says what there is.
+
+    Example:
+
+    ```python
+    >>> from clipcap_hf.data import load_captions
+
+    >>> train = load_captions("karpathy", "dataset_coco.json", images="coco", split="train")  # doctest: +SKIP
+    >>> train[0]["captions"]  # doctest: +SKIP
+
+    ```"""
+    if kind not in READERS:
+        raise ValueError(f"There is no reader {kind!r}; there are {', '.join(map(repr, READERS))}.")
+    if missing not in (None, "error", "skip"):
+        raise ValueError(f"`missing` must be 'error' or 'skip', but is {missing!r}.")
+    return READERS[kind](source, images=images, split=split, missing=missing, **kwargs)
+
+
+@dataclass
+class CaptionedRecord:
+    """One image of an annotation file: where it may lie, and what is said of it."""
+
+    image_id: int | str
+    paths: list[str]  # relative to the folder of the images; the first that exists is taken
+    captions: list[Any] = field(default_factory=list)
+    split: str = "train"
+    domain: str | None = None
+
+
+def _load_files(
+    read: Callable[[Path, str], Iterable[CaptionedRecord]],
+    source,
+    images=None,
+    split: str | None = None,
+    missing: str | None = None,
+    **unknown,
+) -> Dataset | DatasetDict:
+    from datasets import DatasetDict
+
+    if unknown:
+        raise ValueError(f"This format has columns of its own; it takes no {', '.join(map(repr, unknown))}.")
+    files = source if isinstance(source, dict) else {None: source}
+    splits: dict[str, list[CaptionedRecord]] = {}
+    for name, file in files.items():
+        file = Path(file)
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no annotation file {file}.")
+        folder = _Folder(file.parent if images is None else Path(images))
+        for record in _present(list(read(file, folder)), folder, missing or "error", file):
+            splits.setdefault(split_name(name or record.split), []).append(record)
+    datasets = DatasetDict({name: _to_dataset(name, records, source) for name, records in splits.items()})
+    warn_of_overlap(datasets)
+    return select_split(datasets, split, str(source))
+
+
+class _Folder:
+    """Which files there are: each folder is listed once, since asking for files one by one is slow over a network."""
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise FileNotFoundError(f"There is no folder of images {root}.")
+        self.root = root
+        self.listings: dict[str, set[str]] = {}
+
+    def find(self, paths: Iterable[str]) -> str | None:
+        for path in paths:
+            parent, name = os.path.split(os.path.join(self.root, path))
+            if parent not in self.listings:
+                self.listings[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
+            if name in self.listings[parent]:
+                return os.path.join(parent, name)
+        return None
+
+
+def _present(records: list[CaptionedRecord], folder: _Folder, missing: str, source: Path) -> Iterator[CaptionedRecord]:
+    absent = []
+    for record in records:
+        path = folder.find(record.paths)
+        if path is None:
+            absent.append(record.paths[0])
+        else:
+            record.paths = [path]
+            yield record
+    if not absent:
+        return
+    message = (
+        f"{len(absent)} of the {len(records)} images that {source} lists are not in {folder.root}: "
+        f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
+    )
+    if missing == "error" or len(absent) == len(records):
+        raise FileNotFoundError(
+            f"{message}. Is `images` the right folder? `missing='skip'` goes on with those present."
+        )
+    logger.warning(f"{message}. They were left out.")
+
+
+def _to_dataset(split: str, records: list[CaptionedRecord], source) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset, NamedSplit
+
+    check_unique((record.image_id for record in records), f"{source} ({split})")
+    clean = CaptionCleaner(str(source))
+    uncaptioned = not any(record.captions for record in records)  # images that are only to be captioned
+    rows = {"image": [], "captions": [], "image_id": [], "split": [], "domain": []}
+    without = []
+    for record in records:
+        captions = clean(record.captions, record.image_id)
+        if not captions and not uncaptioned:
+            without.append(record.image_id)
+            continue
+        rows["image"].append({"bytes": None, "path": record.paths[0]})
+        rows["captions"].append(captions)
+        rows["image_id"].append(record.image_id)
+        rows["split"].append(split)
+        rows["domain"].append(record.domain)
+    clean.report()
+    if without:
+        logger.warning(f"{source}: {len(without)} images without a caption were left out, {without[0]} the first.")
+    int_ids = all(isinstance(image_id, int) for image_id in rows["image_id"])
+    if not int_ids:
+        rows["image_id"] = [str(image_id) for image_id in rows["image_id"]]
+    features = caption_features(int_ids, domain=any(rows["domain"]))
+    schema = features.arrow_schema
+    arrays = [pa.array(rows[name], type=schema.field(name).type) for name in features]
+    return Dataset(pa.Table.from_arrays(arrays, schema=schema), split=NamedSplit(split))
+
+
+def _read_json(path: Path, keys: Iterable[str], example: str) -> Any:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            data = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file, or is incomplete: {error}") from error
+    if keys and not (isinstance(data, dict) and set(keys) <= data.keys()):
+        found = ", ".join(list(data)[:10]) if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise ValueError(f"{path} is not of the layout of {example}, with {' and '.join(keys)}: it holds {found}.")
+    return data
+
+
+def _field(entry: Any, name: str, path: Path, number: int) -> Any:
+    if not isinstance(entry, dict) or name not in entry:
+        found = ", ".join(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        raise ValueError(f"Entry {number} of {path} has no {name!r}; it has {found}.")
+    return entry[name]
+
+
+def _read_karpathy(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+    for number, image in enumerate(_read_json(path, ["images"], "a Karpathy split (dataset_coco.json)")["images"]):
+        filename, split = (_field(image, name, path, number) for name in ("filename", "split"))
+        sentences = _field(image, "sentences", path, number)
+        yield CaptionedRecord(
+            image_id=image.get("cocoid", image.get("imgid", filename)),
+            paths=[os.path.join(image.get("filepath", ""), filename), filename],
+            captions=[_field(sentence, "raw", path, number) for sentence in sentences],
+            split=split_name(split),
+        )
+
+
+def _read_coco(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+    data = _read_json(path, ["images"], "COCO's captions (captions_val2014.json)")
+    split = _split_of_name(path)
+    records = {}
+    listed = [_field(image, "id", path, number) for number, image in enumerate(data["images"])]
+    check_unique(listed, str(path))
+    for number, image in enumerate(data["images"]):
+        paths = _coco_paths(_field(image, "file_name", path, number))
+        records[image["id"]] = CaptionedRecord(image["id"], paths, split=split, domain=image.get("domain"))
+    strangers = 0
+    for number, annotation in enumerate(data.get("annotations", [])):
+        record = records.get(_field(annotation, "image_id", path, number))
+        caption = _field(annotation, "caption", path, number)
+        if record is None:
+            strangers += 1
+        else:
+            record.captions.append(caption)
+    if strangers:
+        logger.warning(f"{path}: {strangers} captions are of images that it does not list; they were left out.")
+    yield from records.values()
+
+
+def _coco_paths(file_name: str) -> list[str]:
+    # COCO_train2014_000000000009.jpg usually lies in a folder train2014.
+    found = re.match(r"COCO_(\w+?)_\d+\.", file_name)
+    years = [found[1]] if found else ["train2017", "val2017", "test2017"]
+    return [file_name, *(os.path.join(year, file_name) for year in years)]
+
+
+def _split_of_name(path: Path) -> str:
+    found = re.search(r"(?<![a-z])(train|val|test|dev)", path.stem.lower())
+    return split_name(found[1]) if found else "train"
+
+
+def _read_official(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+    captions: dict[int, list] = {}
+    data = _read_json(path, [], "train_caption.json")
+    if not isinstance(data, list):
+        raise ValueError(f"{path} is not of the layout of the official train_caption.json: a list of captions.")
+    for number, entry in enumerate(data):
+        image_id = _field(entry, "image_id", path, number)
+        try:
+            image_id = int(image_id)
+        except (TypeError, ValueError):
+            raise ValueError(f"Entry {number} of {path} has the image_id {image_id!r}, which is no number.") from None
+        captions.setdefault(image_id, []).append(_field(entry, "caption", path, number))
+    for image_id, texts in captions.items():
+        names = [f"COCO_{part}2014_{image_id:012d}.jpg" for part in ("train", "val")]
+        yield CaptionedRecord(image_id, [path for name in names for path in _coco_paths(name)[::-1]], texts)
+
+
+def _read_conceptual(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+    files = _files_by_number(folder.root)
+    split = _split_of_name(path)
+    # Only line feeds end a row: captions may hold separators of other kinds.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        number = 0
+        for line_number, line in enumerate(file, start=1):
+            columns = line.rstrip("\r\n").split("\t")
+            if line_number == 1 and sorted(column.strip().lower() for column in columns) == ["caption", "url"]:
+                continue
+            urls = [column.startswith(("http://", "https://")) for column in columns]
+            if len(columns) != 2 or not any(urls):
+                raise ValueError(f"Line {line_number} of {path} is not a caption, a tab and a URL: {line[:200]!r}.")
+            caption = columns[1 if urls[0] and not urls[1] else 0]  # the 12M set has the URL first
+            if number in files and number < 1000:
+                _check_caption_beside(files[number], caption, number, path)
+            yield CaptionedRecord(number, [files.get(number, f"{number}.jpg")], [caption], split)
+            number += 1
+
+
+def _check_caption_beside(image: str, caption: str, number: int, path: Path):
+    # img2dataset writes the caption beside the image. Numbers that are not rows would mix up all captions, silently.
+    beside = Path(image).with_suffix(".txt")
+    if beside.is_file() and (found := beside.read_text(encoding="utf-8")).split() != caption.split():
+        raise ValueError(
+            f"{beside} has the caption {found!r}, but row {number} of {path} is {caption!r}: are the images named by their row?"
+        )
+
+
+def _files_by_number(root: Path) -> dict[int, str]:
+    from ..captioning import find_images
+
+    files = {}
+    for path in find_images([root])[0]:
+        if (stem := Path(path).stem).isdecimal():
+            if (other := files.setdefault(int(stem), path)) != path:
+                raise ValueError(f"{other} and {path} are both named by row {int(stem)}.")
+    return files
+
+
+def _load_conceptual(source, images=None, split=None, missing=None, **unknown):
+    return _load_files(_read_conceptual, source, images, split, missing or "skip", **unknown)
+
+
+READERS: dict[str, Callable] = {
+    "karpathy": partial(_load_files, _read_karpathy),
+    "coco": partial(_load_files, _read_coco),
+    "stair": partial(_load_files, _read_coco),
+    "nocaps": partial(_load_files, _read_coco),
+    "official": partial(_load_files, _read_official),
+    "conceptual": _load_conceptual,
+    "imagefolder": partial(load_columns, "imagefolder"),
+    "webdataset": partial(load_columns, "webdataset"),
+    "hub": partial(load_columns, None),
+}

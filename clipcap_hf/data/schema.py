@@ -1,0 +1,177 @@
+"""The one form of captioned images that training, embedding and evaluation read, and the checks of what goes into it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, Features
+
+logger = logging.getLogger(__name__)
+
+# Longer than any caption that was written for an image: a whole document got into the column.
+MAX_CAPTION_LENGTH = 10_000
+_LINE_SEPARATORS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_SPLITS = {"val": "validation", "valid": "validation", "dev": "validation", "restval": "train", "training": "train"}
+
+
+def caption_features(int_ids: bool = True, domain: bool = False) -> Features:
+    """
+    The columns of captioned images:
+
+    - `image`: [`~datasets.Image`], a path or bytes that are decoded when the row is read.
+    - `captions`: list of strings, empty for images that are only to be captioned.
+    - `image_id`: int64 where the format has whole numbers, as COCO's result files want them, else string.
+    - `split`: `"train"`, `"validation"`, `"test"`, or what the data calls it.
+    - `domain` (nocaps only): `"in-domain"`, `"near-domain"` or `"out-domain"`.
+    """
+    from datasets import Features, Image, List, Value
+
+    columns = {"image": Image(), "captions": List(Value("string"))}
+    columns |= {"image_id": Value("int64" if int_ids else "string"), "split": Value("string")}
+    return Features(columns | ({"domain": Value("string")} if domain else {}))
+
+
+def split_name(name: str) -> str:
+    """The name that a split has in `datasets`: `"val"` is `"validation"`, Karpathy's `"restval"` is `"train"`."""
+    return _SPLITS.get(name, name)
+
+
+def clean_caption(caption: Any, where: str = "the data") -> str | None:
+    """
+    A caption on one line, without space around it. Line separators of every kind (U+2028, U+0085, ...), which break
+    tokenisers and result files, become a space.
+
+    Returns:
+        `str` or `None`: `None` if nothing is left, or more than `MAX_CAPTION_LENGTH` characters.
+
+    Raises:
+        ValueError: If it is neither a string nor missing; `where` says in the message where it stood.
+    """
+    if caption is None:
+        return None
+    if not isinstance(caption, str):
+        raise ValueError(
+            f"A caption must be a string, but {where} has {str(caption)[:80]!r} ({type(caption).__name__}): is this the "
+            "column of the captions?"
+        )
+    caption = _LINE_SEPARATORS.sub(" ", caption).strip()
+    if not caption or len(caption) > MAX_CAPTION_LENGTH:
+        return None
+    # Half a surrogate pair, which JSON can hold, is no text that could be written to a file.
+    return caption.encode("utf-8", "replace").decode("utf-8")
+
+
+class CaptionCleaner:
+    """Cleans the captions of many images, and says once at the end (`report`) what was left out."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.left_out = 0
+        self.example = None
+
+    def __call__(self, captions: str | Iterable[Any] | None, image: Any) -> list[str]:
+        if captions is None or isinstance(captions, str):
+            captions = [captions]
+        elif not isinstance(captions, Iterable) or isinstance(captions, Mapping):
+            clean_caption(captions, f"image {image} of {self.source}")
+        kept = []
+        for caption in captions:
+            cleaned = clean_caption(caption, f"image {image} of {self.source}")
+            if cleaned is not None:
+                kept.append(cleaned)
+            elif caption is not None:
+                self.left_out += 1
+                self.example = image if self.example is None else self.example
+        return kept
+
+    def report(self):
+        if self.left_out:
+            logger.warning(
+                f"{self.source}: {self.left_out} captions are empty or longer than {MAX_CAPTION_LENGTH} characters and were "
+                f"left out, the first of image {self.example}."
+            )
+
+
+def select_split(splits: DatasetDict, split: str | None, source: str) -> Dataset | DatasetDict:
+    """The split of that name, or all of them for `None`.
+
+    Raises:
+        ValueError: If there is none; the message lists those that there are.
+    """
+    if split is None:
+        return splits
+    found = [name for name in splits if name == split] or [
+        name for name in splits if split_name(name) == split_name(split)
+    ]
+    if not found:
+        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(map(repr, splits)) or 'none'}.")
+    return splits[found[0]]
+
+
+def warn_of_overlap(splits: Mapping[str, Dataset]) -> dict[tuple[str, str], int]:
+    """
+    Warn of images that are in several splits, by `image_id` and by path: scores on them say nothing about new images.
+
+    Args:
+        splits (mapping of `str` to [`~datasets.Dataset`]): Such as a [`~datasets.DatasetDict`], or
+            `{"train": ..., "test": ...}` from two sources.
+
+    Returns:
+        `dict`: The number of images that two splits share, for each pair that shares some.
+    """
+    seen = {name: _image_keys(dataset) for name, dataset in splits.items()}
+    shared = {}
+    names = list(seen)
+    for number, first in enumerate(names):
+        for second in names[number + 1 :]:
+            # The ids of two sources may count from 0 in both: where both know the paths, these decide.
+            ids, paths = (len(seen[first][key] & seen[second][key]) for key in ("image_id", "path"))
+            both_know_paths = seen[first]["path"] and seen[second]["path"]
+            if count := paths if both_know_paths else ids:
+                shared[first, second] = count
+                logger.warning(
+                    f"{count} images are in both {first!r} and {second!r}: take them out of one of the two."
+                )
+    return shared
+
+
+def _image_keys(dataset: Dataset) -> dict[str, set]:
+    keys = {"image_id": set(), "path": set()}
+    if "image_id" in dataset.column_names:
+        keys["image_id"] = set(dataset["image_id"])
+    if "image" in dataset.column_names and getattr(dataset.features["image"], "_type", None) == "Image":
+        keys["path"] = set(image_paths(dataset)) - {None}
+    elif "image_path" in dataset.column_names:
+        keys["path"] = set(dataset["image_path"]) - {None}
+    return keys
+
+
+def image_paths(dataset: Dataset, column: str = "image") -> list[str | None]:
+    """The paths of an image column, without reading the images; `None` where the data set holds the bytes itself."""
+    import pyarrow.compute as pc
+
+    arrow = dataset.select_columns([column]).with_format("arrow")
+    paths = []
+    for table in arrow.iter(10_000):
+        stored = table[column]
+        inside = pc.is_valid(pc.struct_field(stored, "bytes"))
+        paths += pc.if_else(inside, None, pc.struct_field(stored, "path")).to_pylist()
+    return paths
+
+
+def check_unique(ids: Iterable, source: str):
+    """Raise a `ValueError` that names the first of the ids that occur twice."""
+    repeated = (i for i, count in Counter(ids).items() if count > 1)
+    if first := list(islice(repeated, 4)):
+        more = ", ..." if len(first) > 3 else ""
+        raise ValueError(
+            f"{source} lists the same image id twice: {', '.join(map(str, first[:3]))}{more}. Each image may have one entry "
+            "with all its captions."
+        )

@@ -55,19 +55,19 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(paths)), errors
 
 
-class _ImageFiles(Dataset):
-    """Reads and preprocesses one file an item: `(pixel_values, None)` or `(None, error)`."""
+class _Images(Dataset):
+    """Reads and preprocesses one image an item: `(pixel_values, None)` or `(None, error)`."""
 
-    def __init__(self, paths: list[str], processor: ClipCapProcessor):
-        self.paths = paths
+    def __init__(self, images: Sequence, processor: ClipCapProcessor):
+        self.images = images
         self.image_processor = processor.image_processor
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str | None]:
         try:
-            image = load_image(self.paths[index])
+            image = load_image(self.images[index])
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
         except ValueError as error:
             return None, str(error)
@@ -101,8 +101,6 @@ def caption_files(
     Yields:
         [`CaptionedImage`]: One for each path, in order. A file that cannot be read has an error and stops nothing.
     """
-    if processor.image_processor is None:
-        raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
     process = process_state()
     stride = process.num_processes * batch_size
     own = [
@@ -111,7 +109,8 @@ def caption_files(
         for path in paths[start : start + batch_size]
     ]
     progress = progress and process.is_main_process
-    results = _caption_own(model, processor, own, batch_size, num_workers, prompt, progress, generate_kwargs)
+    captions = caption_images(model, processor, own, batch_size, num_workers, prompt, progress, **generate_kwargs)
+    results = (CaptionedImage(path, best, error) for (best, error), path in zip(captions, own))
     if process.num_processes == 1:
         yield from results
         return
@@ -119,18 +118,33 @@ def caption_files(
         yield from gather_object(list(islice(results, batch_size)))
 
 
-def _caption_own(
-    model, processor, paths: list[str], batch_size, num_workers, prompt, progress, generate_kwargs
-) -> Iterator[CaptionedImage]:
-    loader = DataLoader(_ImageFiles(paths, processor), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
-    remaining = iter(paths)
-    with tqdm(total=len(paths), unit="image", disable=not progress) as bar:
+def caption_images(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    images: Sequence,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    prompt: str | None = None,
+    progress: bool = True,
+    **generate_kwargs,
+) -> Iterator[tuple[list[str], str | None]]:
+    """Caption images of any sequence, such as a column of a data set, that are fetched by index when their turn comes.
+
+    Takes what [`caption_files`] takes, but that `images` may be PIL images, paths or URLs.
+
+    Yields:
+        `tuple[list[str], str | None]`: For each image, in order, its captions, the best first, and the error where it
+        could not be read.
+    """
+    if processor.image_processor is None:
+        raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
+    loader = DataLoader(_Images(images, processor), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for batch in loader:
             readable = [pixels for pixels, error in batch if error is None]
             captions = iter(_caption_pixels(model, processor, readable, prompt, generate_kwargs))
             for _, error in batch:
-                path = next(remaining)
-                yield CaptionedImage(path, error=error) if error else CaptionedImage(path, next(captions))
+                yield ([], error) if error else (next(captions), None)
             bar.update(len(batch))
 
 

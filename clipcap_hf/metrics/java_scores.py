@@ -88,7 +88,7 @@ _OPEN_MODULES = ("--add-opens", "java.base/java.lang=ALL-UNNAMED")
 _SPICE_JARS = ("spice-1.0.jar", "stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
-def _spice_class_path(home: str | os.PathLike | None) -> str:
+def spice_class_path(home: str | os.PathLike | None) -> str:
     """The jars in `home` and `home/lib`, and pycocoevalcap's for what is missing there."""
     home = home or os.environ.get("CLIPCAP_SPICE_HOME")
     remedy = (
@@ -124,7 +124,7 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]], home=Non
     Raises:
         JavaError: Java or a jar is missing (the message names it and where to get it), or Java failed or hung.
     """
-    class_path = _spice_class_path(home)
+    class_path = spice_class_path(home)
     images = [
         {"image_id": image, "test": caption, "refs": list(group)}
         for image, (caption, group) in enumerate(zip(captions, references))

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from . import scores
+from .java import find_jar, find_java
 from .ngrams import Corpus
-from .tokenization import tokenize, tokenize_streams, tokenizer_record
+from .tokenization import PTB_JAR, check_tokenizer, tokenize, tokenize_streams, tokenizer_record
 
 
 # The metrics of text alone, in the order in which results list them; clip_score also needs the images.
@@ -91,6 +92,29 @@ def _load_frequencies(source: Mapping | str | os.PathLike | None) -> Mapping | N
         return source
     with open(source, encoding="utf-8") as file:
         return json.load(file)
+
+
+def check_requirements(
+    metrics: Sequence[str], tokenizer: str | None, spice_home: str | os.PathLike | None = None
+) -> None:
+    """Raises what `score_captions` would raise without Java, the jars or the Japanese tokenizer.
+
+    For those who first spend an hour on captions.
+    """
+    from .java_scores import spice_class_path
+
+    name = check_tokenizer(tokenizer)
+    if name == "ptb" and set(metrics) - set(UNTOKENIZED):
+        find_java("The PTB tokenizer")
+        find_jar(PTB_JAR, "The PTB tokenizer")
+    if name == "ja":
+        tokenize(["あ"], name)
+    if "meteor" in metrics:
+        find_java("METEOR")
+        find_jar("meteor/meteor-1.5.jar", "METEOR")
+    if "spice" in metrics:
+        find_java("SPICE")
+        spice_class_path(spice_home)
 
 
 def score_captions(

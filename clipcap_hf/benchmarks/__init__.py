@@ -9,13 +9,14 @@
 `clipcap evaluate` is this on the command line, with captions of a model.
 """
 
-from .captioning import caption_evaluation_set, remove_progress
+from .captioning import caption_benchmark, caption_evaluation_set, remove_progress
+from .data import load_evaluation_set
 from .evaluation import default_metrics, evaluate_captions
 from .files import read_references, read_results, write_results
 from .paper import PAPER_ROWS, PaperRow, paper_rows, rows_to_compare
 from .protocol import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark
 from .record import decoding_record, model_record, weights_sha256
-from .report import difference_lines, exact_scores, plain_summary, score_table, write_report
+from .report import difference_lines, plain_summary, score_table, write_report
 
 
 __all__ = [
@@ -24,13 +25,14 @@ __all__ = [
     "Benchmark",
     "EvaluationSet",
     "PaperRow",
+    "caption_benchmark",
     "caption_evaluation_set",
     "decoding_record",
     "default_metrics",
     "difference_lines",
     "evaluate_captions",
-    "exact_scores",
     "get_benchmark",
+    "load_evaluation_set",
     "model_record",
     "paper_rows",
     "plain_summary",

@@ -3,10 +3,50 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from ..captioning import caption_images
 from .files import digest
 from .protocol import EvaluationSet, Subset, listed
+from .record import decoding_record, model_record
+
+
+CAPTIONING_OPTIONS = ("batch_size", "num_workers", "progress", "allow_subset")
+
+
+def caption_benchmark(
+    model,
+    processor,
+    name: str,
+    data: EvaluationSet,
+    folder: str | Path,
+    prompt: str | None = None,
+    **kwargs,
+) -> tuple[dict[int | str, str], dict[str, Any]]:
+    """Captions the images of a benchmark, and records what made the captions.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]), processor ([`ClipCapProcessor`]): the captioner.
+        name: the captioner's, for the record.
+        data: with images.
+        folder: where captions are kept as they come; see [`remove_progress`].
+        prompt: a beginning that every caption continues.
+        kwargs: as [`caption_evaluation_set`] takes them; all others are for `generate()`.
+
+    Returns:
+        `(captions, record)`: a caption by image id, and `model` and `decoding` for the report.
+    """
+    options = {option: kwargs.pop(option) for option in CAPTIONING_OPTIONS if option in kwargs}
+    if data.images is None:
+        raise ValueError(f"{data.source} has references but no images to caption.")
+    decoding = decoding_record(model, kwargs)
+    if prompt is not None:
+        decoding["prompt"] = prompt
+    record = {"model": model_record(model, name), "decoding": decoding}
+    made_by = {name: record["model"][name] for name in ("weights_sha256", "dtype")}
+    settings = {**made_by, "decoding": decoding, "source": data.source}
+    captions = caption_evaluation_set(model, processor, data, folder, settings, prompt=prompt, **options, **kwargs)
+    return captions, {**record, "settings_sha256": digest(settings)}
 
 
 def caption_evaluation_set(
@@ -42,7 +82,7 @@ def caption_evaluation_set(
     state = process_state()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    done = _read_progress(folder, settings)
+    done = _read_progress(folder, digest(settings))
     share = range(state.process_index, len(data), state.num_processes)
     pending = [place for place in share if str(data.ids[place]) not in done]
     errors = []
@@ -55,7 +95,7 @@ def caption_evaluation_set(
         progress=progress and state.is_main_process,
         **generate_kwargs,
     )
-    path = _progress_path(folder, settings, state.process_index)
+    path = _progress_path(folder, digest(settings), state.process_index)
     with path.open("ab") if pending else nullcontext() as file:
         if pending and path.stat().st_size:
             file.write(b"\n")  # ends a line that a killed run left half-written
@@ -91,23 +131,23 @@ def process_state():
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def remove_progress(folder: str | Path, settings: dict) -> None:
+def remove_progress(folder: str | Path, settings_sha256: str) -> None:
     """Removes the files of captions, once the results file holds them."""
-    for path in _progress_paths(Path(folder), settings):
+    for path in _progress_paths(Path(folder), settings_sha256):
         path.unlink(missing_ok=True)
 
 
-def _progress_path(folder: Path, settings: dict, process: int) -> Path:
-    return folder / f".captions-{digest(settings)[:16]}-{process}.jsonl"
+def _progress_path(folder: Path, settings_sha256: str, process: int) -> Path:
+    return folder / f".captions-{settings_sha256[:16]}-{process}.jsonl"
 
 
-def _progress_paths(folder: Path, settings: dict) -> list[Path]:
-    return sorted(folder.glob(f".captions-{digest(settings)[:16]}-*.jsonl"))
+def _progress_paths(folder: Path, settings_sha256: str) -> list[Path]:
+    return sorted(folder.glob(f".captions-{settings_sha256[:16]}-*.jsonl"))
 
 
-def _read_progress(folder: Path, settings: dict) -> dict[str, str]:
+def _read_progress(folder: Path, settings_sha256: str) -> dict[str, str]:
     done = {}
-    for path in _progress_paths(folder, settings):
+    for path in _progress_paths(folder, settings_sha256):
         for line in path.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)

@@ -35,6 +35,7 @@ class Benchmark:
     extra_metrics: tuple[str, ...] = ()
 
 
+_EMOJI = ({"new_design": 1637, "new_caption": 904, "validation": 190}, ("new_design", "new_caption"))
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
@@ -70,12 +71,14 @@ BENCHMARKS = {
             language="ja",
             empty_references="keep",  # the data has some, and published scores count them
         ),
+        Benchmark("emoji", "emoji drawings", *_EMOJI, "clipcap-hf/emoji", extra_metrics=("exact_match",)),
         Benchmark(
-            "emoji",
-            "emoji drawings",
-            {"new_design": 1637, "new_caption": 904, "validation": 190},
-            ("new_design", "new_caption"),
-            "clipcap-hf/emoji",
+            "emoji-ja",
+            "emoji drawings, in Japanese",
+            *_EMOJI,
+            "clipcap-hf/emoji-ja",
+            tokenizer="characters",
+            language="ja",
             extra_metrics=("exact_match",),
         ),
     )

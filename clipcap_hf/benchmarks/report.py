@@ -76,14 +76,3 @@ def _aligned(table: list[list[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
         for row in table
     ]
-
-
-def exact_scores(report: Mapping[str, Any]) -> str:
-    """All scores as fractions to seven digits, for comparison with other tools."""
-    lines = []
-    for part, scores in report["scores"].items():
-        values = " ".join(
-            f"{name} {value / (1 if name in NOT_IN_PERCENT else 100):.7f}" for name, value in scores.items()
-        )
-        lines.append(f"{part}: {values}")
-    return "\n".join(lines)

@@ -13,10 +13,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 
-from .benchmarks.evaluation import METRIC_TITLES, NOT_IN_PERCENT
+from .benchmarks.evaluation import DIVERSITY, METRIC_TITLES
 from .benchmarks.files import write_text
 from .benchmarks.paper import ENTIRE
-from .benchmarks.report import difference_lines, parts, score_table
+from .benchmarks.report import difference_lines, diversity_line, parts, score_table
 
 
 TASK = "image-to-text"
@@ -60,16 +60,16 @@ def update_card(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
 
 
 def _values(report: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """(domain, metric, value to two digits) of every score."""
+    """(domain, metric, value in percent to two digits) of every score."""
     return [
         (part, metric, round(value, 2))
         for part, scores in report["scores"].items()
         for metric, value in scores.items()
+        if metric not in DIVERSITY
     ]
 
 
 def _eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
-    decoding = report.get("decoding")
     return [
         EvalResult(
             task_type=TASK,
@@ -81,14 +81,14 @@ def _eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
             metric_type=metric,
             metric_name=METRIC_TITLES[metric],
             metric_value=value,
-            metric_args={"tokenizer": report["protocol"]["tokenizer"], **({"decoding": decoding} if decoding else {})},
+            metric_args={"tokenizer": report["protocol"]["tokenizer"]},
         )
         for part, metric, value in _values(report)
     ]
 
 
 def _entries(report: Mapping[str, Any]) -> list[EvalResultEntry]:
-    notes = f"clipcap evaluate; tokenizer {report['protocol']['tokenizer']}; {_decoding(report)}"
+    notes = f"clipcap evaluate; {_settings(report)}"
     if not report["protocol"]["complete"]:
         notes += f"; only a part of the split: {report['images'][ENTIRE]} images"
     return [
@@ -102,11 +102,14 @@ def _entries(report: Mapping[str, Any]) -> list[EvalResultEntry]:
     ]
 
 
-def _decoding(report: Mapping[str, Any]) -> str:
-    decoding = report.get("decoding")
-    if not decoding:
-        return "decoding not recorded"
-    return "decoding " + ", ".join(f"{name}={value}" for name, value in decoding.items() if "token_id" not in name)
+def _settings(report: Mapping[str, Any]) -> str:
+    protocol, decoding = report["protocol"], report.get("decoding", {})
+    settings = [f"tokenizer {protocol['tokenizer']}"]
+    if "clip_model" in protocol:
+        settings.append(f"CLIPScore by {protocol['clip_model']} in {protocol['clip_dtype']}")
+    shown = ", ".join(f"{name}={value}" for name, value in decoding.items() if not name.endswith("_token_id"))
+    settings.append(f"decoding {shown}" if shown else "decoding not recorded")
+    return "; ".join(settings)
 
 
 def _updated_card(text: str | None, report: Mapping[str, Any], folder: Path) -> str:
@@ -125,7 +128,8 @@ def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_b
     try:
         known = yaml.safe_load(metadata) or {}
         index = known.get("model-index")
-        name, results = model_index_to_eval_results(index) if index else (folder.resolve().name, [])
+        own_name = report.get("model", {}).get("name") or folder.resolve().name
+        name, results = model_index_to_eval_results(index) if index else (own_name, [])
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"The metadata of {folder / 'README.md'} cannot be read; mend it first: {error}") from error
     new = _eval_results(report)
@@ -169,9 +173,7 @@ def _section(report: Mapping[str, Any]) -> str:
             *map(_markdown_row, rows),
             "",
         ]
-    units = ", ".join(METRIC_TITLES[name] for name in NOT_IN_PERCENT if name in report["scores"][ENTIRE])
-    settings = f"In percent{f' ({units} as they are)' if units else ''}; tokenizer {report['protocol']['tokenizer']}; "
-    lines.append(f"{settings}{_decoding(report)}. Written by `clipcap evaluate`.")
+    lines.append(f"In percent; {_settings(report)}. {diversity_line(report)}".rstrip())
     if differences := difference_lines(report):
         lines += ["", *(f"- {line}" for line in differences), "", report["paper"]["unverified"]]
     for note in (*report["protocol"]["deviations"], *report["notes"]):

@@ -30,6 +30,7 @@ METRIC_TITLES = {
     "mean_length": "mean length",
 }
 NOT_IN_PERCENT = ("vocabulary_size", "mean_length")
+DIVERSITY = ("distinct_1", "distinct_2", *NOT_IN_PERCENT)  # describes captions, does not judge them
 
 
 def default_metrics(

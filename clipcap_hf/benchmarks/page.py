@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from .files import digest, write_text
 from .protocol import EvaluationSet
 
 
@@ -31,6 +31,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr:last-child td { font-weight: 600; }
+.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+.tiles div { border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .9rem; }
+.tiles dt { font-size: .85rem; color: var(--dim); }
+.tiles dd { margin: 0; font-size: 1.2rem; font-weight: 600; }
 .histogram { display: flex; align-items: flex-end; gap: 2px; height: 7rem; max-width: 40rem; }
 .histogram div { flex: 1; background: var(--bar); min-height: 1px; }
 .axis { display: flex; justify-content: space-between; max-width: 40rem; font-size: .85rem; }
@@ -51,6 +55,7 @@ def write_page(
     report: Mapping[str, Any],
     data: EvaluationSet,
     tables: Sequence[tuple[str, list[list[str]]]],
+    remarks: Sequence[str] = (),
 ) -> None:
     """Writes the page. It holds its images and loads nothing.
 
@@ -59,6 +64,7 @@ def write_page(
         report: of `evaluate_captions`.
         data: what was scored, in the report's order; without images, the page shows text alone.
         tables: titles and tables of the scores.
+        remarks: what stands below them.
     """
     per_image = report["per_image"]
     ranked_by = next((name for name in RANKED_BY if name in per_image[0]), None)
@@ -75,12 +81,14 @@ def write_page(
     body.append("<h2>Scores, in percent</h2>")
     for heading, table in tables:
         body.append((f"<h3>{escape(heading)}</h3>" if len(tables) > 1 else "") + _table(table))
+    body += [f'<p class="dim">{escape(remark)}</p>' for remark in remarks if remark]
     if "paper" in report:
         body.append(f'<p class="dim">{escape(report["paper"]["unverified"])}</p>')
     if ranked_by:
         values = [image[ranked_by] for image in per_image]
         body += _histogram(values, ranked_by)
-        order = sorted(range(len(values)), key=lambda place: (values[place], place))
+        # Many images may have the same score: those shown are spread over all of them, not the first in the data.
+        order = sorted(range(len(values)), key=lambda place: (values[place], digest(str(data.ids[place]))))
         for heading, places in _picked(order):
             cards = "\n".join(_card(report, data, place, ranked_by) for place in places)
             body.append(f'<h2>{heading}</h2>\n<div class="cards">\n{cards}\n</div>')
@@ -101,6 +109,11 @@ def _document(title: str, language: str, body: str) -> str:
 
 def _table(table: list[list[str]]) -> str:
     head, *rows = table
+    if len(rows) == 1:  # nothing to compare with: tiles fit on any screen
+        tiles = "".join(
+            f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in zip(head[1:], rows[0][1:])
+        )
+        return f'<dl class="tiles">{tiles}</dl>'
     head = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>'
@@ -173,5 +186,5 @@ def _histogram(values: Sequence[float], metric: str) -> list[str]:
         f"<h2>{_title(metric)} by image</h2>",
         f'<div class="histogram" role="img" aria-label="Number of images by {_title(metric)}">{drawn}</div>',
         f'<div class="axis dim"><span>0</span><span>{100 * top:.0f}</span></div>',
-        f'<p class="dim">The highest bar is {max(counts):,} images.</p>',
+        f'<p class="dim">The highest bar is {max(counts):,} images; {sum(100 * value < 0.05 for value in values):,} have 0.0.</p>',
     ]

@@ -1,6 +1,5 @@
 """The benchmarks: which split, how many images, which tokenizer, and the checks that a score is by the protocol."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,8 +205,6 @@ def match(
             f"{'; '.join(faults)}. Published scores are of all images; to score what is there, say --allow-subset "
             "(allow_subset=True), and it will be recorded."
         )
-    for fault in faults:
-        warnings.warn(f"{fault}. The score is of {scored} images and no score of the benchmark.", stacklevel=2)
     keep = [place for place, image in enumerate(data.ids) if str(image) in by_id and data.references[place]]
     if len(keep) < len(data):
         data = data.take(keep)

@@ -69,7 +69,7 @@ class _Images(Dataset):
         try:
             image = load_image(self.images[index])
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a data set's column raises what Pillow raises
             return None, str(error)
 
 

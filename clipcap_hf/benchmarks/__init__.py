@@ -15,7 +15,7 @@ from .evaluation import default_metrics, evaluate_captions
 from .files import read_references, read_results, write_results
 from .paper import PAPER_ROWS, PaperRow, paper_rows, rows_to_compare
 from .protocol import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark
-from .record import decoding_record, model_record, weights_sha256
+from .record import decoding_record, model_record
 from .report import difference_lines, plain_summary, score_table, write_report
 
 
@@ -41,7 +41,6 @@ __all__ = [
     "remove_progress",
     "rows_to_compare",
     "score_table",
-    "weights_sha256",
     "write_report",
     "write_results",
 ]

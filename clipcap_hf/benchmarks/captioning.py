@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..captioning import caption_images
+from ..processes import process_state
 from .files import digest
 from .protocol import EvaluationSet, Subset, listed
 from .record import decoding_record, model_record
@@ -118,17 +119,6 @@ def caption_evaluation_set(
             "there are kept), or leave them out with --allow-subset (allow_subset=True)."
         )
     return {image: captions[str(image)] for image in data.ids if str(image) in captions}
-
-
-def process_state():
-    """accelerate's `PartialState`: one process, or those that `torchrun` started."""
-    from datetime import timedelta
-
-    import torch
-    from accelerate import PartialState
-
-    # The fastest process waits for the slowest at the end, perhaps for hours.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def remove_progress(folder: str | Path, settings_sha256: str) -> None:

@@ -1,6 +1,5 @@
 """What made a number: the model and its weights, decoding, data, versions."""
 
-import hashlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,24 +11,15 @@ from .protocol import EvaluationSet
 PACKAGES = ("clipcap-hf", "torch", "transformers", "open_clip_torch", "pillow", "numpy", "pycocoevalcap", "fugashi")
 
 
-def weights_sha256(model) -> str:
-    """SHA-256 over names, types, shapes and values of a model's weights, wherever they were loaded from."""
-    import torch
-
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
 def model_record(model, name: str) -> dict[str, Any]:
-    """A model's name, revision on the Hub, variant, weights and precision."""
+    """A model's name, revision on the Hub, variant, weights (wherever they were loaded from) and precision."""
+    from ..data.embeddings import weights_hash
+
     config = model.config
     return {
         "name": name,
         "revision": getattr(config, "_commit_hash", None),
-        "weights_sha256": weights_sha256(model),
+        "weights_sha256": weights_hash(model.state_dict().values()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "mapping_type": config.mapping_type,
         "prefix_length": config.prefix_length,

@@ -128,7 +128,6 @@ def _card_folder(arguments) -> Path | None:
 def _prepare(arguments, benchmark):
     """Finds out what is missing before an hour is spent on captions, and loads the captioner."""
     from ..benchmarks import default_metrics
-    from ..benchmarks.captioning import process_state
     from ..metrics import METRICS, check_requirements
 
     tokenizer = arguments.tokenizer or (benchmark.tokenizer if benchmark else "ptb")
@@ -136,11 +135,7 @@ def _prepare(arguments, benchmark):
     if unknown := set(arguments.metrics) - set(METRICS):
         raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
     check_requirements(arguments.metrics, tokenizer, arguments.spice_home)
-    if arguments.model is None:
-        return None
-    state = process_state()
-    device = arguments.device or (str(state.device) if state.num_processes > 1 else None)
-    return load_captioner(arguments.model, device)
+    return None if arguments.model is None else load_captioner(arguments.model, arguments.device)
 
 
 def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path | None):
@@ -153,7 +148,7 @@ def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path |
         remove_progress,
         write_report,
     )
-    from ..benchmarks.captioning import process_state
+    from ..processes import process_state
 
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.references:

@@ -100,7 +100,7 @@ def caption_evaluation_set(
     with path.open("ab") if pending else nullcontext() as file:
         if pending and path.stat().st_size:
             file.write(b"\n")  # ends a line that a killed run left half-written
-        for place, (captions, error) in zip(pending, images):
+        for (captions, error), place in zip(images, pending):
             image = data.ids[place]
             if error:
                 errors.append(f"{image}: {error}")

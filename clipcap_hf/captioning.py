@@ -3,7 +3,7 @@
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from .processing_clipcap import ClipCapProcessor, load_image
 
 @dataclass
 class CaptionedImage:
-    """What became of one file: its `captions`, the best first, or an `error` that says why there are none.
+    """What became of one image: its `captions`, the best first, or an `error` that says why there are none.
 
     `prefix_tokens` are, where they were asked for, the texts and cosines of the tokens nearest to each prefix vector.
     """
 
-    path: str
+    path: str | None = None
     captions: list[str] = field(default_factory=list)
     error: str | None = None
     prefix_tokens: list[list[tuple[str, float]]] | None = None
@@ -59,21 +59,21 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(paths)), errors
 
 
-class _ImageFiles(Dataset):
-    """Reads and preprocesses one file an item: `(pixel_values, None)` or `(None, error)`."""
+class _Images(Dataset):
+    """Reads and preprocesses one image an item: `(pixel_values, None)` or `(None, error)`."""
 
-    def __init__(self, paths: list[str], processor: ClipCapProcessor):
-        self.paths = paths
+    def __init__(self, images: Sequence, processor: ClipCapProcessor):
+        self.images = images
         self.image_processor = processor.image_processor
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str | None]:
         try:
-            image = load_image(self.paths[index])
+            image = load_image(self.images[index])
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a data set's column raises what Pillow raises
             return None, str(error)
 
 
@@ -108,8 +108,6 @@ def caption_files(
     Yields:
         [`CaptionedImage`]: One for each path, in order. A file that cannot be read has an error and stops nothing.
     """
-    if processor.image_processor is None:
-        raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
     process = process_state()
     stride = process.num_processes * batch_size
     own = [
@@ -118,7 +116,10 @@ def caption_files(
         for path in paths[start : start + batch_size]
     ]
     progress = progress and process.is_main_process
-    results = _caption_own(model, processor, own, batch_size, num_workers, prompt, progress, generate_kwargs)
+    captioned = caption_images(
+        model, processor, own, batch_size, num_workers, prompt, progress, explain, **generate_kwargs
+    )
+    results = (replace(result, path=path) for result, path in zip(captioned, own))
     if process.num_processes == 1:
         yield from results
         return
@@ -126,18 +127,33 @@ def caption_files(
         yield from gather_object(list(islice(results, batch_size)))
 
 
-def _caption_own(
-    model, processor, paths: list[str], batch_size, num_workers, prompt, progress, generate_kwargs
+def caption_images(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    images: Sequence,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    prompt: str | None = None,
+    progress: bool = True,
+    explain: int = 0,
+    **generate_kwargs,
 ) -> Iterator[CaptionedImage]:
-    loader = DataLoader(_ImageFiles(paths, processor), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
-    remaining = iter(paths)
-    with tqdm(total=len(paths), unit="image", disable=not progress) as bar:
+    """Caption images of any sequence, such as a column of a data set, that are fetched by index when their turn comes.
+
+    Takes what [`caption_files`] takes, but that `images` may be PIL images, paths or URLs.
+
+    Yields:
+        [`CaptionedImage`]: One for each image, in order, without a path.
+    """
+    if processor.image_processor is None:
+        raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
+    loader = DataLoader(_Images(images, processor), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for batch in loader:
             readable = [pixels for pixels, error in batch if error is None]
             captioned = iter(_caption_pixels(model, processor, readable, prompt, explain, generate_kwargs))
             for _, error in batch:
-                path = next(remaining)
-                yield CaptionedImage(path, error=error) if error else CaptionedImage(path, **next(captioned))
+                yield CaptionedImage(error=error) if error else CaptionedImage(**next(captioned))
             bar.update(len(batch))
 
 

@@ -7,11 +7,20 @@ it without a network. `score_captions` computes several at once, with a single t
 from pathlib import Path
 
 from .java import JavaError
-from .scoring import METRICS, document_frequencies, score_captions
+from .scoring import METRICS, check_requirements, document_frequencies, score_captions
 from .tokenization import TOKENIZERS, tokenize
 
 
-__all__ = ["METRICS", "TOKENIZERS", "JavaError", "document_frequencies", "load", "score_captions", "tokenize"]
+__all__ = [
+    "METRICS",
+    "TOKENIZERS",
+    "JavaError",
+    "check_requirements",
+    "document_frequencies",
+    "load",
+    "score_captions",
+    "tokenize",
+]
 
 
 def load(name: str, **init_kwargs):

@@ -14,14 +14,16 @@ from .java import JavaError, end, find_jar, java_process, java_timeout, run_java
 from .scores import Scores
 
 
-def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """METEOR 1.5 of the corpus and of each image (Denkowski and Lavie, 2014), in 0..1, for English.
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[np.ndarray]) -> list[Scores]:
+    """METEOR 1.5 of groups of images and of each image (Denkowski and Lavie, 2014), in 0..1, for English.
 
-    The corpus score is computed from summed statistics; it is not the mean over images.
+    A group's score is computed from summed statistics; it is not the mean over images. All groups are scored by one
+    start of Java.
 
     Args:
         captions: n tokenized captions.
         references: n lists of tokenized references.
+        groups: for each group, the indices of its images.
 
     Raises:
         JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
@@ -71,11 +73,14 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Scor
             sender.start()
             statistics = receive(len(lines))
             sender.join()
-            send([" ||| ".join(("EVAL", *statistics))])
-            *per_image, total = map(float, receive(len(lines) + 1))
+            results = []
+            for group in groups:
+                send([" ||| ".join(("EVAL", *(statistics[image] for image in group)))])
+                *per_image, total = map(float, receive(len(group) + 1))
+                results.append({"meteor": (total, np.array(per_image))})
         finally:
             timer.cancel()
-    return {"meteor": (total, np.array(per_image))}
+    return results
 
 
 # CoreNLP 3.6 reaches into java.lang, which Java 9 and later close.
@@ -83,7 +88,7 @@ _OPEN_MODULES = ("--add-opens", "java.base/java.lang=ALL-UNNAMED")
 _SPICE_JARS = ("spice-1.0.jar", "stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
-def _spice_class_path(home: str | os.PathLike | None) -> str:
+def spice_class_path(home: str | os.PathLike | None) -> str:
     """The jars in `home` and `home/lib`, and pycocoevalcap's for what is missing there."""
     home = home or os.environ.get("CLIPCAP_SPICE_HOME")
     remedy = (
@@ -119,7 +124,7 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]], home=Non
     Raises:
         JavaError: Java or a jar is missing (the message names it and where to get it), or Java failed or hung.
     """
-    class_path = _spice_class_path(home)
+    class_path = spice_class_path(home)
     images = [
         {"image_id": image, "test": caption, "refs": list(group)}
         for image, (caption, group) in enumerate(zip(captions, references))

@@ -4,9 +4,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from . import scores
+from .java import find_jar, find_java
 from .ngrams import Corpus
-from .tokenization import tokenize, tokenize_streams, tokenizer_record
+from .tokenization import PTB_JAR, check_tokenizer, tokenize, tokenize_streams, tokenizer_record
 
 
 # The metrics of text alone, in the order in which results list them; clip_score also needs the images.
@@ -91,6 +94,29 @@ def _load_frequencies(source: Mapping | str | os.PathLike | None) -> Mapping | N
         return json.load(file)
 
 
+def check_requirements(
+    metrics: Sequence[str], tokenizer: str | None, spice_home: str | os.PathLike | None = None
+) -> None:
+    """Raises what `score_captions` would raise without Java, the jars or the Japanese tokenizer.
+
+    For those who first spend an hour on captions.
+    """
+    from .java_scores import spice_class_path
+
+    name = check_tokenizer(tokenizer)
+    if name == "ptb" and set(metrics) - set(UNTOKENIZED):
+        find_java("The PTB tokenizer")
+        find_jar(PTB_JAR, "The PTB tokenizer")
+    if name == "ja":
+        tokenize(["あ"], name)
+    if "meteor" in metrics:
+        find_java("METEOR")
+        find_jar("meteor/meteor-1.5.jar", "METEOR")
+    if "spice" in metrics:
+        find_java("SPICE")
+        spice_class_path(spice_home)
+
+
 def score_captions(
     predictions: Sequence[str],
     references: Sequence | None = None,
@@ -103,6 +129,7 @@ def score_captions(
     spice_home: str | os.PathLike | None = None,
     images: Sequence | None = None,
     clip_model: str = "openai/clip-vit-base-patch32",
+    groups: Sequence | None = None,
 ) -> dict:
     """Scores captions by several metrics with one tokenization, so that Java starts once for it.
 
@@ -118,13 +145,15 @@ def score_captions(
         spice_home: for SPICE, the folder with the jars; by default the environment variable CLIPCAP_SPICE_HOME.
         images: for CLIPScore, n images: paths, PIL images or bytes.
         clip_model: for CLIPScore, a CLIP model on the Hub or in a folder.
+        groups: the group of each image, such as its domain in nocaps. Each group is also scored as an evaluation of
+            its own (with its own document frequencies), without starting Java again.
 
     Returns:
         A flat dict: each score under its name (`bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `cider`, `spice`,
         `exact_match`, `distinct_1`, `distinct_2`, `vocabulary_size`, `mean_length`, `clip_score`,
         `ref_clip_score`), as a float; with `per_image`, `NAME_per_image` as an array of shape (n,); then
         `num_images`, `tokenizer` (`"python (not exact)"` for the approximation), and for CLIPScore `clip_model`
-        and `clip_dtype`. Scores are fractions, CIDEr goes up to 10; papers print them times 100.
+        and `clip_dtype`; with `groups`, `groups`: such a dict for each group. Scores are fractions, CIDEr goes up to 10; papers print them times 100.
 
     Raises:
         ValueError: bad input; the message says which caption and what to do.
@@ -143,48 +172,102 @@ def score_captions(
     elif set(metrics) - {"diversity", "clip_score"}:
         raise ValueError("references is missing; only diversity and clip_score can be computed without references.")
 
-    result = {}
-    tokenized = {}
-    if set(metrics) - set(UNTOKENIZED):
-        tokenized = _tokenize_corpus(predictions, references, tokenizer)
+    groups = None if groups is None else _group_indices(groups, len(predictions))
+    everything = np.arange(len(predictions))
+    tokenized = _tokenize_corpus(predictions, references, tokenizer) if set(metrics) - set(UNTOKENIZED) else {}
+    options = {
+        "frequencies": _load_frequencies(document_frequencies) if "cider" in metrics else None,
+        "spice_home": spice_home,
+        "images": images,
+        "clip_model": clip_model,
+    }
+    subsets = [everything, *(groups or {}).values()]
+    results = [{} for _ in subsets]
     for name in (name for name in METRICS if name in metrics):
-        if name == "clip_score":
-            from .clip import clip_scores
+        for result, found in zip(results, _score(name, predictions, references, tokenized, subsets, options)):
+            for key, value in found.items():
+                if isinstance(value, str):  # what a metric records of itself
+                    result[key] = value
+                    continue
+                result[key] = value[0]
+                if per_image:
+                    result[f"{key}_per_image"] = value[1]
+    for subset, result in zip(subsets, results):
+        result["num_images"] = len(subset)
+        if tokenized:
+            result["tokenizer"] = record
+    if groups is not None:
+        results[0]["groups"] = dict(zip(groups, results[1:]))
+    return results[0]
 
-            found = clip_scores(predictions, images, references, clip_model)
-            result.update({key: found.pop(key) for key in ("clip_model", "clip_dtype")})
-        elif name == "exact_match":
-            found = scores.exact_match(predictions, references)
-        elif name == "diversity":
-            found = scores.diversity(tokenized["captions"])
-        elif name == "cider":
-            found = scores.cider(tokenized["corpus"], _load_frequencies(document_frequencies))
-        elif name == "meteor":
-            from .java_scores import meteor
 
-            found = meteor(tokenized["captions"], tokenized["references"])
-        elif name == "spice":
+def _group_indices(groups: Sequence, images: int) -> dict:
+    """For each group, in order of appearance, the indices of its images."""
+    if len(groups) != images:
+        raise ValueError(f"There are {images} predictions and {len(groups)} groups; name the group of each image.")
+    indices = {}
+    for image, group in enumerate(groups):
+        indices.setdefault(group, []).append(image)
+    return {group: np.array(found) for group, found in indices.items()}
+
+
+def _score(
+    name: str, predictions, references, tokenized: dict, subsets: list[np.ndarray], options: dict
+) -> list[dict]:
+    """The scores by one metric of subsets of the images, the first of which is all of them."""
+    captions, tokens = tokenized.get("captions"), tokenized.get("references")
+    if name == "meteor":
+        from .java_scores import meteor
+
+        return meteor(captions, tokens, subsets)
+    if name in ("spice", "clip_score"):  # slow, and the mean over images: computed once
+        if name == "spice":
             from .java_scores import spice
 
-            found = spice(tokenized["captions"], tokenized["references"], spice_home)
+            found = spice(captions, tokens, options["spice_home"])
         else:
-            found = {"bleu": scores.bleu, "rouge_l": scores.rouge_l}[name](tokenized["corpus"])
-        for key, (value, values) in found.items():
-            result[key] = value
-            if per_image:
-                result[f"{key}_per_image"] = values
-    result["num_images"] = len(predictions)
-    if tokenized:
-        result["tokenizer"] = record
-    return result
+            from .clip import clip_scores
+
+            found = clip_scores(predictions, options["images"], references, options["clip_model"])
+        return [
+            {
+                key: value if isinstance(value, str) else (float(value[1][subset].mean()), value[1][subset])
+                for key, value in found.items()
+            }
+            for subset in subsets
+        ]
+    results = []
+    for subset in subsets:
+        if name == "exact_match":
+            found = scores.exact_match(_take(predictions, subset), _take(references, subset))
+        elif name == "diversity":
+            found = scores.diversity(_take(captions, subset))
+        else:
+            corpora = tokenized["corpora"]
+            key = subset.tobytes()
+            if key not in corpora:
+                corpora[key] = Corpus(_take(captions, subset), _take(tokens, subset))
+            if name == "cider":
+                found = scores.cider(corpora[key], options["frequencies"])
+            else:
+                found = {"bleu": scores.bleu, "rouge_l": scores.rouge_l}[name](corpora[key])
+        results.append(found)
+    return results
+
+
+def _take(values: list, indices: np.ndarray) -> list:
+    return [values[index] for index in indices]
 
 
 def _tokenize_corpus(predictions: list[str], references: list[list[str]] | None, tokenizer: str | None) -> dict:
-    """Tokenizes references and captions as two streams, as the COCO evaluation does, and groups them again."""
+    """Tokenizes references and captions as two streams, as the COCO evaluation does, and groups them again.
+
+    `corpora` takes the counted n-grams of each subset of images, which several metrics share.
+    """
     flat = [reference for group in references or () for reference in group]
     flat, captions = tokenize_streams((flat, predictions), tokenizer)
     if references is None:
         return {"captions": captions}
     flat = iter(flat)
     references = [[next(flat) for _ in group] for group in references]
-    return {"captions": captions, "references": references, "corpus": Corpus(captions, references)}
+    return {"captions": captions, "references": references, "corpora": {}}

@@ -22,6 +22,7 @@ from pathlib import Path
 from .java import JavaError, find_jar, run_java
 
 
+PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 TOKENIZERS = ("ptb", "python", "ja", "characters", "none")
 # Every character that Java, the PTB tokenizer or Python's str.splitlines takes for the end of a line. One of them
 # inside a caption makes the tokenizer emit a line too many and moves all later captions to the wrong image.
@@ -84,7 +85,7 @@ def _tokenize(streams: tuple[tuple[str, ...], ...], name: str) -> list[list[str]
 
 def _tokenize_ptb(streams: list[list[str]]) -> list[list[str]]:
     """One start of Java for all streams, each a file of one caption a line."""
-    jar = find_jar("tokenizer/stanford-corenlp-3.4.1.jar", "The PTB tokenizer")
+    jar = find_jar(PTB_JAR, "The PTB tokenizer")
     with tempfile.TemporaryDirectory(prefix="clipcap_ptb_") as folder:
         names = [f"{number}.txt" for number in range(len(streams))]
         for name, stream in zip(names, streams):

@@ -4,11 +4,11 @@ import argparse
 import os
 import sys
 
-from . import caption, convert, demo, embed
+from . import caption, convert, demo, embed, train
 
 
 # Each has `add_parser(commands)`, and imports what is slow to import when it runs.
-COMMANDS = (demo, caption, embed, convert)
+COMMANDS = (demo, caption, train, embed, convert)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -154,8 +154,8 @@ class CaptioningCollator:
 def _noise(embeds: torch.Tensor, generators: list) -> torch.Tensor:
     if None in generators:
         return torch.randn_like(embeds)
-    width = embeds.shape[1]
-    return torch.stack([torch.from_numpy(generator.standard_normal(width, "float32")) for generator in generators])
+    shape = embeds.shape[1:]
+    return torch.stack([torch.from_numpy(generator.standard_normal(shape, "float32")) for generator in generators])
 
 
 class NonFiniteError(ValueError):
@@ -267,6 +267,11 @@ class ClipCapTrainer(Seq2SeqTrainer):
                 if self.label_smoother is not None:
                     inputs["labels"] = labels[:, -keep:]
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        # Seq2SeqTrainer keeps the rows that fill up the last batch of several processes, as if they were more images.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         if not self.args.predict_with_generate or prediction_loss_only:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import Seq2SeqTrainingArguments
 
 
@@ -150,6 +151,9 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last checkpoint in output_dir; start anew if there is none."}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Default: where there is an accelerator."}
     )
     num_samples: int = field(default=18, metadata={"help": "Sample captions to write at the end."})
 

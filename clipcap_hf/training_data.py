@@ -17,8 +17,8 @@ class EpochRows(Dataset):
     Rows of a data set, each with a column `draw` from which [`CaptioningCollator`] draws the reference and the noise.
 
     Draws depend on the seed, the epoch and the row alone, not on how many batches were made before or by which process.
-    So a run that was interrupted goes on as if it had not been, with any number of workers and processes.
-    [`ClipCapTrainer`] sets the epoch.
+    So a run that was interrupted goes on as if it had not been, with any number of workers and processes (but
+    `dataloader_persistent_workers` shifts torch's generator and so the dropout). [`ClipCapTrainer`] sets the epoch.
 
     Args:
         rows (sequence of `dict`): A map-style data set, such as [`~datasets.Dataset`].
@@ -28,7 +28,7 @@ class EpochRows(Dataset):
     def __init__(self, rows: Sequence[dict[str, Any]], seed: int = 0):
         self.rows = rows
         self.seed = seed
-        # Shared, so that workers that live through several epochs learn of them.
+        # Shared, so that workers that live through several epochs hear of them.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int):

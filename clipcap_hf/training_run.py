@@ -323,7 +323,10 @@ def _text_only(train, model, data_args: DataArguments, columns: dict, args: Capt
     if not model.config.normalize_clip_embeds:
         raise ValueError("`text_only` needs a captioner with `normalize_clip_embeds`.")
     embed = load_text_tower(data_args.text_tower, args.device)
-    rows = text_only_rows(_references(train[columns["caption_column"]]), embed, progress=not args.disable_tqdm)
+    captions = _references(train[columns["caption_column"]])
+    if data_args.references == "first":
+        captions = [texts[:1] for texts in captions]
+    rows = text_only_rows(captions, embed, progress=not args.disable_tqdm)
     if (width := len(rows[0]["clip_embeds"])) != model.config.clip_embed_dim:
         raise ValueError(
             f"The text tower {data_args.text_tower} gives embeddings of width {width}, but the captioner takes "

@@ -68,7 +68,10 @@ def test_two_processes_have_the_loss_curve_of_one(run_folder, freeze):
     two = flags(run_folder, "two", per_device_train_batch_size=4, ddp_backend="gloo", **more)
     launch("-m", "clipcap_hf.cli.train", *two)
 
-    (losses, evaluations), (losses_of_two, evaluations_of_two) = history(run_folder / "one"), history(run_folder / "two")
+    (losses, evaluations), (losses_of_two, evaluations_of_two) = (
+        history(run_folder / "one"),
+        history(run_folder / "two"),
+    )
     assert len(losses) == 12
     # The last batch of an epoch has 5 rows. Two processes fill it up with rows from the start, so steps later differ a bit.
     assert losses_of_two[:5] == pytest.approx(losses[:5], rel=1e-4)

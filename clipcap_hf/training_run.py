@@ -237,17 +237,22 @@ def _guess_format(source: str) -> str:
 def _load_saved(source: str, split: str):
     from datasets import DatasetDict, load_from_disk
 
+    from .data import load_embeddings
+
     data = load_from_disk(source)
+    splits = data if isinstance(data, DatasetDict) else {"train": data}
+    if any("clip_embeds" in rows.column_names for rows in splits.values()):
+        data = load_embeddings(source)
     if isinstance(data, DatasetDict):
         if split not in data:
             raise ValueError(f"{source} has no split {split!r}; it has {', '.join(data)}.")
         return data[split]
-    if "split" in data.column_names:
+    if "split" in data.column_names and (names := set(data["split"])) != {split}:
         rows = np.flatnonzero(np.asarray(data["split"]) == split)
         if not len(rows):
-            raise ValueError(f"{source} has no rows of the split {split!r}; it has {', '.join(set(data['split']))}.")
+            raise ValueError(f"{source} has no rows of the split {split!r}; it has {', '.join(sorted(names))}.")
         return data.select(rows)
-    if split != DataArguments.train_split:
+    if split not in (DataArguments.train_split, str(data.split)):
         raise ValueError(f"{source} has no splits.")
     return data
 
@@ -284,6 +289,8 @@ def _shaped(train, evaluation, model, processor, data_args: DataArguments, args:
 
 
 def _check_columns(data, what: str, model, columns: dict, text_only: bool, argument: str):
+    from .data import check_embeddings
+
     names = data.column_names
     if names is None:  # some streams do not know
         return
@@ -294,13 +301,11 @@ def _check_columns(data, what: str, model, columns: dict, text_only: bool, argum
     if text_only:
         return
     if embeds in names:
-        if hasattr(data, "select") and len(data):
-            width = len(data[0][embeds])
-            if width != model.config.clip_embed_dim:
-                raise ValueError(
-                    f"The {what} data ({argument}) has embeddings of width {width}, but the captioner takes "
-                    f"{model.config.clip_embed_dim}: were they made by another tower?"
-                )
+        if hasattr(data, "select"):
+            try:
+                check_embeddings(data.rename_column(embeds, "clip_embeds") if embeds != "clip_embeds" else data, model)
+            except ValueError as error:
+                raise ValueError(f"The {what} data ({argument}) does not fit the captioner. {error}") from error
     elif image not in names:
         raise ValueError(
             f"The {what} data ({argument}) has neither a column {image!r} nor {embeds!r}; {has}. Pass `image_column` or "

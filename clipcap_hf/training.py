@@ -164,8 +164,8 @@ class NonFiniteError(ValueError):
 
 class ClipCapTrainer(Seq2SeqTrainer):
     """
-    [`~transformers.Trainer`] for captioners. Plain `Trainer` trains them too; this one computes no logits over the prefix,
-    applies label smoothing to the right tokens (`Trainer` smooths the labels of the tokens before), evaluates without the
+    [`~transformers.Trainer`] for captioners. Plain `Trainer` trains them too; this one computes logits for the labelled
+    tokens only, applies label smoothing to the right tokens (`Trainer` smooths the labels of the tokens before), evaluates without the
     collator's noise and random references, and with `predict_with_generate=True`
     ([`~transformers.Seq2SeqTrainingArguments`]) captions the images in evaluation without showing the model the captions.
 
@@ -255,18 +255,33 @@ class ClipCapTrainer(Seq2SeqTrainer):
         labels = inputs.get("labels")
         if labels is None or self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if not return_outputs and self.args.n_gpu <= 1 and not self.args.torch_compile:
+            return self._loss_of_labelled_tokens(model, inputs, **kwargs)
         if self.label_smoother is not None:
             # Trainer shifts labels for the classes that it knows as causal language models only.
             labels = inputs["labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        if not return_outputs and "logits_to_keep" not in inputs:
-            labelled = (labels != IGNORED).any(0).nonzero()
-            if len(labelled):
-                # Counted from the right. The loss of the model shifts the labels itself, and so needs one place more.
-                keep = labels.shape[1] - int(labelled[0]) + (self.label_smoother is None)
-                inputs["logits_to_keep"] = keep
-                if self.label_smoother is not None:
-                    inputs["labels"] = labels[:, -keep:]
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+    def _loss_of_labelled_tokens(self, model, inputs, **kwargs):
+        # Prefix and padding are most positions, and the vocabulary's logits a third of the work: only what is labelled
+        # goes into the head. (A compiled model wants shapes that do not change.)
+        targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        places = targets != IGNORED
+
+        def loss_of(outputs, labels, num_items_in_batch=None):
+            smoothing = self.args.label_smoothing_factor
+            logits = outputs["logits"][0].float()
+            loss = F.cross_entropy(logits, targets[places], reduction="sum", label_smoothing=smoothing)
+            return loss / (places.sum() if num_items_in_batch is None else num_items_in_batch)
+
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][places].unsqueeze(0), *args[1:]))
+        self.compute_loss_func = loss_of
+        try:
+            return super().compute_loss(model, inputs, **kwargs)
+        finally:
+            hook.remove()
+            self.compute_loss_func = None
 
     def evaluation_loop(self, *args, **kwargs):
         # Seq2SeqTrainer keeps the rows that fill up the last batch of several processes, as if they were more images.

@@ -8,14 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from .assets import EMOJI_MINI, FONT
+from .assets import EMOJI_MINI
 from .captioning import caption_embeds, embed_images
 from .data import load_emoji
 from .metrics import score_captions
 from .modeling_clipcap import ClipCapForConditionalGeneration
+from .pictures import draw_captions
 from .processing_clipcap import ClipCapProcessor
 from .training import CaptioningCollator, ClipCapTrainer
 
@@ -78,7 +78,7 @@ def run_demo(
         "captions": captions,
     }
     _save(out, model, processor, report)
-    draw_captions(out / "captions.png", data, captions)
+    draw_captions(out / "captions.png", data, captions, SPLIT_TITLES)
     return report
 
 
@@ -273,43 +273,6 @@ def _save(out: Path, model: ClipCapForConditionalGeneration, processor: ClipCapP
             (out / "model").rename(temporary / "old")
         (temporary / "model").rename(out / "model")
         (temporary / "scores.json").replace(out / "scores.json")
-
-
-def draw_captions(path: Path, data, captions: dict[str, list[str]], per_split: int = 18, columns: int = 6):
-    """Draw a grid of held-out images, evenly spread over each test split, with caption and reference below each."""
-    cell_width, cell_height, size, margin = 270, 206, 128, 10
-    rows = len(captions) * (per_split // columns)
-    title_height = 34
-    grid = Image.new("RGB", (columns * cell_width, rows * cell_height + len(captions) * title_height), "white")
-    draw = ImageDraw.Draw(grid)
-    # The basic layout draws whatever an untrained captioner may write; the other one refuses some of it.
-    font, title_font = (
-        ImageFont.truetype(str(FONT), points, layout_engine=ImageFont.Layout.BASIC) for points in (13, 18)
-    )
-    top = 0
-    for split, texts in captions.items():
-        draw.text((margin, top + 8), SPLIT_TITLES[split], fill="black", font=title_font)
-        top += title_height
-        picked = torch.linspace(0, len(texts) - 1, per_split).long().tolist()
-        for cell, index in enumerate(picked):
-            row = data[split][index]
-            x, y = (cell % columns) * cell_width, top + (cell // columns) * cell_height
-            grid.paste(row["image"], (x + (cell_width - size) // 2, y + 4))
-            right = texts[index] in row["captions"]
-            lines = [(texts[index], "#137333" if right else "#b3261e"), (row["captions"][0], "#5f6368")]
-            for line, (text, colour) in enumerate(lines):
-                text = _fit(text, font, cell_width - margin)
-                draw.text((x + cell_width / 2, y + size + 10 + 24 * line), text, fill=colour, font=font, anchor="ma")
-        top += (per_split // columns) * cell_height
-    grid.save(path)
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def summary(out: Path, report: dict) -> str:

@@ -257,7 +257,7 @@ def test_both_trainers_have_the_same_loss(tmp_path, make_model, embeds_processor
     batch = CaptioningCollator(embeds_processor)(rows(captions))
     expected = model(**batch).loss
     seen = []
-    model.language_model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    model.language_model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
     for trainer_class, cls in ((Trainer, TrainingArguments), (ClipCapTrainer, Seq2SeqTrainingArguments)):
         trainer = trainer_class(model=model, args=training_arguments(tmp_path, cls))
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
@@ -267,7 +267,8 @@ def test_both_trainers_have_the_same_loss(tmp_path, make_model, embeds_processor
             expected * (batch["labels"] != IGNORED).sum() / 200,
         )
     length = batch["labels"].shape[1]
-    assert seen == [length, length, length - 3, length - 3]  # no logits for what predicts the prefix
+    labelled = int((batch["labels"] != IGNORED).sum())
+    assert seen == [length, length, labelled, labelled]  # no logits for what predicts the prefix or padding
 
 
 @pytest.mark.parametrize("num_items", [None, 100])

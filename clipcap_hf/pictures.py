@@ -1,0 +1,101 @@
+"""Pictures of what a captioner says and of how it was trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .assets import FONT
+
+
+def draw_captions(
+    path: str | Path,
+    data: Mapping,
+    captions: Mapping[str, list[str]],
+    titles: Mapping[str, str] | None = None,
+    per_split: int = 18,
+    columns: int = 6,
+):
+    """Draw a grid of images, evenly spread over each split, with caption (green where right) and reference below each.
+
+    Args:
+        path (`str` or `Path`): Of the picture.
+        data (`Mapping`): The rows of each split, with `image` and `captions`.
+        captions (`Mapping[str, list[str]]`): What the captioner says of each row.
+        titles (`Mapping[str, str]`, *optional*): Of the splits.
+        per_split (`int`): Images of each split.
+        columns (`int`): Images in a row.
+    """
+    cell_width, cell_height, size, margin = 270, 206, 128, 10
+    picked = {split: _evenly(len(texts), per_split) for split, texts in captions.items()}
+    rows = sum(-(-len(indices) // columns) for indices in picked.values())
+    title_height = 34
+    grid = Image.new("RGB", (columns * cell_width, rows * cell_height + len(captions) * title_height), "white")
+    draw = ImageDraw.Draw(grid)
+    # The basic layout draws whatever an untrained captioner may write; the other one refuses some of it.
+    font, title_font = (
+        ImageFont.truetype(str(FONT), points, layout_engine=ImageFont.Layout.BASIC) for points in (13, 18)
+    )
+    top = 0
+    for split, texts in captions.items():
+        draw.text((margin, top + 8), (titles or {}).get(split, split), fill="black", font=title_font)
+        top += title_height
+        for cell, index in enumerate(picked[split]):
+            row = data[split][index]
+            x, y = (cell % columns) * cell_width, top + (cell // columns) * cell_height
+            image = ImageOps.pad(row["image"].convert("RGB"), (size, size), color="white")
+            grid.paste(image, (x + (cell_width - size) // 2, y + 4))
+            right = texts[index] in row["captions"]
+            lines = [(texts[index], "#137333" if right else "#b3261e"), (row["captions"][0], "#5f6368")]
+            for line, (text, colour) in enumerate(lines):
+                text = _fit(text, font, cell_width - margin)
+                draw.text((x + cell_width / 2, y + size + 10 + 24 * line), text, fill=colour, font=font, anchor="ma")
+        top += -(-len(picked[split]) // columns) * cell_height
+    grid.save(path)
+
+
+def _evenly(length: int, limit: int) -> list[int]:
+    return torch.linspace(0, length - 1, min(limit, length)).long().tolist()
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def draw_curve(path: str | Path, log_history: list[dict], metric: str = "cider") -> bool:
+    """Draw the losses and a metric over the steps of training.
+
+    Args:
+        path (`str` or `Path`): Of the picture.
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        metric (`str`): What evaluation logged as `eval_METRIC`.
+
+    Returns:
+        `bool`: Whether it was drawn; without matplotlib it is not.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    losses = figure.add_subplot()
+    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "evaluation loss", "o-")):
+        if points := [(entry["step"], entry[key]) for entry in log_history if key in entry]:
+            losses.plot(*zip(*points), style, label=label, markersize=4)
+    losses.set(xlabel="step", ylabel="loss")
+    handles, labels = losses.get_legend_handles_labels()
+    if points := [(entry["step"], entry[f"eval_{metric}"]) for entry in log_history if f"eval_{metric}" in entry]:
+        scores = losses.twinx()
+        scores.plot(*zip(*points), "s--", color="tab:green", label=metric, markersize=4)
+        scores.set(ylabel=metric)
+        handles, labels = handles + scores.lines, [*labels, metric]
+    if handles:
+        losses.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+    return True

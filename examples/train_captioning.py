@@ -1,0 +1,25 @@
+"""Train a captioner: `clipcap train` as a script to copy and change.
+
+python examples/train_captioning.py --data emoji --model emoji-mini --embed_once --output_dir emoji-captioner \
+    --learning_rate 2e-4 --warmup_steps 0.1 --num_train_epochs 1
+
+goes on with the embedded captioner on the embedded data. Your own: `--vision openai/clip-vit-base-patch32 --text
+openai-community/gpt2 --data my-images`; `--help` and examples/README.md tell the rest.
+"""
+
+import sys
+
+import clipcap_hf  # noqa: F401  (before transformers: it registers the captioner there)
+from clipcap_hf.cli.train import parse
+from clipcap_hf.training_run import run_training
+
+
+def main():
+    model_args, data_args, training_args = parse(sys.argv[1:])
+    scores = run_training(model_args, data_args, training_args)
+    if training_args.process_index == 0:
+        print(scores)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""`clipcap train`: recipes from files and flags, what a run leaves behind, and what it says of bad input."""
+
+import json
+
+import clipcap_hf
+import pytest
+import torch
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf.captioning import caption_embeds
+from clipcap_hf.cli import main
+from clipcap_hf.cli.train import parse
+from clipcap_hf.data import load_emoji
+from clipcap_hf.training_data import caption_lengths, one_row_per_caption
+from clipcap_hf.training_run import load_captioner
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from transformers import GPT2LMHeadModel
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path, text_config, tokenizer):
+    GPT2LMHeadModel(text_config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+@pytest.fixture
+def data_folder(tmp_path, captions):
+    embeds = torch.randn(8, 16)
+    rows = Dataset.from_dict(
+        {"clip_embeds": embeds.tolist(), "captions": [[caption, f"{caption}!"] for caption in captions]}
+    )
+    DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def flags(tmp_path, gpt2_folder, data_folder, **settings) -> list[str]:
+    settings = {
+        "text": gpt2_folder,
+        "clip_embed_dim": 16,
+        "prefix_length": 4,
+        "data": data_folder,
+        "output_dir": tmp_path / "out",
+        "references": "first",
+        "max_steps": 60,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-3,
+        "warmup_steps": 5,
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": 20,
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **settings,
+    }
+    return ["train", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
+
+
+# -- arguments
+
+
+def test_the_default_is_the_papers_recipe(gpt2_folder):
+    model_args, data_args, args = parse(["--text", str(gpt2_folder), "--clip_embed_dim", "16", "--output_dir", "out"])
+    assert (args.num_train_epochs, args.per_device_train_batch_size, args.learning_rate) == (10, 40, 2e-5)
+    assert (args.warmup_steps, args.lr_scheduler_type, args.weight_decay, args.max_grad_norm) == (5000, "linear", 0, 0)
+    assert (args.adam_epsilon, args.bf16, args.fp16) == (1e-6, False, False)
+    assert data_args.references == "all"
+    model, processor = load_captioner(model_args, data_args)
+    assert (model.config.mapping_type, model.config.prefix_length, processor.prefix_length) == ("mlp", 10, 10)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model_args.mapping_type = "transformer"
+    model_args.config_overrides = '{"mapping_num_heads": 4}'
+    model, _ = load_captioner(model_args, data_args)
+    assert (model.config.prefix_length, model.config.clip_length) == (40, 40)
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"mapping_network"}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_flags_win_over_the_file(tmp_path, suffix):
+    recipe = {"text": "gpt2", "data": "emoji", "output_dir": "out", "learning_rate": 1e-4, "append_eos": False}
+    text = json.dumps(recipe) if suffix == "json" else "\n".join(f"{key}: {value}" for key, value in recipe.items())
+    (tmp_path / f"recipe.{suffix}").write_text(text)
+    path = str(tmp_path / f"recipe.{suffix}")
+    model_args, data_args, args = parse([path, "--learning-rate", "3e-4", "--references", "random"])
+    assert (model_args.text, args.learning_rate) == ("gpt2", 3e-4)
+    assert (data_args.data, data_args.append_eos, data_args.references) == ("emoji", False, "random")
+    assert parse([path])[2].learning_rate == 1e-4
+
+
+def test_bad_recipes(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("output_dir: out\nlearning_rat: 1\n")
+    assert main(["train", str(tmp_path / "a.yaml")]) == 1
+    assert "options that there are not: learning_rat. See clipcap train --help" in capsys.readouterr().err
+    (tmp_path / "b.json").write_text("{")
+    assert main(["train", str(tmp_path / "b.json")]) == 1
+    assert "neither YAML nor JSON" in capsys.readouterr().err
+    assert main(["train"]) == 1
+    assert "Pass `output_dir`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "--early_stopping_patience" in capsys.readouterr().out
+
+
+# -- runs
+
+
+def test_a_run_leaves_a_captioner_with_scores_curve_and_samples(tmp_path, gpt2_folder, data_folder, captions, capsys):
+    assert main(flags(tmp_path, gpt2_folder, data_folder, early_stopping_patience=3)) == 0
+    out = tmp_path / "out"
+    assert "sample captions are in" in capsys.readouterr().out
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["eval_cider"] > 100 and scores["train_loss"] < 5
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    ciders = [entry["eval_cider"] for entry in history if "eval_cider" in entry]
+    assert len(ciders) >= 3 and scores["eval_cider"] == max(ciders)  # the best checkpoint is the one that is saved
+    pytest.importorskip("matplotlib")
+    assert Image.open(out / "curve.png").width > 500
+    samples = json.loads((out / "samples.json").read_text())
+    assert [sample["references"][0] for sample in samples] == captions
+
+    model = ClipCapForConditionalGeneration.from_pretrained(out).eval()
+    processor = ClipCapProcessor.from_pretrained(out)
+    assert getattr(model.config, "use_cache", True)
+    data = DatasetDict.load_from_disk(data_folder)["validation"]
+    found = caption_embeds(model, processor, torch.tensor(data["clip_embeds"]), progress=False)
+    assert found == [sample["caption"] for sample in samples]
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+
+
+def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
+    """A tower out of a captioner, images encoded once, and a picture of the captions at the end."""
+    command = flags(tmp_path, gpt2_folder, "emoji", vision="emoji-mini", clip_embed_dim=384, max_steps=3)
+    command += ["--embed_once", "--max_train_samples", "16", "--max_eval_samples", "4", "--eval_strategy", "no"]
+    assert main([*command, "--save_strategy", "no"]) == 0
+    out = tmp_path / "out"
+    assert Image.open(out / "samples.png").width > 1000
+    trained = ClipCapForConditionalGeneration.from_pretrained(out)
+    shipped = ClipCapForConditionalGeneration.from_pretrained(clipcap_hf.EMOJI_MINI)
+    for name, value in shipped.vision_tower.state_dict().items():
+        assert torch.equal(trained.vision_tower.state_dict()[name], value), name
+    captioner = clipcap_hf.ImageCaptioningPipeline(model=trained, processor=ClipCapProcessor.from_pretrained(out))
+    assert isinstance(captioner(load_emoji("validation")[0]["image"])[0]["generated_text"], str)
+
+
+def test_streams_are_not_read_ahead(tmp_path, gpt2_folder, captions, monkeypatch):
+    from clipcap_hf import training_run
+    from datasets import IterableDataset
+
+    read = []
+
+    def endless():
+        for number in range(10**9):
+            read.append(number)
+            yield {"clip_embeds": [float(number % 7)] * 16, "captions": [captions[number % 8], "b"]}
+
+    monkeypatch.setattr(training_run, "_load_split", lambda *_: IterableDataset.from_generator(endless))
+    command = flags(tmp_path, gpt2_folder, "web", max_steps=3, references="random", streaming=True, eval_split="none")
+    assert main(command) == 0
+    assert 24 <= len(read) <= 60
+    with pytest.raises(ValueError, match="streamed and has no length: pass `max_steps`"):
+        training_run.run_training(*parse(command[1:] + ["--max_steps", "-1", "--output_dir", str(tmp_path / "other")]))
+
+
+def test_every_reference_a_row(captions):
+    data = Dataset.from_dict({"clip_embeds": [[1.0], [2.0]], "captions": [captions[:2], captions[2:5]]})
+    rows = one_row_per_caption(data, "captions")
+    assert rows["captions"] == captions[:5]
+    assert rows["clip_embeds"] == [[1.0]] * 2 + [[2.0]] * 3
+    streamed = one_row_per_caption(data.to_iterable_dataset(), "captions")
+    assert [row["captions"] for row in streamed] == captions[:5]
+
+
+def test_lengths_are_of_the_longest_reference(tokenizer, captions):
+    lengths = caption_lengths([captions[:3], captions[3]], tokenizer, batch_size=1)
+    assert lengths == [
+        max(len(tokenizer(caption)["input_ids"]) for caption in captions[:3]),
+        len(tokenizer(captions[3])["input_ids"]),
+    ]
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"caption_column": "text"}, "no column 'text'; it has clip_embeds, captions. Pass `caption_column`"),
+        ({"embeds_column": "e"}, "neither a column 'image' nor 'e'; it has clip_embeds, captions"),
+        ({"train_split": "trian"}, "no split 'trian'; it has train, validation"),
+        ({"eval_split": "test"}, "no split 'test'; it has train, validation"),
+        ({"clip_embed_dim": 12}, "12"),
+        ({"data_format": "cocoa"}, "`data_format` must be one of auto, emoji, saved, karpathy"),
+        ({"embeds_noise": 0.1}, "`embeds_noise` is for captioners with `normalize_clip_embeds`"),
+        ({"text_only": True}, "`text_only` needs `text_tower`"),
+        ({"model": "emoji-mini"}, "Pass either `model`"),
+        ({"streaming": True, "data_format": "coco"}, "`streaming` works with imagefolder"),
+        ({"eval_split": "none", "early_stopping_patience": 2}, "needs an evaluation set"),
+        ({"eval_strategy": "no", "early_stopping_patience": 2}, "needs evaluations and checkpoints"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),
+        ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input(tmp_path, gpt2_folder, data_folder, capsys, settings, message):
+    assert main(flags(tmp_path, gpt2_folder, data_folder, **settings)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_training_and_evaluation_data_of_different_columns(tmp_path, gpt2_folder, data_folder, captions, capsys):
+    other = Dataset.from_dict({"clip_embeds": torch.randn(8, 16).tolist(), "text": captions})
+    DatasetDict({"validation": other}).save_to_disk(tmp_path / "other")
+    assert main(flags(tmp_path, gpt2_folder, data_folder, eval_data=tmp_path / "other")) == 1
+    assert (
+        "The evaluation data (`eval_data`) has no column 'captions'; it has clip_embeds, text"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_warm_up_for_larger_data_is_noticed(tmp_path, gpt2_folder, data_folder, caplog):
+    assert main(flags(tmp_path, gpt2_folder, data_folder, max_steps=2, warmup_steps=5000, num_samples=0)) == 0
+    assert "The warm-up of 5000 steps" in caplog.text

@@ -89,7 +89,7 @@ def test_ray_captions_shards(tmp_path, model_folder, images, kind):
     command = [sys.executable, example, tmp_path / "shards", "--out", tmp_path / "out", "--model", model_folder]
     command += ["--batch-size", "3", *(["--parquet"] if kind == "parquet" else [])]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment)
     assert result.returncode == 0, result.stderr
     lines = [line for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
     found = {record["image_id"]: record for record in map(json.loads, lines)}

@@ -38,6 +38,7 @@ from .donors_clipcap import (
 )
 from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
 from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
+from .model_card import PushesModelCard
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork
 from .modeling_open_clip import OpenClipVisionModel, is_open_clip_name
 
@@ -105,7 +106,7 @@ class ClipCapPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
+class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, GenerationMixin):
     r"""
     Image captioning by a CLIP prefix (Mokady et al. 2021): a vision tower embeds the image, the mapping network turns
     the embedding into `prefix_length` vectors, and the language model continues them with the caption.

@@ -1,17 +1,23 @@
 """Images and prompts to model inputs."""
 
+import base64
+import io
 from pathlib import Path
 
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
-from transformers.image_utils import load_image as fetch_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_clipcap import IMAGE_TOKEN
 from .donors_clipcap import donor_folder
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
+
+
+_URL_TIMEOUT = 30  # seconds without a byte
+_MAX_URL_BYTES = 100 << 20
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -50,7 +56,8 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if str(image).startswith(("http://", "https://", "data:image/")):
-        return fetch_image(str(image), timeout=30)
+        shown = str(image)[:100]
+        return _decode_image(shown, io.BytesIO(_fetch(str(image), shown)))
     path = Path(image)
     if path.is_dir():
         raise ValueError(f"{path}: a folder, not an image")
@@ -58,14 +65,40 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
+    return _decode_image(str(path), path)
+
+
+def _decode_image(name: str, file: Path | io.BytesIO) -> Image.Image:
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             return to_rgb(opened)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: refused, the image is too large ({error})") from error
+        raise ValueError(f"{name}: refused, the image is too large ({error})") from error
     # Pillow's decoders raise whatever they stumble over in a damaged file.
     except Exception as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise ValueError(f"{name}: not a readable image ({error})") from error
+
+
+def _fetch(url: str, shown: str) -> bytes:
+    """The bytes behind a URL. load_image of transformers would put transparency on black."""
+    if url.startswith("data:"):
+        try:
+            return base64.b64decode(url.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise ValueError(f"{shown}: not a readable image (base64: {error})") from error
+    data = bytearray()
+    try:
+        with get_session().stream("GET", url, timeout=_URL_TIMEOUT, follow_redirects=True) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > _MAX_URL_BYTES:
+                    raise ValueError(f"{shown}: refused, the file has more than {_MAX_URL_BYTES >> 20} MB")
+    except ValueError:
+        raise
+    except Exception as error:  # of the HTTP library, which differs between releases of huggingface_hub
+        raise ValueError(f"{shown}: could not be fetched ({type(error).__name__}: {error})") from error
+    return bytes(data)
 
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import Seq2SeqTrainer
+from transformers.modelcard import TrainingSummary
 
+from .model_card import write_model_card
 from .processing_clipcap import ClipCapProcessor
 
 
@@ -166,3 +168,23 @@ class ClipCapTrainer(Seq2SeqTrainer):
         generated = captioner.generate(**prompt, **images, **generate_kwargs)[:, prompt_length:]
         labels = inputs.get("labels")
         return loss, generated, None if labels is None else labels[:, prompt_length:]
+
+    def create_model_card(self, language=None, license=None, tags=None, model_name=None, dataset=None, **kwargs):
+        """As in transformers, but the card tells how to use a captioner, and one that a person has edited is kept."""
+        if not self.is_world_process_zero():
+            return
+        summary = TrainingSummary.from_trainer(self, dataset=dataset, model_name=model_name, **kwargs)
+        write_model_card(
+            self.args.output_dir,
+            repo_id=self.hub_model_id or model_name,
+            config=self.accelerator.unwrap_model(self.model).config.to_dict(),
+            license=license,
+            language=language,
+            datasets=summary.dataset,
+            tags=[tags] if isinstance(tags, str) else tags,
+            training=summary.to_model_card().partition("## Training procedure")[2],
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self.create_model_card()  # Trainer writes the card with the last push only
+        super()._push_from_checkpoint(checkpoint_folder)

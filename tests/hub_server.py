@@ -281,13 +281,11 @@ class _Handler(BaseHTTPRequestHandler):
         sha = repository.commit(revision, files, message)
         self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{sha}"})
 
-    def reference(self, type, repo, name):
+    def branch(self, type, repo, name):
         repository = self._repository(type, repo, write=True)
-        wanted = json.loads(self.body or b"{}")
-        name = wanted.get("tag") or name
         if name in repository.refs:
             return self._json({"error": "Reference already exists"}, status=409)
-        repository.refs[name] = repository.resolve(wanted.get("startingPoint") or "main")
+        repository.refs[name] = repository.resolve(json.loads(self.body or b"{}").get("startingPoint") or "main")
         self._json({})
 
     def tag(self, type, repo, revision):
@@ -314,8 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
             "createdAt": "2025-01-01T00:00:00.000Z",
             "siblings": [{"rfilename": path} for path in files],
         }
-        if (card := files.get("README.md")) and (tag := re.search(rb"^pipeline_tag: (\S+)$", card[0], re.M)):
-            answer["pipeline_tag"] = tag[1].decode()
+        card = files.get("README.md", (b"",))[0].decode()
+        answer |= dict(re.findall(r"^(pipeline_tag|library_name): (\S+)$", card, re.M))
         self._json(answer)
 
     def tree(self, type, repo, revision, path=""):
@@ -394,7 +392,7 @@ ROUTES = [
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
     ("POST", "/lfs-verify", _Handler.lfs_verify),
     ("POST", rf"/api/{REPO}/commit/(?P<revision>.+)", _Handler.commit),
-    ("POST", rf"/api/{REPO}/branch/(?P<name>.+)", _Handler.reference),
+    ("POST", rf"/api/{REPO}/branch/(?P<name>.+)", _Handler.branch),
     ("POST", rf"/api/{REPO}/tag/(?P<revision>.+)", _Handler.tag),
     ("GET", rf"/api/{REPO}", _Handler.info),
     ("GET", rf"/api/{REPO}/revision/(?P<revision>.+)", _Handler.info),

@@ -33,7 +33,9 @@ else:
     raise SystemExit("the package is there")
 """
 
-LOAD = WEIGHTS_HASH + """
+LOAD = (
+    WEIGHTS_HASH
+    + """
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 image = Image.open(os.environ["IMAGE"])
@@ -50,6 +52,7 @@ for name in os.environ["CAPTIONERS"].split():
     }
 assert not any(name.partition(".")[0] == "clipcap_hf" for name in sys.modules)
 """
+)
 
 
 @pytest.fixture

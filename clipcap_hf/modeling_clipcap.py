@@ -296,7 +296,9 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         raise ValueError(f"`{self.config.vision_config.model_type}` gives no pooled image embedding.")
 
     def _map(self, clip_embeds: torch.Tensor) -> torch.Tensor:
-        weight = next(self.mapping_network.parameters())
+        # Quantised weights are integers, to which the embeddings must not be cast.
+        parameters = list(self.mapping_network.parameters())
+        weight = next((weight for weight in parameters if weight.is_floating_point()), clip_embeds)
         clip_embeds = clip_embeds.to(weight.device, weight.dtype)
         if self.config.normalize_clip_embeds:
             clip_embeds = F.normalize(clip_embeds, dim=-1)

@@ -242,7 +242,14 @@ class ClipCapProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # Pillow's resampling is what CLIP was trained with; torchvision's, the default, is off by up to 2/255.
         backend = kwargs.pop("backend", "pil")
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no processor, at least no tokenizer that can be read: "
+                "save one beside the model by `processor.save_pretrained(...)`, or by `processor.push_to_hub(...)`, or pass "
+                "`processor=` to the pipeline."
+            ) from error
         image_processor = None
         if "image_processor" not in (processor_dict or {}) or processor_dict["image_processor"] is not None:
             image_processor = AutoImageProcessor.from_pretrained(

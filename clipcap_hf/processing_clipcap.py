@@ -2,10 +2,11 @@
 
 import base64
 import io
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import torch
-from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
@@ -86,19 +87,16 @@ def _fetch(url: str, shown: str) -> bytes:
             return base64.b64decode(url.partition(",")[2], validate=True)
         except ValueError as error:
             raise ValueError(f"{shown}: not a readable image (base64: {error})") from error
-    data = bytearray()
+    # Not by the session of huggingface_hub, which goes nowhere where `HF_HUB_OFFLINE` is set.
+    request = Request(url, headers={"User-Agent": "clipcap_hf"})
     try:
-        with get_session().stream("GET", url, timeout=_URL_TIMEOUT, follow_redirects=True) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > _MAX_URL_BYTES:
-                    raise ValueError(f"{shown}: refused, the file has more than {_MAX_URL_BYTES >> 20} MB")
-    except ValueError:
-        raise
-    except Exception as error:  # of the HTTP library, which differs between releases of huggingface_hub
+        with urlopen(request, timeout=_URL_TIMEOUT) as response:
+            data = response.read(_MAX_URL_BYTES + 1)
+    except (OSError, HTTPException) as error:
         raise ValueError(f"{shown}: could not be fetched ({type(error).__name__}: {error})") from error
-    return bytes(data)
+    if len(data) > _MAX_URL_BYTES:
+        raise ValueError(f"{shown}: refused, the file has more than {_MAX_URL_BYTES >> 20} MB")
+    return data
 
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):

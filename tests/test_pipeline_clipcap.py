@@ -178,7 +178,6 @@ def test_image_text_to_text_of_transformers(model_folder, captioner, images):
 def web(tmp_path):
     """A web server on loopback, for the files of a folder."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    handler.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -223,9 +222,8 @@ def test_no_pixels_behind_an_image_name(tmp_path, captioner, text):
 
 
 def test_fifty_megapixels(tmp_path, captioner):
-    PILImage.new("RGB", (8000, 6250), "red").save(tmp_path / "large.jpg")
-    small = captioner(PILImage.new("RGB", (80, 62), (254, 0, 0)))  # JPEG's red
-    assert captioner(str(tmp_path / "large.jpg")) == small
+    PILImage.new("L", (8000, 6250), 128).save(tmp_path / "large.png", compress_level=1)
+    assert captioner(str(tmp_path / "large.png")) == captioner(PILImage.new("L", (80, 62), 128))
 
 
 def test_a_stream_is_read_as_it_is_captioned(captioner, images):
@@ -236,7 +234,7 @@ def test_a_stream_is_read_as_it_is_captioned(captioner, images):
             taken.append(index)
             yield images[index % 8]
 
-    outputs = captioner(stream(), batch_size=2)
+    outputs = iter(captioner(stream(), batch_size=2))
     first = [next(outputs) for _ in range(3)]
     assert texts(first) == texts([captioner(image) for image in images[:3]])
     assert len(taken) < 20

@@ -18,7 +18,9 @@ from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 from .assets import EMOJI_MINI  # noqa: E402
 from .configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
 from .generation_clipcap import official_beam_search  # noqa: E402
+from .hub_clipcap import add_code  # noqa: E402
 from .image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
+from .model_card import write_model_card  # noqa: E402
 from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
 from .modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
@@ -60,5 +62,7 @@ __all__ = [
     "OpenClipImageProcessor",
     "OpenClipVisionConfig",
     "OpenClipVisionModel",
+    "add_code",
     "official_beam_search",
+    "write_model_card",
 ]

@@ -3,11 +3,13 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
 IMAGE_TOKEN = "<image>"
+
+_IS_REMOTE_CODE = __name__.startswith("transformers_modules.")
 
 # Classes of transformers that project the pooled output to the embedding that CLIP compares with texts.
 PROJECTED_TOWERS = ("clip_vision_model", "metaclip_2_vision_model")
@@ -165,6 +167,10 @@ class ClipCapConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if not _IS_REMOTE_CODE:
+            # The package needs no code from the repository, and saves none.
+            for name in ("auto_map", "custom_pipelines"):
+                kwargs.pop(name, None)
         super().__post_init__(**kwargs)
         if self.text_config.is_encoder_decoder:
             raise ValueError(
@@ -225,6 +231,11 @@ class ClipCapConfig(PreTrainedConfig):
                 f"The language model's hidden size {text_config.hidden_size} is not divisible by "
                 f"`mapping_num_heads` = {self.mapping_num_heads}: choose a number of heads that divides it."
             )
+
+
+if _IS_REMOTE_CODE and OpenClipVisionConfig.model_type not in CONFIG_MAPPING:
+    # `auto_map` of a repository names the captioner's classes only, not its tower's.
+    AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 
 
 __all__ = ["ClipCapConfig", "OpenClipVisionConfig"]

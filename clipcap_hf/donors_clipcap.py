@@ -349,6 +349,12 @@ def with_donors(
     hub_kwargs = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
+        found, _ = PreTrainedConfig.get_config_dict(config or name, **hub_kwargs)
+        if (model_type := found.get("model_type", "clipcap")) != "clipcap":
+            raise ValueError(
+                f"{config or name} is a `{model_type}`, not a clipcap captioner. To start a captioner from a vision tower "
+                "and a language model, use `from_vision_text_pretrained`."
+            )
         config = model_class.config_class.from_pretrained(config or name, **hub_kwargs)
     left_out = [part for part, record in (config.donors or {}).items() if not record["in_checkpoint"]]
     if needless := sorted(set(moved) - set(left_out)):

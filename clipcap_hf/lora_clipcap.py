@@ -48,7 +48,10 @@ def freeze_beside_lora(language_model: PreTrainedModel):
 
 def merge_lora(language_model: PreTrainedModel):
     """Add the adapters to the weights that they adapt, and take them out."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    try:  # outside of it, the import would be required of everybody who loads this as remote code
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ImportError("This captioner has LoRA adapters: `pip install peft`.") from error
 
     adapted = [name for name, module in language_model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name in adapted:

@@ -26,6 +26,7 @@ from .configuration_clipcap import ClipCapConfig
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
 from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
+from .model_card import PushesModelCard
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork, pool_patches
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import (
@@ -86,7 +87,7 @@ class ClipCapPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
+class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, GenerationMixin):
     r"""
     Image captioning by a CLIP prefix (Mokady et al. 2021): a vision tower embeds the image, the mapping network turns
     the embedding into `prefix_length` vectors, and the language model continues them with the caption.
@@ -285,7 +286,9 @@ class ClipCapForConditionalGeneration(ClipCapPreTrainedModel, GenerationMixin):
             )
 
     def _map(self, clip_embeds: torch.Tensor) -> torch.Tensor:
-        weight = next(self.mapping_network.parameters())
+        # Quantised weights are integers, to which the embeddings must not be cast.
+        parameters = list(self.mapping_network.parameters())
+        weight = next((weight for weight in parameters if weight.is_floating_point()), clip_embeds)
         clip_embeds = clip_embeds.to(weight.device, weight.dtype)
         if self.config.vision_feature == "patches":
             clip_embeds = pool_patches(clip_embeds, self.config.clip_length)

@@ -5,8 +5,11 @@ import os
 import torch
 from transformers import Pipeline
 
+from .hub_clipcap import add_code
+from .model_card import PushesModelCard, write_model_card
 
-class ImageCaptioningPipeline(Pipeline):
+
+class ImageCaptioningPipeline(PushesModelCard, Pipeline):
     r"""
     Captions for images: `pipeline("image-captioning", model=...)`.
 
@@ -28,6 +31,7 @@ class ImageCaptioningPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+    _push_with_code = False
 
     def _sanitize_parameters(
         self, prompt=None, return_scores=None, max_new_tokens=None, generate_kwargs=None, **generation_parameters
@@ -96,11 +100,48 @@ class ImageCaptioningPipeline(Pipeline):
                 record["score"] = score
         return records
 
-    def save_pretrained(self, save_directory: str | os.PathLike, save_frozen: bool | None = None, **kwargs):
-        # Pipeline's own leaves the processor out, copies this file beside the weights, and thereby makes every reload ask
-        # for `trust_remote_code`.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        save_frozen: bool | None = None,
+        with_code: bool | None = None,
+        **kwargs,
+    ):
+        r"""
+        Save model, processor and, where there is none, a model card.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            save_frozen (`bool`, *optional*): See [`ClipCapForConditionalGeneration.save_pretrained`].
+            with_code (`bool`, *optional*): Put the code beside the weights, too, for people without this package; see
+                [`add_code`].
+            kwargs: For `save_pretrained` of model and processor (`max_shard_size`, ...).
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "Use `push_to_hub(repo_id)` of the pipeline: it pushes model, processor and card in one commit."
+            )
+        # Pipeline's own leaves the processor out, and copies this file alone beside the weights.
         self.model.save_pretrained(save_directory, save_frozen=save_frozen, **kwargs)
-        self.processor.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        if self._push_with_code if with_code is None else with_code:
+            add_code(save_directory)
+        write_model_card(save_directory)
+
+    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs):
+        r"""
+        Push model, processor and model card to the Hub, in one commit.
+
+        Args:
+            repo_id (`str`): The repository.
+            with_code (`bool`): As in [`save_pretrained`](#save_pretrained).
+            kwargs: As in transformers: `private`, `token`, `revision`, `max_shard_size`, `commit_message`, ...
+        """
+        self._push_with_code = with_code  # push_to_hub of transformers hands no such thing to save_pretrained
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            self._push_with_code = False
 
 
 __all__ = ["ImageCaptioningPipeline"]

@@ -1,11 +1,14 @@
 """Images and prompts to model inputs."""
 
+import base64
+import io
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import torch
 from PIL import Image
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
-from transformers.image_utils import load_image as fetch_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
@@ -15,6 +18,10 @@ from .image_processing_open_clip import OpenClipImageProcessor, image_processor_
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 from .modeling_vision import load_vision_config
 from .video_frames import list_videos, read_frames
+
+
+_URL_TIMEOUT = 30  # seconds without a byte
+_MAX_URL_BYTES = 100 << 20
 
 
 def load_image(image: str | Path | Image.Image) -> Image.Image:
@@ -27,7 +34,8 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if str(image).startswith(("http://", "https://", "data:image/")):
-        return fetch_image(str(image), timeout=30)
+        shown = str(image)[:100]
+        return _decode_image(shown, io.BytesIO(_fetch(str(image), shown)))
     path = Path(image)
     if path.is_dir():
         raise ValueError(f"{path}: a folder, not an image")
@@ -35,14 +43,37 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
+    return _decode_image(str(path), path)
+
+
+def _decode_image(name: str, file: Path | io.BytesIO) -> Image.Image:
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             return to_rgb(opened)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: refused, the image is too large ({error})") from error
+        raise ValueError(f"{name}: refused, the image is too large ({error})") from error
     # Pillow's decoders raise whatever they stumble over in a damaged file.
     except Exception as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise ValueError(f"{name}: not a readable image ({error})") from error
+
+
+def _fetch(url: str, shown: str) -> bytes:
+    """The bytes behind a URL. load_image of transformers would put transparency on black."""
+    if url.startswith("data:"):
+        try:
+            return base64.b64decode(url.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise ValueError(f"{shown}: not a readable image (base64: {error})") from error
+    # Not by the session of huggingface_hub, which goes nowhere where `HF_HUB_OFFLINE` is set.
+    request = Request(url, headers={"User-Agent": "clipcap_hf"})
+    try:
+        with urlopen(request, timeout=_URL_TIMEOUT) as response:
+            data = response.read(_MAX_URL_BYTES + 1)
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"{shown}: could not be fetched ({type(error).__name__}: {error})") from error
+    if len(data) > _MAX_URL_BYTES:
+        raise ValueError(f"{shown}: refused, the file has more than {_MAX_URL_BYTES >> 20} MB")
+    return data
 
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):
@@ -225,7 +256,14 @@ class ClipCapProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # Pillow's resampling is what CLIP was trained with; torchvision's, the default, is off by up to 2/255.
         backend = kwargs.pop("backend", "pil")
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no processor, at least no tokenizer that can be read: "
+                "save one beside the model by `processor.save_pretrained(...)`, or by `processor.push_to_hub(...)`, or pass "
+                "`processor=` to the pipeline."
+            ) from error
         image_processor = None
         image_processor_dict = (processor_dict or {}).get("image_processor", {})
         if (

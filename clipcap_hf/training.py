@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import has_length
 
 from .checkpoints import last_checkpoint
+from .model_card import write_model_card
 from .processing_clipcap import ClipCapProcessor
 from .scst import self_critical_loss
 from .training_data import EpochRows, EpochShuffledLengths, caption_lengths, generator_of
@@ -316,6 +318,26 @@ class ClipCapTrainer(Seq2SeqTrainer):
             logs = {**logs, "reward_sampled": round(sampled, 4), "reward_greedy": round(greedy, 4)}
             self._rewards = []
         super().log(logs, start_time)
+
+    def create_model_card(self, language=None, license=None, tags=None, model_name=None, dataset=None, **kwargs):
+        """As in transformers, but the card tells how to use a captioner, and one that a person has edited is kept."""
+        if not self.is_world_process_zero():
+            return
+        summary = TrainingSummary.from_trainer(self, dataset=dataset, model_name=model_name, **kwargs)
+        write_model_card(
+            self.args.output_dir,
+            repo_id=self.hub_model_id or model_name,
+            config=self.accelerator.unwrap_model(self.model).config.to_dict(),
+            license=license,
+            language=language,
+            datasets=summary.dataset,
+            tags=[tags] if isinstance(tags, str) else tags,
+            training=summary.to_model_card().partition("## Training procedure")[2],
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self.create_model_card()  # Trainer writes the card with the last push only
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 class _EpochOfRows(TrainerCallback):

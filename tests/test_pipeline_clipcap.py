@@ -1,7 +1,14 @@
+import base64
+import functools
+import http.server
+import importlib.util
+import threading
+
 import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline
 from datasets import Dataset, Image
+from PIL import Image as PILImage
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -165,3 +172,106 @@ def test_image_text_to_text_of_transformers(model_folder, captioner, images):
     assert [record["generated_text"].strip() for record in prompted] == [
         record["generated_text"] for record in expected
     ]
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server on loopback, for the files of a folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_urls_are_treated_like_files(tmp_path, captioner, web):
+    # Transparency on white, wherever the image comes from; transformers' own loader makes it black.
+    see_through = PILImage.new("RGBA", (40, 40), (0, 0, 0, 0))
+    see_through.paste((255, 0, 0, 255), (10, 10, 30, 30))
+    see_through.save(tmp_path / "a.png")
+    data_url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    places = [str(tmp_path / "a.png"), f"{web}/a.png", data_url]
+    pixels = [captioner.processor(images=place, return_tensors="pt")["pixel_values"] for place in places]
+    assert pixels[0].equal(pixels[1]) and pixels[0].equal(pixels[2])
+    alone = captioner(places[0])
+    assert captioner(places, batch_size=2) == [alone] * 3
+    assert captioner(places[1]) == alone
+
+
+def test_bad_urls_are_named(tmp_path, captioner, web):
+    (tmp_path / "page.png").write_text("<!doctype html><html><body>no image</body></html>")
+    with pytest.raises(ValueError, match="page.png: not a readable image"):
+        captioner(f"{web}/page.png")
+    with pytest.raises(ValueError, match="gone.png: could not be fetched .*404"):
+        captioner(f"{web}/gone.png")
+    with pytest.raises(ValueError, match="127.0.0.1:1/a.png: could not be fetched"):
+        captioner("http://127.0.0.1:1/a.png")
+    with pytest.raises(ValueError, match="data:image/png;base64,%%%: not a readable image"):
+        captioner("data:image/png;base64,%%%")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "<!doctype html><p>no"],
+    ids=["svg", "html"],
+)
+def test_no_pixels_behind_an_image_name(tmp_path, captioner, text):
+    (tmp_path / "a.png").write_text(text)
+    with pytest.raises(ValueError, match="a.png: not a readable image"):
+        captioner(str(tmp_path / "a.png"))
+
+
+def test_fifty_megapixels(tmp_path, captioner):
+    PILImage.new("L", (8000, 6250), 128).save(tmp_path / "large.png", compress_level=1)
+    assert captioner(str(tmp_path / "large.png")) == captioner(PILImage.new("L", (80, 62), 128))
+
+
+def test_a_stream_is_read_as_it_is_captioned(captioner, images):
+    taken = []
+
+    def stream():
+        for index in range(1000):
+            taken.append(index)
+            yield images[index % 8]
+
+    outputs = iter(captioner(stream(), batch_size=2))
+    first = [next(outputs) for _ in range(3)]
+    assert texts(first) == texts([captioner(image) for image in images[:3]])
+    assert len(taken) < 20
+
+
+@pytest.mark.parametrize(
+    "placement", [{"device_map": "cpu"}, {"device_map": "auto"}, {"device": "cpu"}, {"device": -1}]
+)
+def test_devices(model_folder, captioner, images, placement):
+    placed = pipeline("image-captioning", model=str(model_folder), **placement)
+    assert placed(images[:2]) == captioner(images[:2])
+
+
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_quantised(model_folder, images, package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        settings = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        from transformers import BitsAndBytesConfig
+
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    kwargs = {"quantization_config": settings}
+    quantised = pipeline("image-captioning", model=str(model_folder), model_kwargs=kwargs, device_map="cpu")
+    layers = [
+        module for module in quantised.model.mapping_network.modules() if "weight" in dict(module.named_parameters())
+    ]
+    assert any(
+        "8bit" in type(layer).__name__ or type(layer.weight).__name__ not in ("Parameter", "Tensor")
+        for layer in layers
+    )
+    plain = pipeline("image-captioning", model=str(model_folder))
+    inputs = plain.processor(images=images, return_tensors="pt")
+    prefix = [one.model.get_image_features(inputs["pixel_values"]).pooler_output.float() for one in (plain, quantised)]
+    assert torch.cosine_similarity(*prefix, dim=-1).min() > 0.99
+    assert len(quantised(images[:2], batch_size=2)) == 2

@@ -1,0 +1,150 @@
+"""Checkpoints load where the package is not installed, from the code that lies beside their weights."""
+
+import json
+import sys
+
+import pytest
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, add_code
+from hub_client import ROOT, WEIGHTS_HASH, run_client, weights_hash
+from hub_server import TOKEN, HubServer
+from PIL import Image
+from transformers import AutoModelForImageTextToText, pipeline
+from transformers.dynamic_module_utils import get_imports
+
+
+# The package cannot be found, wherever it is installed. Declaring operators of torchvision is what the package itself does
+# for a torchvision that was built for another PyTorch; without it transformers could import no vision model there.
+WITHOUT_PACKAGE = f"""
+import runpy, sys
+torchvision_names = runpy.run_path({str(ROOT / "clipcap_hf" / "_torchvision.py")!r})
+torchvision_names["ensure_torchvision_imports"]()
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "clipcap_hf":
+            raise ModuleNotFoundError("clipcap_hf is blocked")
+
+sys.meta_path.insert(0, Block())
+try:
+    import clipcap_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package is there")
+"""
+
+LOAD = (
+    WEIGHTS_HASH
+    + """
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+image = Image.open(os.environ["IMAGE"])
+for name in os.environ["CAPTIONERS"].split():
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    ids = model.generate(**processor(images=image, return_tensors="pt"))
+    captioner = pipeline("image-captioning", model=name, trust_remote_code=True)
+    report[name] = {
+        "auto": processor.batch_decode(ids, skip_special_tokens=True)[0].strip(),
+        "pipeline": captioner(image, num_beams=3, return_scores=True),
+        "modules": [type(part).__module__ for part in (model, model.config, processor, captioner)],
+        "weights": weights_hash(model.state_dict()),
+    }
+assert not any(name.partition(".")[0] == "clipcap_hf" for name in sys.modules)
+"""
+)
+
+
+@pytest.fixture
+def captioners(tmp_path, make_model, processor):
+    for vision in ("clip", "vit"):
+        captioner = pipeline("image-captioning", model=make_model(vision), processor=processor)
+        captioner.save_pretrained(tmp_path / vision, with_code=True)
+    return tmp_path
+
+
+@pytest.fixture
+def picture(tmp_path, images):
+    images[0].save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_without_the_package(captioners, picture):
+    """A transformers CLIP and an open_clip tower, each from a folder and from the test server."""
+    with HubServer() as hub:
+        push = "from huggingface_hub import upload_folder, create_repo\n" + "".join(
+            f"create_repo('tester/{name}')\nupload_folder(repo_id='tester/{name}', folder_path={str(captioners / name)!r})\n"
+            for name in ("clip", "vit")
+        )
+        run_client(push, captioners / "push", hub, TOKEN)
+        names = [str(captioners / "clip"), str(captioners / "vit"), "tester/clip", "tester/vit"]
+        environment = {"CAPTIONERS": " ".join(names), "IMAGE": str(picture)}
+        report = run_client(WITHOUT_PACKAGE + LOAD, captioners / "home", hub, **environment)
+    for kind, folder in (("clip", names[0]), ("vit", names[1])):
+        here = pipeline("image-captioning", model=folder)
+        weights = weights_hash(here.model.state_dict())
+        image = Image.open(picture)
+        expected = here(image, num_beams=3, return_scores=True)
+        for name in (folder, f"tester/{kind}"):
+            found = report[name]
+            assert all(module.startswith("transformers_modules.") for module in found["modules"])
+            assert found["weights"] == weights
+            assert found["auto"] == here(image)[0]["generated_text"]
+            assert found["pipeline"][0]["generated_text"] == expected[0]["generated_text"]
+            assert found["pipeline"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
+
+
+def test_no_trust_is_needed_with_the_package(captioners, images):
+    folder = str(captioners / "clip")
+    assert json.loads((captioners / "clip" / "config.json").read_text())["auto_map"]
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(model) is ClipCapForConditionalGeneration
+    trusting = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    assert type(trusting) is ClipCapForConditionalGeneration  # the installed code, not the repository's
+    assert pipeline("image-captioning", model=folder)(images[0])[0]["generated_text"]
+
+
+def test_saved_again_without_code(captioners, tmp_path):
+    model = ClipCapForConditionalGeneration.from_pretrained(captioners / "clip")
+    model.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "auto_map" not in config and "custom_pipelines" not in config
+    assert not list((tmp_path / "again").glob("*.py"))
+
+
+def test_code_is_saved_only_when_asked(tmp_path, make_model, processor):
+    pipeline("image-captioning", model=make_model(), processor=processor).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    config = (tmp_path / "config.json").read_text()
+    assert "auto_map" not in config
+    files = add_code(tmp_path)
+    assert {"modeling_clipcap.py", "modeling_open_clip.py", "pipeline_clipcap.py"} <= {file.name for file in files}
+    assert add_code(tmp_path) == files  # once more changes nothing
+
+
+def test_what_the_code_requires(captioners):
+    """Anything else that is imported outside a `try` would be required of everybody by transformers."""
+    core = {"huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "torch", "transformers"}
+    standard = sys.stdlib_module_names
+    for file in (captioners / "clip").glob("*.py"):
+        assert set(get_imports(file)) - standard <= core, file.name
+
+
+def test_add_code_wants_a_captioner(tmp_path, text_config):
+    with pytest.raises(ValueError, match="config.json is missing"):
+        add_code(tmp_path)
+    text_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`gpt2`, not of a clipcap captioner"):
+        add_code(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_vision_tower_without_package_is_registered_once(captioners):
+    # Loading the remote configuration must not replace the classes of the installed package.
+    from clipcap_hf import OpenClipVisionConfig
+    from transformers import CONFIG_MAPPING
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    remote = get_class_from_dynamic_module("configuration_clipcap.ClipCapConfig", str(captioners / "vit"))
+    assert remote is not ClipCapConfig
+    assert CONFIG_MAPPING["open_clip_vision_model"] is OpenClipVisionConfig

@@ -299,14 +299,9 @@ class ClipCapProcessor(ProcessorMixin):
             vision_kwargs (`dict`, *optional*): For loading the image processor (`revision`, `token`, ...).
             text_kwargs (`dict`, *optional*): For loading the tokenizer.
         """
-        vision_kwargs = vision_kwargs or {}
-        if vision is None:
-            image_processor = None
-        elif is_open_clip_name(vision):
-            _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **vision_kwargs)
-            image_processor = image_processor_from_open_clip(preprocess_cfg)
-        else:
-            image_processor, own_num_frames = _load_image_processor(vision, **vision_kwargs)
+        image_processor = None
+        if vision is not None:
+            image_processor, own_num_frames = load_image_processor(vision, **(vision_kwargs or {}))
             num_frames = own_num_frames or num_frames
         tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -314,8 +309,11 @@ class ClipCapProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)
 
 
-def _load_image_processor(vision: str, **kwargs) -> tuple:
-    """The image processor of a tower of transformers, and the number of frames of a video encoder."""
+def load_image_processor(vision: str, **kwargs) -> tuple:
+    """The transform of a vision tower by its name, and the number of frames of a video encoder or `None`."""
+    if is_open_clip_name(vision):
+        _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **kwargs)
+        return image_processor_from_open_clip(preprocess_cfg), None
     try:
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **kwargs)
     except (OSError, ValueError):

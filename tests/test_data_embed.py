@@ -132,6 +132,18 @@ def test_provenance_and_check(tmp_path, make_model, processor, data):
         check_embeddings(data, model)
 
 
+def test_patches(tmp_path, make_model, processor, data):
+    model = make_model(vision_feature="patches", mapping_type="transformer")
+    embedded = embed(model, data, tmp_path / "embeds", processor, num_workers=0, progress=False)
+    assert embeddings_provenance(embedded)["shape"] == [16, 32]
+    check_embeddings(embedded, model)
+    with pytest.raises(ValueError, match="'pooled' features of its tower, but the embeddings are 'patches'"):
+        check_embeddings(embedded, make_model())
+    from_embeds = model(**CaptioningCollator(processor)([embedded[0]])).image_hidden_states
+    pixels = processor(images=data[0]["image"], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(from_embeds, model.get_image_features(pixels).pooler_output)
+
+
 def test_the_hash_does_not_depend_on_the_type_in_memory(make_model, tmp_path, processor, data):
     saved_in_half = make_model().half()
     embedded = embed(saved_in_half.float(), data.select(range(2)), tmp_path / "embeds", processor, progress=False)

@@ -13,7 +13,7 @@ PACKAGES = ("clipcap-hf", "torch", "transformers", "open_clip_torch", "pillow", 
 
 def model_record(model, name: str) -> dict[str, Any]:
     """A model's name, revision on the Hub, variant, weights (wherever they were loaded from) and precision."""
-    from ..data.embeddings import weights_hash
+    from ..donors_clipcap import weights_hash
 
     config = model.config
     return {

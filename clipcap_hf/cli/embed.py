@@ -21,6 +21,11 @@ def add_parser(commands):
         help="a CLIP: a Hub id or folder of transformers, or of open_clip, as ViT-B-32/openai",
     )
     embed.add_argument(
+        "--vision-feature",
+        choices=["pooled", "patches"],
+        help="what to keep of each image (default: what the captioner reads, else pooled)",
+    )
+    embed.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
     )
     embed.add_argument(
@@ -51,7 +56,7 @@ def run(arguments) -> int:
     if arguments.model is not None:
         model, processor = load_captioner(arguments.model, arguments.device)
     else:
-        model, processor = load_tower(arguments.vision)
+        model, processor = load_tower(arguments.vision, arguments.vision_feature or "pooled")
         model = model.to(pick_device(arguments.device)).eval()
     embedded = embed(
         model,
@@ -62,6 +67,7 @@ def run(arguments) -> int:
         num_workers=arguments.workers,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         shard_size=arguments.shard_size,
+        vision_feature=arguments.vision_feature,
         progress=sys.stderr.isatty(),
     )
     if process_state().is_main_process:

@@ -18,12 +18,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor
 
-from ..modeling_clipcap import _load_vision_tower
-from ..modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
+from ..image_processing_open_clip import to_rgb
+from ..modeling_vision import embed_pixels, load_vision_tower
 from ..processes import process_state
-from ..processing_clipcap import image_processor_from_open_clip, load_image, to_rgb
+from ..processing_clipcap import load_image, load_image_processor
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 
 
@@ -42,6 +41,7 @@ def embed(
     num_workers: int | None = None,
     dtype: torch.dtype | None = None,
     shard_size: int = 4096,
+    vision_feature: str | None = None,
     progress: bool = True,
 ) -> Dataset | DatasetDict:
     r"""
@@ -66,6 +66,8 @@ def embed(
         dtype (`torch.dtype`, *optional*): In which the tower computes. By default bfloat16 on GPUs that have it, float16
             on older ones, and what the model is in elsewhere. What is written is float32.
         shard_size (`int`): Rows in a file: the work that an interruption can cost each process.
+        vision_feature (`str`, *optional*): `"pooled"` or `"patches"`, as in [`ClipCapConfig`]; by default what a captioner
+            reads, and of a tower alone the pooled embedding.
         progress (`bool`): Show a progress bar on standard error.
 
     Returns:
@@ -93,7 +95,8 @@ def embed(
         raise ValueError("This captioner has no vision tower: name the CLIP that is to embed the images.")
     if image_processor is None:
         raise ValueError("Pass `image_processor`, the transform of the vision tower.")
-    encoder = Encoder(tower, dtype, getattr(model.config, "vision_feature", "pooled"), model.name_or_path)
+    vision_feature = vision_feature or getattr(model.config, "vision_feature", "pooled")
+    encoder = Encoder(tower, dtype, vision_feature, model.name_or_path)
     out = Path(out)
     if not isinstance(dataset, dict):
         return _embed_split(encoder, dataset, out, image_processor, batch_size, num_workers, shard_size, progress)
@@ -103,14 +106,10 @@ def embed(
     return load_embeddings(out)
 
 
-def load_tower(name: str):
+def load_tower(name: str, vision_feature: str = "pooled"):
     """A vision tower, in float32, and its image processor, by a name as in
     [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]."""
-    tower = _load_vision_tower(name, torch.float32)
-    if is_open_clip_name(name):
-        _, preprocess_cfg, _ = load_open_clip_checkpoint(name, with_weights=False)
-        return tower, image_processor_from_open_clip(preprocess_cfg)
-    return tower, AutoImageProcessor.from_pretrained(name, backend="pil")
+    return load_vision_tower(name, torch.float32, vision_feature), load_image_processor(name)[0]
 
 
 class Encoder:
@@ -130,15 +129,11 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """float32 embeddings (batch, clip_embed_dim) on the CPU, of pixels (batch, 3, height, width)."""
+        """float32 embeddings on the CPU, (batch, dim) or of patches (batch, patches, dim)."""
         # Convolutional towers are twice as fast with channels last.
         memory_format = torch.channels_last if pixel_values.ndim == 4 else torch.preserve_format
         pixel_values = pixel_values.to(self.device, self.dtype, memory_format=memory_format)
-        outputs = self.tower(pixel_values=pixel_values, return_dict=True)
-        for name in ("image_embeds", "pooler_output"):
-            if (embeds := outputs.get(name)) is not None:
-                return embeds.flatten(1).float().cpu()
-        raise ValueError(f"`{self.tower.config.model_type}` gives no pooled image embedding.")
+        return embed_pixels(self.tower, pixel_values, self.vision_feature)[0].float().cpu()
 
 
 def _fast_dtype(tower) -> torch.dtype:

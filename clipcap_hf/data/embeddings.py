@@ -6,11 +6,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..donors_clipcap import weights_hash
 
 
 if TYPE_CHECKING:
@@ -123,17 +124,6 @@ def describe_tower(tower, vision_feature: str = "pooled", name: str = "") -> dic
         "vision_feature": vision_feature,
         "weights_sha256": weights_hash(weights),
     }
-
-
-def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 over types, shapes and bytes of tensors, whatever their order and names, which change between releases."""
-    digests = set()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-        digests.add(digest.digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 class EmbeddingsFolder:

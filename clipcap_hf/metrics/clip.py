@@ -1,10 +1,16 @@
 """CLIPScore and RefCLIPScore (Hessel et al., 2021): how well captions fit images, by CLIP."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 PROMPT = "A photo depicts "
@@ -48,8 +54,9 @@ def clip_scores(
         captions: n captions, not tokenized.
         images: n paths, PIL images, bytes, or `{"path": ..., "bytes": ...}`.
         references: n lists of captions, or None.
-        clip_model: a CLIP model on the Hub or in a folder, with its tokenizer and image processor. The papers' numbers
-            are of the default; those of another model cannot be compared with them.
+        clip_model: a CLIP of transformers on the Hub or in a folder, with its tokenizer and image processor, or one of
+            open_clip (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"`, a folder). The papers' numbers are of the default; those
+            of another model cannot be compared with them.
 
     Returns:
         `clip_score` and perhaps `ref_clip_score`: (mean, array of shape (n,)); `clip_model`, `clip_dtype`: str.
@@ -58,27 +65,15 @@ def clip_scores(
         ValueError: images missing or unreadable, or a model without a text tower.
     """
     import torch
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     images = check_images(images, len(captions))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(clip_model).eval().to(device)
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-        raise ValueError(f"{clip_model} is no CLIP model: CLIPScore needs an image and a text tower.")
-    tokenizer = AutoTokenizer.from_pretrained(clip_model)
-    image_processor = AutoImageProcessor.from_pretrained(clip_model, backend="pil")  # equals OpenAI's transform
-    length = model.config.text_config.max_position_embeddings
+    embed_texts, embed_images, dtype = _load_clip(clip_model, device)
 
     def embed(batch: Sequence, of_text: bool) -> np.ndarray:
         """Unit vectors, shape (batch, width)."""
-        if of_text:
-            texts = [PROMPT + text for text in batch]
-            inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            features = model.get_text_features(**inputs.to(device))
-        else:
-            pixels = image_processor([_open(image) for image in batch], return_tensors="pt")["pixel_values"]
-            features = model.get_image_features(pixel_values=pixels.to(device, model.dtype))
-        features = getattr(features, "pooler_output", features).double().cpu().numpy()
+        features = embed_texts([PROMPT + text for text in batch]) if of_text else embed_images(map(_open, batch))
+        features = features.double().cpu().numpy()
         return features / np.linalg.norm(features, axis=-1, keepdims=True)
 
     def embed_all(items: Sequence, of_text: bool) -> np.ndarray:
@@ -97,7 +92,46 @@ def clip_scores(
             total = clip + closest
             both = np.divide(2 * clip * closest, total, out=np.zeros_like(total), where=total > 0)
             result["ref_clip_score"] = (float(both.mean()), both)
-    return {**result, "clip_model": str(clip_model), "clip_dtype": str(model.dtype).removeprefix("torch.")}
+    return {**result, "clip_model": str(clip_model), "clip_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _load_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
+    """Functions that embed texts and PIL images, and the dtype in which they compute."""
+    from ..modeling_open_clip import is_open_clip_name
+    from ..modeling_vision import embed_pixels, load_vision_tower
+    from ..processing_clipcap import load_image_processor
+    from ..text_only import load_text_tower
+
+    if is_open_clip_name(name):
+        tower = load_vision_tower(name).eval().to(device)
+        image_processor, _ = load_image_processor(name)
+
+        def embed_images(images) -> torch.Tensor:
+            pixels = image_processor(list(images), return_tensors="pt")["pixel_values"]
+            return embed_pixels(tower, pixels.to(device))[0]
+
+        return load_text_tower(name, device), embed_images, tower.dtype
+
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(name).eval().to(device)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise ValueError(f"{name} is no CLIP model: CLIPScore needs an image and a text tower.")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # equals OpenAI's transform
+    length = model.config.text_config.max_position_embeddings
+
+    def embed_texts(texts: list[str]) -> torch.Tensor:
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        features = model.get_text_features(**inputs.to(device))
+        return getattr(features, "pooler_output", features)
+
+    def embed_images(images) -> torch.Tensor:
+        pixels = image_processor(list(images), return_tensors="pt")["pixel_values"]
+        features = model.get_image_features(pixel_values=pixels.to(device, model.dtype))
+        return getattr(features, "pooler_output", features)
+
+    return embed_texts, embed_images, model.dtype
 
 
 def _batches(items: Sequence) -> Iterator[Sequence]:

@@ -144,7 +144,7 @@ def score_captions(
         document_frequencies: for CIDEr, what the function of that name returned, or the path of a JSON file of it.
         spice_home: for SPICE, the folder with the jars; by default the environment variable CLIPCAP_SPICE_HOME.
         images: for CLIPScore, n images: paths, PIL images or bytes.
-        clip_model: for CLIPScore, a CLIP model on the Hub or in a folder.
+        clip_model: for CLIPScore, a CLIP by Hub id, folder or open_clip name.
         groups: the group of each image, such as its domain in nocaps. Each group is also scored as an evaluation of
             its own (with its own document frequencies), without starting Java again.
 

@@ -26,7 +26,7 @@ Args:
     predictions (`list[str]`): one caption an image; an empty one is legal and scores 0.
     images (`list`): the images: paths, PIL images or bytes.
     references (`list[list[str]]`, *optional*): for RefCLIPScore, the reference captions of all images, or of none.
-    clip_model (`str`, defaults to "openai/clip-vit-base-patch32"): a CLIP model on the Hub or in a folder; when
+    clip_model (`str`, defaults to "openai/clip-vit-base-patch32"): a CLIP by Hub id, folder or open_clip name; when
         loading the metric or when computing it.
     per_image (`bool`, defaults to `False`): also return `NAME_per_image`, an array with the score of each image.
 Returns:

@@ -24,6 +24,9 @@ class ModelArguments:
     text: str | None = field(
         default=None, metadata={"help": "Language model of a new captioner: a Hub id or a folder of a causal LM."}
     )
+    vision_feature: Literal["pooled", "patches"] = field(
+        default="pooled", metadata={"help": "What is read of the tower; patches needs mapping_type transformer."}
+    )
     mapping_type: Literal["mlp", "transformer", "linear"] = field(
         default="mlp", metadata={"help": "Mapping network: the paper's MLP or transformer, or one linear layer."}
     )
@@ -42,6 +45,13 @@ class ModelArguments:
     freeze_language_model: bool | None = field(
         default=None,
         metadata={"help": "Train the mapping network alone. As in the paper by default: only with transformer."},
+    )
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters of this rank on the language model, which itself stays as it is."},
+    )
+    save_frozen: bool = field(
+        default=True, metadata={"help": "False: save only what is trained, and where the rest comes from."}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "Keep the vision tower as it is."})
     config_overrides: dict | str | None = field(

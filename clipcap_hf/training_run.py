@@ -44,6 +44,9 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     checkpoint = _checkpoint_to_resume(args)
     set_seed(args.seed)
     model, processor = load_captioner(model_args, data_args)
+    if args.process_index == 0:
+        counts = model.parameter_counts().items()
+        logger.info("Trained: " + ", ".join(f"{name} {trained:,} of {total:,}" for name, (trained, total) in counts))
     check_writable(args.output_dir, model)
     train, evaluation = load_data(data_args)
     columns = {name: getattr(data_args, name) for name in ("image_column", "caption_column", "embeds_column")}
@@ -129,6 +132,7 @@ def load_captioner(
     normalize = model_args.normalize_clip_embeds
     overrides = model_args.config_overrides or {}
     config = {
+        "vision_feature": model_args.vision_feature,
         "mapping_type": model_args.mapping_type,
         "prefix_length": prefix_length,
         "clip_length": model_args.clip_length,
@@ -136,6 +140,8 @@ def load_captioner(
         "normalize_clip_embeds": data_args.text_only if normalize is None else normalize,
         "freeze_language_model": freeze,
         "freeze_vision": model_args.freeze_vision,
+        "lora": None if model_args.lora_r is None else {"r": model_args.lora_r},
+        "save_frozen": model_args.save_frozen,
         **(json.loads(overrides) if isinstance(overrides, str) else overrides),
     }
     vision, image_processor = _vision_of_captioner(model_args.vision)

@@ -78,6 +78,21 @@ def test_the_default_is_the_papers_recipe(gpt2_folder):
     assert trained == {"mapping_network"}
 
 
+def test_lora_without_the_frozen_parts(tmp_path, gpt2_folder, data_folder, caplog):
+    pytest.importorskip("peft")
+    settings = {"lora_r": 2, "save_frozen": False, "max_steps": 2, "eval_split": "none", "eval_strategy": "no"}
+    with caplog.at_level("INFO", logger="clipcap_hf"):
+        assert main(flags(tmp_path, gpt2_folder, data_folder, **settings)) == 0
+    assert "language_model 512 of" in caplog.text
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:
+        saved = set(weights.keys())
+    assert saved and all(key.startswith("mapping_network.") or ".lora_" in key for key in saved)
+    model = ClipCapForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert model.generate(clip_embeds=torch.randn(1, 16), max_new_tokens=2, pad_token_id=0).shape[0] == 1
+
+
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_flags_win_over_the_file(tmp_path, suffix):
     recipe = {"text": "gpt2", "data": "emoji", "output_dir": "out", "learning_rate": 1e-4, "append_eos": False}

@@ -1,5 +1,6 @@
 """`clipcap train`"""
 
+import logging
 import sys
 
 
@@ -12,11 +13,10 @@ def add_parser(commands):
 
 
 def run(arguments) -> int:
-    from transformers.utils import logging
-
     from ..training_run import run_training
 
-    logging.enable_default_handler()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("clipcap_hf").setLevel(logging.INFO)
     args = parse(arguments.rest)
     scores = run_training(*args)
     if args[2].process_index == 0:

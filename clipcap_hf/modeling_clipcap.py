@@ -28,7 +28,7 @@ from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
 from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
 from .model_card import PushesModelCard
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork, pool_patches
-from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
+from .modeling_text import caption_generation_config, fuse_gelu, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import (
     build_vision_tower,
     embed_pixels,
@@ -129,6 +129,7 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         self.vision_tower = vision_tower
         self.mapping_network = MAPPING_NETWORKS[config.mapping_type](config)
         self.language_model = language_model
+        fuse_gelu(language_model)
         if config.lora is not None:
             add_lora(language_model, config.lora)
         self._donor_hashes = {}  # of the parts that are known to be as their donors are

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig
 
@@ -42,6 +43,14 @@ def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
     # The first id beyond the tokenizer, which is what ClipCapProcessor takes; it may lie below `vocab_size`, since many
     # language models (OPT, Qwen) have more rows than their tokenizers have tokens.
     return tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
+
+
+def fuse_gelu(language_model: PreTrainedModel):
+    """Give GPT-2's activation, which takes eight passes over memory, as the one kernel that torch has for it."""
+    for module in language_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
 
 
 def caption_generation_config(

@@ -5,8 +5,9 @@ import importlib.util
 import pytest
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf.modeling_text import fuse_gelu
 from tokenizers import processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 
 SMALL = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -205,3 +206,13 @@ def test_pretrained_smollm2(tmp_path, captions):
         assert torch.equal(again.generate(clip_embeds=embeds, max_new_tokens=6), captions)
         same = ClipCapProcessor.from_pretrained(tmp_path / "captioner")
         assert same.tokenizer("A red heart.")["input_ids"] == processor.tokenizer("A red heart.")["input_ids"]
+
+
+def test_gelu_is_one_kernel_and_the_same(text_config):
+    language_model = GPT2LMHeadModel(text_config).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        before = language_model(ids).logits
+        fuse_gelu(language_model)
+        assert not any("NewGELU" in type(module).__name__ for module in language_model.modules())
+        torch.testing.assert_close(language_model(ids).logits, before, atol=1e-5, rtol=1e-5)

@@ -3,10 +3,11 @@
 python examples/benchmark_training.py --steps 6 --out training-speed.json
 
 Random weights of the real sizes: GPT-2 small, embeddings of ViT-B/32 (512), batches of 40 captions of 11.5 tokens on average,
-the end token included, the longest of the data set 20; the trainer puts captions of like length together. The official way pads to the longest caption of the data set, computes
-logits for every position, prefix included, and gradients for every weight, frozen or not, and updates with a loop over the
-weights. Its attention and its mapping network are ours here, so the ratio says nothing of those. The steps of both take turns,
-each with a product of matrices that tells how fast the machine multiplies at that moment.
+the end token included, the longest of the data set 20; the trainer groups captions of like length. The official way pads to
+the longest caption of the data set, computes logits for every position, prefix included, and gradients for every weight, frozen
+or not, and updates with a loop over the weights. Its attention and its mapping network are ours here, so the ratio says nothing
+of those. The steps of both take turns, each with a product of matrices that tells how fast the machine multiplies at that
+moment.
 """
 
 import argparse

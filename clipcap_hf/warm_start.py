@@ -26,7 +26,7 @@ def warm_start_mapper(
 
     A frozen language model makes nothing of prefix vectors unlike its token embeddings, and its gradient tells a mapping
     network little until they are like them. This takes the language model's embedding table only, so a step costs a
-    thousandth of one of training. The targets of an image are the first `prefix_length` tokens of its caption that say
+    small part of one of training. The targets of an image are the first `prefix_length` tokens of its caption that say
     something, the last one repeated where there are fewer, weighted by their rarity in the captions (the logarithm of the
     inverse document frequency): no language is assumed, nor that words are set apart by spaces. Only the mapping network
     is changed. Its first layer is scaled to the embeddings and its last to the deviation of the token embeddings, where

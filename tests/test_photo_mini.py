@@ -149,7 +149,7 @@ def test_captions_of_sample_photographs(captioner):
 @pytest.mark.slow
 @needs_language_model
 def test_captions_of_animal_photographs(captioner):
-    """Better than the nearest caption of its own names would be by chance: see the model card for the figure."""
+    """The card says 54.2 %; rounding on another machine may change a caption or two of the 24."""
     if "GCOMPRIS_DATA" not in os.environ:
         pytest.skip("set GCOMPRIS_DATA to the rcc folder of Debian's gcompris-qt-data")
     import sys
@@ -157,4 +157,4 @@ def test_captions_of_animal_photographs(captioner):
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     from score_photo_mini import score_animals
 
-    assert score_animals(*captioner, Path(os.environ["GCOMPRIS_DATA"]))["photo-mini"]["exact_match"] > 0.417
+    assert score_animals(*captioner, Path(os.environ["GCOMPRIS_DATA"]))["photo-mini"]["exact_match"] >= 0.45

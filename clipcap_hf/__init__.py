@@ -15,16 +15,18 @@ from transformers import (  # noqa: E402
 )
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
-from .assets import EMOJI_MINI  # noqa: E402
+from .assets import EMOJI_MINI, PHOTO_MINI  # noqa: E402
 from .configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
 from .generation_clipcap import official_beam_search  # noqa: E402
 from .hub_clipcap import add_code  # noqa: E402
 from .image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
 from .model_card import write_model_card  # noqa: E402
 from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
+from .modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
 from .modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
 from .processing_clipcap import ClipCapProcessor  # noqa: E402
+from .warm_start import warm_start_mapper  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ __version__ = "0.1.0"
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
 AutoImageProcessor.register(OpenClipVisionConfig, image_processor_classes={"pil": OpenClipImageProcessor})
+AutoConfig.register(ConseVisionConfig.model_type, ConseVisionConfig)
+AutoModel.register(ConseVisionConfig, ConseVisionModel)
 AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(ClipCapConfig, ClipCapForConditionalGeneration)
@@ -60,9 +64,13 @@ __all__ = [
     "ClipCapTrainer",
     "ImageCaptioningPipeline",
     "OpenClipImageProcessor",
+    "ConseVisionConfig",
+    "ConseVisionModel",
     "OpenClipVisionConfig",
     "OpenClipVisionModel",
+    "PHOTO_MINI",
     "add_code",
     "official_beam_search",
+    "warm_start_mapper",
     "write_model_card",
 ]

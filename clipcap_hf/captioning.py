@@ -209,10 +209,19 @@ def caption_embeds(
         generate_kwargs: For `generate()`.
     """
     captions = []
+    prompt = processor.tokenize_prompts(None, 1, return_tensors="pt").to(model.device)
     for start in tqdm(range(0, len(clip_embeds), batch_size), unit="batch", desc="Captioning", disable=not progress):
         batch = clip_embeds[start : start + batch_size].to(model.device)
         captions += [
-            best for best, *_ in _generate(model, processor, len(batch), clip_embeds=batch, **generate_kwargs)
+            best
+            for best, *_ in _generate(
+                model,
+                processor,
+                len(batch),
+                clip_embeds=batch,
+                **{name: value.expand(len(batch), -1) for name, value in prompt.items()},
+                **generate_kwargs,
+            )
         ]
     return captions
 

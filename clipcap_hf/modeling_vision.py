@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .configuration_clipcap import PROJECTED_TOWERS, clip_embed_dim_of
+from .modeling_conse import ConseVisionModel
 from .modeling_open_clip import (
     OpenClipVisionModel,
     clip_vision_obstacle,
@@ -31,6 +32,7 @@ _TOWER_CLASSES = {
     "metaclip_2_vision_model": MetaClip2VisionModelWithProjection,
     "open_clip_vision_model": OpenClipVisionModel,
     "xclip_vision_model": XCLIPVideoModel,
+    "conse_vision_model": ConseVisionModel,
 }
 
 # For suggestions only: the Hub cannot be asked what names are near.

@@ -93,6 +93,8 @@ class ClipCapProcessor(ProcessorMixin):
             right.
         prefix_length (`int`): The model's `config.prefix_length`.
         num_frames (`int`): Frames that are taken of each video.
+        prompt_template (`str`): Text around the placeholder, with one `<image>`, that a frozen language model was trained to
+            be prompted with; put around each text that has no placeholder, and taken off decoded captions.
         chat_template (`str`, *optional*): For chat-style input.
     """
 
@@ -102,9 +104,12 @@ class ClipCapProcessor(ProcessorMixin):
         tokenizer=None,
         prefix_length: int = 10,
         num_frames: int = 8,
+        prompt_template: str = IMAGE_TOKEN,
         chat_template=None,
         **kwargs,
     ):
+        if prompt_template.count(IMAGE_TOKEN) != 1:
+            raise ValueError(f"`prompt_template` must hold one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
             raise ValueError("ClipCapProcessor needs a tokenizer.")
         if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -121,6 +126,7 @@ class ClipCapProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.prefix_length = prefix_length
         self.num_frames = num_frames
+        self.prompt_template = prompt_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __call__(
@@ -197,6 +203,12 @@ class ClipCapProcessor(ProcessorMixin):
         text_kwargs.setdefault("add_special_tokens", False)
         return self.tokenizer(text, **text_kwargs)
 
+    def batch_decode(self, *args, **kwargs) -> list[str]:
+        """As the tokenizer's, without the text of `prompt_template`."""
+        texts = super().batch_decode(*args, **kwargs)
+        template = self.prompt_template.replace(IMAGE_TOKEN, "")
+        return [text.removeprefix(template) for text in texts] if template else texts
+
     def _process(self, images, **images_kwargs) -> tuple[dict, int]:
         if self.image_processor is None:
             raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
@@ -224,7 +236,7 @@ class ClipCapProcessor(ProcessorMixin):
         elif isinstance(text, str):
             text = [text] * max(num_images, 1)
         if num_images and not any(IMAGE_TOKEN in prompt for prompt in text):
-            text = [IMAGE_TOKEN + prompt for prompt in text]
+            text = [self.prompt_template + prompt for prompt in text]
         found = sum(prompt.count(IMAGE_TOKEN) for prompt in text)
         if found != num_images:
             raise ValueError(

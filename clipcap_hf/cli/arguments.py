@@ -15,17 +15,19 @@ def load_captioner(name: str, device: str | None):
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from .. import EMOJI_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
+    from .. import EMOJI_MINI, PHOTO_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if name == "emoji-mini":
         print("clipcap: emoji-mini knows drawings of emoji only; --model takes other captioners", file=sys.stderr)
         name = EMOJI_MINI
+    elif name == "photo-mini":
+        name = PHOTO_MINI
     device = pick_device(device)
     name = os.path.expanduser(name)
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
-        raise ValueError(f"{name}: no such folder; --model takes a folder, a Hub id or emoji-mini")
+        raise ValueError(f"{name}: no such folder; --model takes a folder, a Hub id, emoji-mini or photo-mini")
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clipcap":
         raise ValueError(f"{name} is a {config.model_type} model, not a ClipCap captioner")

@@ -19,7 +19,8 @@ def add_parser(commands):
     caption.add_argument(
         "--model",
         default="emoji-mini",
-        help="a folder, a Hub id, or emoji-mini, the embedded captioner of emoji drawings (default: %(default)s)",
+        help="a folder, a Hub id, emoji-mini, the embedded captioner of emoji drawings, or photo-mini, one of photographs "
+        "(default: %(default)s)",
     )
     caption.add_argument(
         "--beams", type=positive, default=1, metavar="N", help="beam search with N beams (default: greedy)"

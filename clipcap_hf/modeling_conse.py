@@ -1,0 +1,107 @@
+"""A vision tower made of an image classifier and the names of its classes."""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@strict
+class ConseVisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`ConseVisionModel`].
+
+    Args:
+        classifier (`str`): Name of the image classifier in timm.
+        num_classes (`int`): Its number of classes.
+        embed_dim (`int`): Width of the text embeddings of the class names, and so of the image embedding.
+        top_k (`int`): Number of classes, the most probable ones, that an image is embedded by.
+        temperature (`float`): The classifier's logits are divided by it before the softmax.
+        image_size (`int`): Side in pixels of the images that the classifier was trained with.
+
+    Example:
+
+    ```python
+    >>> from clipcap_hf import ConseVisionConfig
+
+    >>> ConseVisionConfig(embed_dim=256).hidden_size
+    256
+
+    ```"""
+
+    model_type = "conse_vision_model"
+    base_config_key = "vision_config"
+    attribute_map = {"hidden_size": "embed_dim"}
+
+    classifier: str = "tf_efficientnet_lite0"
+    num_classes: int = 1000
+    embed_dim: int = 384
+    top_k: int = 20
+    temperature: float = 1.0
+    image_size: int = 224
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not 1 <= self.top_k <= self.num_classes:
+            raise ValueError(f"`top_k` must be between 1 and `num_classes` ({self.num_classes}), got {self.top_k}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
+
+
+def embed_by_classes(
+    logits: torch.Tensor, class_embeds: torch.Tensor, top_k: int, temperature: float = 1.0
+) -> torch.Tensor:
+    """Embeddings (batch, embed_dim) of L2 norm 1: the mean of `class_embeds` (classes, embed_dim) of the `top_k` most
+    probable classes, weighted by their probabilities under `logits` (batch, classes)."""
+    probabilities, classes = (logits.float() / temperature).softmax(-1).topk(top_k)
+    return F.normalize((probabilities.unsqueeze(-1) * class_embeds[classes].float()).sum(1), dim=-1)
+
+
+class ConseVisionModel(PreTrainedModel):
+    r"""
+    Convex combination of semantic embeddings (Norouzi et al. 2014, "Zero-Shot Learning by Convex Combination of Semantic
+    Embeddings", arXiv 1312.5650): an image is embedded as the mean of the text embeddings of class names, weighted by the
+    probabilities that a classifier gives to the classes. Images then lie among the texts that describe them, without any
+    training on pairs of the two.
+
+    `pixel_values` (batch, 3, height, width), normalised as the classifier was trained, in; `pooler_output` (batch,
+    embed_dim) out, of L2 norm 1. Parameters: `network`, the classifier of timm, and `class_embeds` (num_classes,
+    embed_dim).
+    """
+
+    config: ConseVisionConfig
+    config_class = ConseVisionConfig
+    base_model_prefix = "conse"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: ConseVisionConfig):
+        super().__init__(config)
+        try:
+            from timm import create_model
+        except ImportError as error:
+            raise ImportError("This model has an image classifier of timm: `pip install timm`.") from error
+        self.network = create_model(config.classifier, pretrained=False, num_classes=config.num_classes)
+        self.class_embeds = nn.Parameter(torch.empty(config.num_classes, config.embed_dim))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ConseVisionModel):
+            init.normal_(module.class_embeds, std=self.config.initializer_range)
+
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        logits = self.network(pixel_values.to(self.dtype))
+        embeds = embed_by_classes(logits, self.class_embeds, self.config.top_k, self.config.temperature)
+        output = BaseModelOutputWithPooling(pooler_output=embeds.to(self.dtype))
+        return output.to_tuple() if return_dict is False else output
+
+
+__all__ = ["ConseVisionConfig", "ConseVisionModel"]

@@ -50,6 +50,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Train LoRA adapters of this rank on the language model, which itself stays as it is."},
     )
+    warm_start: int = field(
+        default=0,
+        metadata={
+            "help": "Steps that first regress the prefix of a new captioner onto token embeddings (500 do), for a frozen "
+            "language model; needs embeddings, in the data or by embed_once."
+        },
+    )
     save_frozen: bool = field(
         default=True, metadata={"help": "False: save only what is trained, and where the rest comes from."}
     )

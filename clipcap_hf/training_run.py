@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import EarlyStoppingCallback, set_seed
 
@@ -51,6 +52,8 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     train, evaluation = load_data(data_args)
     columns = {name: getattr(data_args, name) for name in ("image_column", "caption_column", "embeds_column")}
     train, evaluation = _shaped(train, evaluation, model, processor, data_args, args, columns)
+    if model_args.warm_start and checkpoint is None:
+        _warm_start(model, processor, train, columns, model_args.warm_start, args.seed)
 
     reward = None
     if args.objective == "scst":
@@ -352,6 +355,17 @@ def _embedded(data, model, processor, columns: dict, args: CaptioningArguments):
     model = model.to(args.device).eval()
     embeds = embed_images(model, processor, data[columns["image_column"]], progress=not args.disable_tqdm)
     return data.add_column(columns["embeds_column"], list(embeds.numpy()))
+
+
+def _warm_start(model, processor, train, columns: dict, steps: int, seed: int):
+    from .warm_start import warm_start_mapper
+
+    if columns["embeds_column"] not in (train.column_names or ()):
+        raise ValueError("`warm_start` needs embeddings: pass `embed_once`, or data that was embedded.")
+    captions = [texts[0] for texts in _references(_column(train, columns["caption_column"]))]
+    embeds = torch.from_numpy(np.asarray(train[columns["embeds_column"]], dtype=np.float32))
+    losses = warm_start_mapper(model, processor, embeds, captions, steps=steps, seed=seed)
+    logger.info(f"Warm start of {steps} steps: loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
 
 def _noise(data_args: DataArguments, model) -> float:

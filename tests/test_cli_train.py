@@ -1,6 +1,7 @@
 """`clipcap train`: recipes from files and flags, what a run leaves behind, and what it says of bad input."""
 
 import json
+import re
 
 import clipcap_hf
 import pytest
@@ -76,6 +77,14 @@ def test_the_default_is_the_papers_recipe(gpt2_folder):
     assert (model.config.prefix_length, model.config.clip_length) == (40, 40)
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"mapping_network"}
+
+
+def test_warm_start(tmp_path, gpt2_folder, data_folder, caplog):
+    settings = {"warm_start": 30, "freeze_language_model": True, "max_steps": 1, "eval_split": "none"}
+    with caplog.at_level("INFO", logger="clipcap_hf"):
+        assert main(flags(tmp_path, gpt2_folder, data_folder, **settings, eval_strategy="no")) == 0
+    first, last = re.search(r"Warm start of 30 steps: loss (\S+) to (\S+)", caplog.text).groups()
+    assert float(last) < 0.8 * float(first)
 
 
 def test_lora_without_the_frozen_parts(tmp_path, gpt2_folder, data_folder, caplog):

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_clipcap import ClipCapConfig
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
+from .generation_clipcap import can_search_fast, fast_beam_search
 from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
 from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
 from .model_card import PushesModelCard
@@ -444,6 +445,19 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
                 )
             self._check_context(input_ids.shape[1], generation_config, kwargs)
         return super().generate(input_ids, generation_config=generation_config, **kwargs)
+
+    def _beam_search(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
+    ):
+        settings = (logits_processor, generation_config, synced_gpus, model_kwargs)
+        if not can_search_fast(self, input_ids, *settings):
+            search = super()._beam_search
+            return search(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
+            )
+        return fast_beam_search(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+        )
 
     def _check_context(self, input_length: int, generation_config: GenerationConfig | None, kwargs: dict):
         context = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)

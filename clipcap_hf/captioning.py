@@ -1,14 +1,16 @@
 """Captioning many images: files are read in workers, images go through the model in batches, bad files are reported."""
 
 import glob
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -16,6 +18,9 @@ from tqdm.auto import tqdm
 from .modeling_clipcap import ClipCapForConditionalGeneration
 from .processes import process_state
 from .processing_clipcap import ClipCapProcessor, load_image
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -147,14 +152,47 @@ def caption_images(
     """
     if processor.image_processor is None:
         raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
-    loader = DataLoader(_Images(images, processor), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    batches = _growing_batches(len(images), batch_size)
+    loader = DataLoader(_Images(images, processor), batch_sampler=batches, num_workers=num_workers, collate_fn=list)
+    fits = batch_size
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for batch in loader:
             readable = [pixels for pixels, error in batch if error is None]
-            captioned = iter(_caption_pixels(model, processor, readable, prompt, explain, generate_kwargs))
+            captioned, fits = _caption_what_fits(
+                readable, fits, lambda part: _caption_pixels(model, processor, part, prompt, explain, generate_kwargs)
+            )
+            captioned = iter(captioned)
             for _, error in batch:
                 yield CaptionedImage(error=error) if error else CaptionedImage(**next(captioned))
             bar.update(len(batch))
+
+
+def _growing_batches(images: int, batch_size: int) -> list[range]:
+    """Indices of batches that begin small, so that the first captions are there at once."""
+    batches, start, size = [], 0, min(4, batch_size)
+    while start < images:
+        batches.append(range(start, min(start + size, images)))
+        start, size = start + size, min(2 * size, batch_size)
+    return batches
+
+
+def _caption_what_fits(pixels: list, fits: int, caption: Callable[[list], list]) -> tuple[list, int]:
+    """The captions of a batch, taken in halves for as long as memory does not do, and the size that then fitted."""
+    captioned = []
+    while len(captioned) < len(pixels):
+        part = pixels[len(captioned) : len(captioned) + fits]
+        try:
+            captioned += caption(part)
+        except RuntimeError as error:
+            if len(part) == 1 or not should_reduce_batch_size(error):
+                raise
+            fits = len(part) // 2
+        else:
+            continue
+        # Out here, where the error no longer holds on to what filled the memory.
+        clear_device_cache(garbage_collection=True)
+        logger.warning(f"{len(part)} images do not fit into memory at once; going on with {fits}.")
+    return captioned, fits
 
 
 def _caption_pixels(

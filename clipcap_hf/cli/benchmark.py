@@ -1,0 +1,71 @@
+"""`clipcap benchmark`"""
+
+import json
+from pathlib import Path
+
+from .arguments import pick_device, positive
+
+
+def add_parser(commands):
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="measure how fast this machine captions",
+        description="Captions at real sizes with random weights, stage by stage and as a whole, beside a naive way (one "
+        "image at a time, no cache) and beside what the machine could do. Prints a table and writes benchmark.json and "
+        "benchmark.png.",
+    )
+    benchmark.add_argument("--out", default="clipcap-benchmark", metavar="DIR", help="folder for the results")
+    benchmark.add_argument(
+        "--language-model",
+        choices=["gpt2", "smollm2", "tiny"],
+        default="gpt2",
+        help="whose shape (default: %(default)s)",
+    )
+    for name, default, what in (
+        ("batch-sizes", [1, 64], "images at once in greedy decoding"),
+        ("beam-batch-sizes", [32], "images at once in beam search"),
+        ("new-tokens", [10, 20], "lengths of the captions"),
+    ):
+        benchmark.add_argument(f"--{name}", type=positive, nargs="+", default=default, metavar="N", help=what)
+    benchmark.add_argument("--beams", type=positive, default=5, metavar="N", help="of beam search")
+    benchmark.add_argument("--repeats", type=positive, default=3, metavar="N", help="rounds (default: %(default)s)")
+    benchmark.add_argument("--files", type=int, default=2000, metavar="N", help="JPEG files to caption, 0 for none")
+    benchmark.add_argument("--no-scale", action="store_true", help="leave out how cost grows")
+    benchmark.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
+    benchmark.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    benchmark.add_argument(
+        "--compile", metavar="MODE", help="decode with a static cache and torch.compile: reduce-overhead, default"
+    )
+    benchmark.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    import sys
+
+    import torch
+    from transformers.utils import logging
+
+    from ..speed import draw_report, measure_speed, report_table
+
+    logging.set_verbosity_error()
+    report = measure_speed(
+        language_model=arguments.language_model,
+        batch_sizes=arguments.batch_sizes,
+        beam_batch_sizes=arguments.beam_batch_sizes,
+        num_beams=arguments.beams,
+        new_tokens=arguments.new_tokens,
+        repeats=arguments.repeats,
+        device=str(pick_device(arguments.device)),
+        dtype=getattr(torch, arguments.dtype),
+        compile_mode=arguments.compile,
+        files=arguments.files,
+        scale=not arguments.no_scale,
+        progress=sys.stderr.isatty(),
+    )
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmark.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print(report_table(report))
+    if not draw_report(out / "benchmark.png", report):
+        print("clipcap: no picture without matplotlib: pip install 'clipcap-hf[train]'", file=sys.stderr)
+    return 0

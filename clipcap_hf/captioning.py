@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from .generation_clipcap import mean_log_probs
 from .modeling_clipcap import ClipCapForConditionalGeneration
 from .processes import process_state
 from .processing_clipcap import ClipCapProcessor, load_image
@@ -27,12 +28,14 @@ logger = logging.getLogger(__name__)
 class CaptionedImage:
     """What became of one image: its `captions`, the best first, or an `error` that says why there are none.
 
-    `prefix_tokens` are, where they were asked for, the texts and cosines of the tokens nearest to each prefix vector.
+    Where they were asked for, `scores` are the mean log-probabilities of the captions' tokens, and `prefix_tokens` the
+    texts and cosines of the tokens nearest to each prefix vector.
     """
 
     path: str | None = None
     captions: list[str] = field(default_factory=list)
     error: str | None = None
+    scores: list[float] | None = None
     prefix_tokens: list[list[tuple[str, float]]] | None = None
 
 
@@ -159,20 +162,20 @@ def caption_images(
         for batch in loader:
             readable = [pixels for pixels, error in batch if error is None]
             captioned, fits = _caption_what_fits(
-                readable, fits, lambda part: _caption_pixels(model, processor, part, prompt, explain, generate_kwargs)
+                readable, fits, lambda part: caption_pixels(model, processor, part, prompt, explain, **generate_kwargs)
             )
             captioned = iter(captioned)
             for _, error in batch:
-                yield CaptionedImage(error=error) if error else CaptionedImage(**next(captioned))
+                yield CaptionedImage(error=error) if error else next(captioned)
             bar.update(len(batch))
 
 
 def _growing_batches(images: int, batch_size: int) -> list[range]:
     """Indices of batches that begin small, so that the first captions are there at once."""
-    batches, start, size = [], 0, min(4, batch_size)
+    batches, start, size = [], 0, 1
     while start < images:
         batches.append(range(start, min(start + size, images)))
-        start, size = start + size, min(2 * size, batch_size)
+        start, size = start + size, min(4 * size, batch_size)
     return batches
 
 
@@ -195,36 +198,52 @@ def _caption_what_fits(pixels: list, fits: int, caption: Callable[[list], list])
     return captioned, fits
 
 
-def _caption_pixels(
-    model, processor, pixels: list[torch.Tensor], prompt, explain: int, generate_kwargs
-) -> list[dict[str, list]]:
-    """Fields of a [`CaptionedImage`] for each image."""
+def caption_pixels(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    pixels: Sequence[torch.Tensor],
+    prompt: str | None = None,
+    explain: int = 0,
+    scores: bool = False,
+    **generate_kwargs,
+) -> list[CaptionedImage]:
+    """Caption one batch of preprocessed images.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]): The captioner.
+        processor ([`ClipCapProcessor`]): Its processor.
+        pixels (`Sequence[torch.Tensor]` of shape `(3, height, width)` each): From the image processor.
+        prompt, explain, generate_kwargs: See [`caption_files`].
+        scores (`bool`): Also give the mean log-probability of each caption's tokens.
+    """
     if not pixels:
         return []
     inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt").to(model.device)
     # Convolutional towers are twice as fast with channels last.
-    pixel_values = torch.stack(pixels).to(model.device, memory_format=torch.channels_last)
+    pixel_values = torch.stack(list(pixels)).to(model.device, memory_format=torch.channels_last)
     with torch.no_grad():
         image_outputs = model.get_image_features(pixel_values, return_dict=True)  # once, for caption and explanation
-    found = None
+    results = [CaptionedImage() for _ in pixels]
     if explain:  # first, since beam search repeats the prefix in place
         found = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
-    captions = _generate(
-        model,
-        processor,
-        len(pixels),
+        for result, tokens, cosines in zip(results, found.tokens, found.cosines.tolist()):
+            result.prefix_tokens = [list(zip(*vector)) for vector in zip(tokens, cosines)]
+    if scores:
+        generate_kwargs = {**generate_kwargs, "return_dict_in_generate": True, "output_logits": True}
+    outputs = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         mm_encoder_outputs={"image": image_outputs},
         **generate_kwargs,
     )
-    if found is None:
-        return [{"captions": of_image} for of_image in captions]
-    words = [
-        [list(zip(*vector)) for vector in zip(tokens, cosines)]
-        for tokens, cosines in zip(found.tokens, found.cosines.tolist())
-    ]
-    return [{"captions": of_image, "prefix_tokens": prefix} for of_image, prefix in zip(captions, words)]
+    captions = _texts_of_images(processor, outputs.sequences if scores else outputs, len(pixels))
+    for result, of_image in zip(results, captions):
+        result.captions = of_image
+    if scores:
+        found = mean_log_probs(model, outputs, inputs["input_ids"].shape[1], **generate_kwargs)
+        for result, of_image in zip(results, found.unflatten(0, (len(pixels), -1)).tolist()):
+            result.scores = of_image
+    return results
 
 
 def caption_embeds(
@@ -250,22 +269,13 @@ def caption_embeds(
     prompt = processor.tokenize_prompts(None, 1, return_tensors="pt").to(model.device)
     for start in tqdm(range(0, len(clip_embeds), batch_size), unit="batch", desc="Captioning", disable=not progress):
         batch = clip_embeds[start : start + batch_size].to(model.device)
-        captions += [
-            best
-            for best, *_ in _generate(
-                model,
-                processor,
-                len(batch),
-                clip_embeds=batch,
-                **{name: value.expand(len(batch), -1) for name, value in prompt.items()},
-                **generate_kwargs,
-            )
-        ]
+        tokens = {name: value.expand(len(batch), -1) for name, value in prompt.items()}
+        sequences = model.generate(clip_embeds=batch, **tokens, **generate_kwargs)
+        captions += [best for best, *_ in _texts_of_images(processor, sequences, len(batch))]
     return captions
 
 
-def _generate(model, processor, images: int, **generate_kwargs) -> list[list[str]]:
-    sequences = model.generate(**generate_kwargs)
+def _texts_of_images(processor, sequences: torch.Tensor, images: int) -> list[list[str]]:
     texts = [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
     per_image = len(texts) // images
     return [texts[start : start + per_image] for start in range(0, len(texts), per_image)]

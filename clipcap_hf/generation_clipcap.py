@@ -83,6 +83,37 @@ def official_beam_search(
     return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores[:, :num_returned].flatten())
 
 
+def mean_log_probs(
+    model: PreTrainedModel,
+    outputs: Any,
+    prompt_length: int,
+    generation_config: GenerationConfig | None = None,
+    **generate_kwargs: Any,
+) -> torch.Tensor:
+    """The mean log-probability of each caption's tokens, the end token included, in nats.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The captioner.
+        outputs ([`~transformers.utils.ModelOutput`]): Of `generate(return_dict_in_generate=True, output_logits=True)`.
+        prompt_length (`int`): Tokens of prefix and prompt.
+        generation_config, generate_kwargs: What `generate` was given.
+
+    Returns:
+        `torch.Tensor` of shape `(captions,)`.
+    """
+    # Beam search keeps the scores; otherwise they are those of the tokens that were taken.
+    logprobs = model.compute_transition_scores(
+        outputs.sequences, outputs.logits, getattr(outputs, "beam_indices", None), normalize_logits=True
+    )
+    generated = outputs.sequences[:, prompt_length : prompt_length + logprobs.shape[1]]
+    real = logprobs.isfinite()
+    eos_token_id = generate_kwargs.get("eos_token_id", (generation_config or model.generation_config).eos_token_id)
+    if eos_token_id is not None:
+        ends = torch.isin(generated, torch.as_tensor(eos_token_id, device=generated.device)).long()
+        real &= ends.cumsum(-1) - ends == 0  # the end token counts, what follows is padding
+    return logprobs.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1)
+
+
 @dataclass
 class _Beams:
     """The captions so far, best first: `num_beams` slots for each image.
@@ -341,4 +372,4 @@ def _check_settings(model: PreTrainedModel, generation_config: GenerationConfig)
         raise ValueError("official_beam_search needs the cache: pass `use_cache=True`.")
 
 
-__all__ = ["fast_beam_search", "official_beam_search"]
+__all__ = ["fast_beam_search", "mean_log_probs", "official_beam_search"]

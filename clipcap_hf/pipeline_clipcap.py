@@ -5,6 +5,7 @@ import os
 import torch
 from transformers import Pipeline
 
+from .generation_clipcap import mean_log_probs
 from .hub_clipcap import add_code
 from .model_card import PushesModelCard, write_model_card
 
@@ -68,29 +69,16 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
         return inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs, return_scores=False, **generate_kwargs):
-        outputs = self.model.generate(
-            **model_inputs, **generate_kwargs, return_dict_in_generate=True, output_logits=return_scores
-        )
-        batch_size, prompt_length = model_inputs["input_ids"].shape
-        results = {"sequences": outputs.sequences.unflatten(0, (batch_size, -1))}
         if return_scores:
-            scores = self._scores(outputs, prompt_length, **generate_kwargs)
+            generate_kwargs = {**generate_kwargs, "return_dict_in_generate": True, "output_logits": True}
+        outputs = self.model.generate(**model_inputs, **generate_kwargs)
+        batch_size, prompt_length = model_inputs["input_ids"].shape
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        results = {"sequences": sequences.unflatten(0, (batch_size, -1))}
+        if return_scores:
+            scores = mean_log_probs(self.model, outputs, prompt_length, **generate_kwargs)
             results["scores"] = scores.unflatten(0, (batch_size, -1))
         return results
-
-    def _scores(self, outputs, prompt_length, generation_config=None, **generate_kwargs):
-        # Beam search keeps the scores; otherwise they are those of the tokens that were taken.
-        logprobs = self.model.compute_transition_scores(
-            outputs.sequences, outputs.logits, getattr(outputs, "beam_indices", None), normalize_logits=True
-        )
-        generated = outputs.sequences[:, prompt_length : prompt_length + logprobs.shape[1]]
-        real = logprobs.isfinite()
-        generation_config = generation_config or self.model.generation_config
-        eos_token_id = generate_kwargs.get("eos_token_id", generation_config.eos_token_id)
-        if eos_token_id is not None:
-            ends = torch.isin(generated, torch.as_tensor(eos_token_id, device=generated.device)).long()
-            real &= ends.cumsum(-1) - ends == 0  # the end token counts, what follows is padding
-        return logprobs.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1)
 
     def postprocess(self, model_outputs):
         texts = self.processor.batch_decode(model_outputs["sequences"][0], skip_special_tokens=True)

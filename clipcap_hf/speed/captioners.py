@@ -49,13 +49,14 @@ SHAPES = {
 
 
 def make_captioner(
-    shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **config
+    shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, language_model=None, **config
 ) -> tuple[ClipCapForConditionalGeneration, ClipCapProcessor]:
     """A random captioner of ViT-B/32 and the language model of this shape, whose captions never end by themselves."""
     vision_config, text_config = SHAPES[shape]()
     torch.manual_seed(0)
     model = ClipCapForConditionalGeneration(
-        ClipCapConfig(vision_config=vision_config, text_config=text_config, **{"prefix_length": 10, **config})
+        ClipCapConfig(vision_config=vision_config, text_config=text_config, **{"prefix_length": 10, **config}),
+        language_model=language_model,
     )
     model = model.to(device, dtype).eval()
     model.generation_config.eos_token_id = None

@@ -82,11 +82,11 @@ def measure_speed(
             model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding
         )
         bar.update()
-        report["scale"] = _scale(language_model, device, dtype, repeats) if scale else []
-        bar.update()
         report["files"] = _files(model, processor, paths, max(new_tokens), report, place) if files else None
         bar.update()
-    report["peak_memory_bytes"] = _peak_memory(place)
+        report["peak_memory_bytes"] = _peak_memory(place)
+        report["scale"] = _scale(language_model, device, dtype, repeats) if scale else []
+        bar.update()
     return report
 
 
@@ -206,20 +206,20 @@ def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -
     """Milliseconds a caption, one setting changed at a time."""
     base = {"prefix_length": 10, "new_tokens": 10, "batch": 8, "num_beams": 1}
     series = {
-        "prefix_length": (10, 20, 40, 80),
         "new_tokens": (5, 10, 20, 40),
         "batch": (1, 4, 16, 64),
         "num_beams": (1, 2, 5, 10),
+        "prefix_length": (10, 20, 40, 80),
     }
-    rows, models = [], {}
+    rows = []
+    model, _ = make_captioner(language_model, device, dtype)
     for name, values in series.items():
         ways = {}
         for value in values:
             setting = {**base, name: value}
-            length = setting["prefix_length"]
-            if length not in models:
-                models[length], _ = make_captioner(language_model, device, dtype, prefix_length=length)
-            model = models[length]
+            if name == "prefix_length":  # another mapping network on the same language model
+                config = {"prefix_length": value, "language_model": model.language_model}
+                model, _ = make_captioner(language_model, device, dtype, **config)
             embeds = torch.randn(setting["batch"], model.config.clip_embed_dim, device=device, dtype=dtype)
             ways[value] = lambda model=model, embeds=embeds, setting=setting: model.generate(
                 clip_embeds=embeds, max_new_tokens=setting["new_tokens"], num_beams=setting["num_beams"]

@@ -1,0 +1,262 @@
+"""A page in the browser that captions images: what `clipcap serve` shows."""
+
+import base64
+import html
+import io
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from .captioning import CaptionedImage, caption_pixels
+from .processing_clipcap import load_image
+
+
+MAX_IMAGES = 16
+EXPLAINED_TOKENS = 3
+DECODING = ("greedy", "beam search", "sampling")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decode. Requests with the same settings go through the model together."""
+
+    decoding: str = "greedy"
+    beams: int = 5
+    captions: int = 1
+    temperature: float = 1.0
+    top_p: float = 0.9
+    max_new_tokens: int = 30
+    prompt: str = ""
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        common = {"max_new_tokens": int(self.max_new_tokens), "num_return_sequences": int(self.captions)}
+        if self.decoding == "beam search":
+            return {**common, "num_beams": max(int(self.beams), int(self.captions)), "do_sample": False}
+        if self.decoding == "sampling":
+            sampling = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": 0}
+            return {**common, **sampling, "do_sample": True}
+        if self.decoding == "greedy":
+            return {**common, "num_return_sequences": 1, "do_sample": False}
+        raise ValueError(f"decoding must be one of {', '.join(DECODING)}, got {self.decoding!r}")
+
+
+class BatchedCaptioner:
+    """
+    Captions the images of several requests at once.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]): The captioner.
+        processor ([`ClipCapProcessor`]): Its processor.
+        max_pixels (`int`): Larger images are refused before they are decoded.
+        batch_size (`int`): Images that go through the model at once.
+    """
+
+    def __init__(self, model, processor, max_pixels: int = 40_000_000, batch_size: int = 16):
+        if processor.image_processor is None:
+            raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for images.")
+        self.model = model
+        self.processor = processor
+        self.max_pixels = max_pixels
+        self.batch_size = batch_size
+
+    def __call__(self, requests: list[tuple[list[str], Settings]]) -> list[list[tuple[CaptionedImage, str | None]]]:
+        """For each request, given as files and settings, its captioned images, each with a thumbnail as a data URL."""
+        answers = [[self._read(path) for path in paths] for paths, _ in requests]
+        waiting: dict[Settings, list] = {}
+        for answer, (_, settings) in zip(answers, requests):
+            waiting.setdefault(settings, []).extend(item for item in answer if item[2] is not None)
+        for settings, items in waiting.items():
+            for start in range(0, len(items), self.batch_size):
+                self._caption(items[start : start + self.batch_size], settings)
+        return [[(result, thumbnail) for result, thumbnail, _ in answer] for answer in answers]
+
+    def _read(self, path: str):
+        name = Path(path).name
+        try:
+            image = self._open(path)
+            pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:
+            # The visitor knows the file by its name, and need not know where it lies here.
+            return CaptionedImage(path=name, error=str(error).replace(str(path), name)), None, None
+        return CaptionedImage(path=name), _thumbnail(image), pixels
+
+    def _open(self, path: str) -> Image.Image:
+        try:
+            with Image.open(path) as opened:  # the header alone
+                width, height = opened.size
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{path}: refused, the image is too large") from error
+        except Exception as error:  # decoders raise whatever they stumble over
+            raise ValueError(f"{path}: not an image that can be read (is it JPEG, PNG, WebP or GIF?)") from error
+        if width * height > self.max_pixels:
+            raise ValueError(
+                f"{path}: refused, {width} x {height} pixels are more than the {self.max_pixels / 1e6:.0f} million that are "
+                "taken here; make it smaller"
+            )
+        return load_image(path)
+
+    def _caption(self, items: list, settings: Settings):
+        found = caption_pixels(
+            self.model,
+            self.processor,
+            [pixels for _, _, pixels in items],
+            prompt=settings.prompt.strip() or None,
+            explain=EXPLAINED_TOKENS,
+            scores=True,
+            **settings.generate_kwargs(),
+        )
+        for (result, _, _), captioned in zip(items, found):
+            result.captions, result.scores = captioned.captions, captioned.scores
+            result.prefix_tokens = captioned.prefix_tokens
+
+
+def _thumbnail(image: Image.Image) -> str:
+    file = io.BytesIO()
+    ImageOps.contain(image, (320, 320)).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+# -- the page
+
+STYLE = """
+.clipcap-results {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem}
+.clipcap-card {border: 1px solid var(--border-color-primary, #ccc); border-radius: 10px; padding: .8rem; overflow: hidden}
+.clipcap-card img {display: block; max-width: 100%; max-height: 15rem; margin: 0 auto .6rem; border-radius: 6px}
+.clipcap-card .file {font-size: .8rem; opacity: .7; overflow-wrap: anywhere}
+.clipcap-card .caption {display: flex; justify-content: space-between; gap: 1rem; font-size: 1.05rem; margin: .35rem 0}
+.clipcap-card .probability {opacity: .7; white-space: nowrap; font-variant-numeric: tabular-nums}
+.clipcap-card .error {color: #b3261e; overflow-wrap: anywhere}
+.clipcap-card table {font-size: .85rem; width: 100%; border-collapse: collapse}
+.clipcap-card td {padding: .1rem .4rem .1rem 0; border: none}
+"""
+
+
+def results_page(results: list[tuple[CaptionedImage, str | None]]) -> str:
+    """HTML of captioned images. Nothing of what a visitor sent is taken as HTML."""
+    return f'<div class="clipcap-results">{"".join(_card(*result) for result in results)}</div>'
+
+
+def _card(result: CaptionedImage, thumbnail: str | None) -> str:
+    parts = []
+    if thumbnail:
+        parts.append(f'<img src="{thumbnail}" alt="{html.escape(result.path)}">')
+    if result.error:
+        parts.append(f'<div class="error">{html.escape(result.error)}</div>')
+        return f'<div class="clipcap-card">{"".join(parts)}</div>'
+    parts.append(f'<div class="file">{html.escape(result.path)}</div>')
+    for caption, score in zip(result.captions, result.scores):
+        parts.append(
+            f'<div class="caption"><span>{html.escape(caption) or "<i>no words</i>"}</span>'
+            f'<span class="probability" title="mean probability of a token">{math.exp(score):.0%}</span></div>'
+        )
+    rows = "".join(
+        f"<tr><td>{number}</td>"
+        + "".join(f"<td>{html.escape(token) or '&nbsp;'} <small>{cosine:.2f}</small></td>" for token, cosine in tokens)
+        + "</tr>"
+        for number, tokens in enumerate(result.prefix_tokens, start=1)
+    )
+    parts.append(f"<details><summary>Tokens nearest to each prefix vector</summary><table>{rows}</table></details>")
+    return f'<div class="clipcap-card">{"".join(parts)}</div>'
+
+
+def build_app(model, processor, title: str = "ClipCap", max_pixels: int = 40_000_000, batch_size: int = 16):
+    """
+    The page as a `gradio.Blocks`.
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]): The captioner, on the device that is to be used.
+        processor ([`ClipCapProcessor`]): Its processor.
+        title (`str`): Heading of the page.
+        max_pixels (`int`): Larger images are refused before they are decoded.
+        batch_size (`int`): Images, of any visitors, that go through the model at once.
+
+    Raises:
+        ImportError: Without gradio.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ImportError("The page needs gradio: pip install 'clipcap-hf[serve]'") from error
+
+    captioner = BatchedCaptioner(model, processor, max_pixels, batch_size)
+
+    def caption(*columns):
+        requests = [
+            (
+                [file if isinstance(file, str) else file.name for file in (files or [])][:MAX_IMAGES],
+                Settings(*settings),
+            )
+            for files, *settings in zip(*columns)
+        ]
+        pages, records = [], []
+        for results in captioner(requests):
+            pages.append(results_page(results) if results else "<p>Drop an image first.</p>")
+            records.append(
+                [
+                    {
+                        "file": result.path,
+                        "error": result.error,
+                        "captions": result.captions,
+                        "probabilities": [math.exp(score) for score in result.scores or []],
+                    }
+                    for result, _ in results
+                ]
+            )
+        return [pages, records]
+
+    # Fonts of the visitor's system: nothing is fetched from other sites.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+        gr.Markdown(f"# {title}\nDrop images, choose how to decode, and read their captions.")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                files = gr.File(label=f"Images (up to {MAX_IMAGES})", file_count="multiple", type="filepath")
+                decoding = gr.Radio(DECODING, value="greedy", label="Decoding")
+                beams = gr.Slider(2, 10, 5, step=1, label="Beams", visible=False)
+                temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", visible=False)
+                top_p = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top-p", visible=False)
+                captions = gr.Slider(1, 10, 1, step=1, label="Captions an image", visible=False)
+                max_new_tokens = gr.Slider(1, 60, 30, step=1, label="Longest caption, in tokens")
+                prompt = gr.Textbox(label="Prompt (a beginning that captions continue)", max_length=200)
+                button = gr.Button("Caption", variant="primary")
+            with gr.Column(scale=2, min_width=300):
+                page = gr.HTML("<p>The captions will be here.</p>", label="Captions")
+                record = gr.JSON(visible=False)
+        decoding.change(
+            lambda way: (
+                [gr.update(visible=way == "beam search")]
+                + [gr.update(visible=way == "sampling")] * 2
+                + [gr.update(visible=way != "greedy")]
+            ),
+            decoding,
+            [beams, temperature, top_p, captions],
+            api_visibility="private",
+        )
+        inputs = [files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt]
+        # Requests that wait are handed over together, and those with the same settings captioned together.
+        button.click(
+            caption, inputs, [page, record], batch=True, max_batch_size=16, api_name="caption", concurrency_limit=1
+        )
+    app.clipcap_launch = {"theme": theme, "css": STYLE}
+    return app
+
+
+def launch(app, host: str = "127.0.0.1", port: int | None = None, share: bool = False, max_file_size: str = "20mb"):
+    """Serve the page until Ctrl-C. No file of this machine is given out but what visitors themselves have uploaded."""
+    return app.queue(max_size=256).launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        max_file_size=max_file_size,
+        allowed_paths=[],
+        show_error=True,
+        quiet=True,
+        footer_links=[],
+        prevent_thread_lock=True,
+        **app.clipcap_launch,
+    )

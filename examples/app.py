@@ -1,0 +1,23 @@
+"""A captioner as a page in the browser, ready to be a Space: set CAPTIONER to a Hub id.
+
+On the Hub: a Gradio Space with this file as app.py, and a requirements.txt with one line, clipcap-hf[serve].
+Here: python examples/app.py
+"""
+
+import os
+
+import clipcap_hf
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf.serve import build_app, launch
+
+
+CAPTIONER = os.environ.get("CAPTIONER", clipcap_hf.EMOJI_MINI)
+
+model = ClipCapForConditionalGeneration.from_pretrained(CAPTIONER).eval()
+processor = ClipCapProcessor.from_pretrained(CAPTIONER)
+app = build_app(model, processor, title="Image captioning with ClipCap")
+
+if __name__ == "__main__":
+    # A Space tells gradio by GRADIO_SERVER_NAME where to listen.
+    launch(app, host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
+    app.block_thread()

@@ -4,11 +4,11 @@ import argparse
 import os
 import sys
 
-from . import caption, convert, demo, embed, evaluate, train
+from . import caption, convert, demo, embed, evaluate, export, train
 
 
 # Each has `add_parser(commands)`, and imports what is slow to import when it runs.
-COMMANDS = (demo, caption, train, embed, evaluate, convert)
+COMMANDS = (demo, caption, train, embed, evaluate, convert, export)
 
 
 def main(argv: list[str] | None = None) -> int:

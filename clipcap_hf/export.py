@@ -55,8 +55,8 @@ class _Decoder(nn.Module):
         mask = torch.zeros(hidden.shape, dtype=embeds.dtype).masked_fill(hidden, torch.finfo(embeds.dtype).min)
         outputs = self.language_model(
             inputs_embeds=embeds,
-            attention_mask=mask[None, None].expand(len(embeds), -1, -1, -1),
-            position_ids=positions.unsqueeze(0).expand(len(embeds), -1),
+            attention_mask=mask[None, None].expand(embeds.shape[0], -1, -1, -1),
+            position_ids=positions.unsqueeze(0).expand(embeds.shape[0], -1),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -167,14 +167,10 @@ def _export_graphs(model: ClipCapForConditionalGeneration, processor: ClipCapPro
 def _export(module: nn.Module, inputs: tuple, dynamic: tuple, input_names: list, output_names: list, path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
+        # Traced here: left to itself the ONNX exporter falls back to ways that fix sizes without a word.
+        traced = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic, strict=False)
         program = torch.onnx.export(
-            module.eval(),
-            inputs,
-            dynamo=True,
-            dynamic_shapes=dynamic,
-            input_names=input_names,
-            output_names=output_names,
-            verbose=False,
+            traced, dynamo=True, input_names=input_names, output_names=output_names, verbose=False
         )
     program.save(path, external_data=True)
 

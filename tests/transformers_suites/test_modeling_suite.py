@@ -132,6 +132,7 @@ class CaptionerSuite(common.ModelTesterMixin, common.GenerationTesterMixin):
         super().test_generation_tester_mixin_inheritance()
 
 
+@pytest.mark.slow
 class GPT2MLPTest(CaptionerSuite, unittest.TestCase):
     language_model, mapping_type = "gpt2", "mlp"
 

@@ -135,7 +135,8 @@ def _export_graphs(model: ClipCapForConditionalGeneration, processor: ClipCapPro
     config = model.config
     batch = torch.export.Dim("batch", min=1, max=4096)
     if model.vision_tower is None:
-        name, inputs = "clip_embeds", torch.randn(2, config.clip_embed_dim)
+        patches = (config.clip_length,) if config.vision_feature == "patches" else ()
+        name, inputs = "clip_embeds", torch.randn(2, *patches, config.clip_embed_dim)
     else:
         blank = Image.new("RGB", (64, 64))
         name, inputs = "pixel_values", processor.image_processor([blank] * 2, return_tensors="pt")["pixel_values"]
@@ -265,20 +266,34 @@ class OnnxCaptioner:
             )
             inputs = self.processor(text=prompt, return_tensors="np", **kwargs)
             (prefix,) = self.encoder.run(["prefix"], {name: inputs[name].astype(np.float32)})
-            # The placeholders come first; what follows them is the prompt.
-            prompt_ids = inputs["input_ids"][:, self.config.prefix_length :].astype(np.int64)
-            tokens = self.generate(prefix, prompt_ids, max_new_tokens)
+            ids = inputs["input_ids"].astype(np.int64)
+            start_ids, _, prompt_ids = np.split(ids, self._prefix_bounds(ids), axis=1)
+            tokens = self.generate(prefix, prompt_ids, max_new_tokens, start_ids=start_ids)
             texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
             captions.extend(text.strip() for text in texts)
         return captions
 
-    def generate(self, prefix: np.ndarray, input_ids: np.ndarray, max_new_tokens: int | None = None) -> np.ndarray:
-        """Token ids (batch, prompt + caption), padded after the end token, that continue a prefix (batch, prefix_length,
-        hidden) and the ids of a prompt (batch, prompt), which may have length 0."""
+    def _prefix_bounds(self, input_ids: np.ndarray) -> tuple[int, int]:
+        # Every row has the same text, hence the placeholders in the same place.
+        start = int((input_ids[0] == self.config.image_token_id).argmax())
+        return start, start + self.config.prefix_length
+
+    def generate(
+        self,
+        prefix: np.ndarray,
+        input_ids: np.ndarray,
+        max_new_tokens: int | None = None,
+        start_ids: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Token ids (batch, start + prompt + caption), padded after the end token, that continue a prefix (batch,
+        prefix_length, hidden) and the ids of a prompt (batch, prompt), which may have length 0. `start_ids` (batch, start) are
+        those of text in front of the prefix, which a `prompt_template` may have."""
+        if start_ids is None:
+            start_ids = input_ids[:, :0]
         max_new_tokens = max_new_tokens or self.generation_config.max_new_tokens
         if max_new_tokens is None:
             raise ValueError("The generation config has no `max_new_tokens`: pass it.")
-        given, context = prefix.shape[1] + input_ids.shape[1], self.context
+        given, context = start_ids.shape[1] + prefix.shape[1] + input_ids.shape[1], self.context
         if context is not None and given + max_new_tokens > context:
             raise ValueError(
                 f"`max_new_tokens` is {max_new_tokens}, but after {given} tokens of prefix and prompt the language model's "
@@ -289,11 +304,17 @@ class OnnxCaptioner:
         pad_id = self.generation_config.pad_token_id or 0
         past_inputs = self.decoder.get_inputs()[2:]
         past = [np.zeros((len(prefix), p.shape[1], 0, p.shape[3]), np.float32) for p in past_inputs]
-        sequences, step_ids = input_ids, input_ids
+
+        def run_decoder(prefix, ids, past):
+            named_past = {past_input.name: values for past_input, values in zip(past_inputs, past)}
+            return self.decoder.run(None, {"prefix": prefix, "input_ids": ids, **named_past})
+
+        if start_ids.shape[1]:
+            _, *past = run_decoder(prefix[:, :0], start_ids, past)
+        sequences, step_ids = np.concatenate([start_ids, input_ids], axis=1), input_ids
         finished = np.zeros(len(prefix), dtype=bool)
         for _ in range(max_new_tokens):
-            named_past = {past_input.name: values for past_input, values in zip(past_inputs, past)}
-            logits, *past = self.decoder.run(None, {"prefix": prefix, "input_ids": step_ids, **named_past})
+            logits, *past = run_decoder(prefix, step_ids, past)
             step_ids = np.where(finished, pad_id, logits.argmax(-1))[:, None]
             sequences = np.concatenate([sequences, step_ids], axis=1)
             finished |= np.isin(step_ids[:, 0], end_ids)

@@ -51,6 +51,14 @@ def test_onnx_captions_are_those_of_generate(emoji_onnx, emoji_mini, drawings):
     prompted = captions_of(*emoji_mini, drawings, prompt="woman")
     assert all(caption.startswith("woman") for caption in prompted)
     assert captioner(drawings, prompt="woman") == prompted
+    model, processor = emoji_mini
+    template = "man <image> in"
+    templated = ClipCapProcessor(
+        processor.image_processor, processor.tokenizer, prefix_length=4, prompt_template=template
+    )
+    captioner.processor = templated
+    assert captioner(drawings) == captions_of(model, templated, drawings) != expected
+    captioner.processor = processor
     assert captioner(drawings, max_new_tokens=2) == captions_of(*emoji_mini, drawings, max_new_tokens=2)
     with pytest.raises(ValueError, match="context of 64 leaves room for 60"):
         captioner(drawings[:1], max_new_tokens=61)

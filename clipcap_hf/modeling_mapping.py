@@ -111,7 +111,8 @@ class ClipCapTransformerMappingNetwork(nn.Module):
     def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
         # (batch, dim) or (batch, patches, dim) to (batch, tokens, hidden)
         clip_tokens = self.clip_projection(clip_embeds).unflatten(-1, (self.tokens_per_embed, -1)).flatten(1, -2)
-        prefix_const = self.prefix_const.expand(len(clip_tokens), -1, -1)
+        # `shape[0]`, since `len()` would fix the batch size in an exported graph
+        prefix_const = self.prefix_const.expand(clip_tokens.shape[0], -1, -1)
         hidden_states = torch.cat([clip_tokens, prefix_const], dim=1)
         for layer in self.layers:
             hidden_states = layer(hidden_states)

@@ -9,8 +9,8 @@ from urllib.request import Request, urlopen
 import torch
 from PIL import Image
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_clipcap import IMAGE_TOKEN
 from .donors_clipcap import donor_folder
@@ -98,6 +98,8 @@ class ClipCapProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): For chat-style input.
     """
 
+    valid_processor_kwargs = ClipCapProcessorKwargs
+
     def __init__(
         self,
         image_processor=None,
@@ -131,8 +133,8 @@ class ClipCapProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
-        text=None,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
         videos=None,
         clip_embeds: torch.Tensor | None = None,
         num_frames: int | None = None,
@@ -244,6 +246,14 @@ class ClipCapProcessor(ProcessorMixin):
                 f"found {found} in {len(text)} texts."
             )
         return [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.prefix_length) for prompt in text]
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
+        # What serving engines ask before they see an image: a prefix is as long for every size.
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.prefix_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
 
     def check_argument_for_proper_class(self, argument_name, argument):
         # A captioner that is fed with embeddings has no image processor.

@@ -46,6 +46,18 @@ def build_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": END, "bos_token": END, **kwargs})
 
 
+def pytest_configure(config):
+    # Markers of transformers' own tests (transformers_suites/), which `--strict-markers` would refuse.
+    for name in (
+        "accelerate_tests",
+        "flash_attn_test",
+        "flash_attn_3_test",
+        "flash_attn_4_test",
+        "torch_compile_test",
+    ):
+        config.addinivalue_line("markers", f"{name}: of transformers' own tests")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

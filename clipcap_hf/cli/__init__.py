@@ -4,11 +4,11 @@ import argparse
 import os
 import sys
 
-from . import benchmark, caption, convert, demo, embed, evaluate, serve, train
+from . import benchmark, caption, convert, demo, embed, evaluate, export, serve, train
 
 
 # Each has `add_parser(commands)`, and imports what is slow to import when it runs.
-COMMANDS = (demo, caption, train, embed, evaluate, serve, convert, benchmark)
+COMMANDS = (demo, caption, train, embed, evaluate, serve, convert, export, benchmark)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,27 @@
+"""`clipcap export`"""
+
+
+def add_parser(commands):
+    export = commands.add_parser("export", help="write a captioner for other runtimes")
+    kinds = export.add_subparsers(dest="kind", required=True, metavar="KIND")
+    onnx = kinds.add_parser(
+        "onnx",
+        help="two ONNX graphs, for onnxruntime",
+        description="Writes encoder.onnx (pixels to prefix) and decoder.onnx (a step of the language model, with its "
+        "cache), and what clipcap_hf.export.OnnxCaptioner needs to caption with them.",
+    )
+    onnx.add_argument("model", metavar="MODEL", help="a folder, a Hub id or emoji-mini")
+    onnx.add_argument("--out", required=True, metavar="DIR", help="folder for the files; must not exist")
+    onnx.add_argument("--int8", action="store_true", help="quantise the matrix products to 8 bits")
+    onnx.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    from ..export import export_onnx
+    from .arguments import load_captioner
+
+    model, processor = load_captioner(arguments.model, "cpu")
+    folder = export_onnx(model.float(), processor, arguments.out, int8=arguments.int8)
+    for path in sorted(folder.glob("*.onnx*")):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0

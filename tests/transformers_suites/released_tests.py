@@ -1,0 +1,98 @@
+"""transformers' own tests for model authors, from the source distribution of the installed release.
+
+Nothing of them is part of this repository. They are taken from the folder that `TRANSFORMERS_TESTS` names (the `tests/` of
+a source distribution or of a checkout of the installed release), or fetched once with pip and kept in the user's cache.
+"""
+
+import atexit
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import types
+from pathlib import Path
+
+import pytest
+import transformers
+
+
+PACKAGE = "transformers_released_tests"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcap_hf"
+
+
+class GenerationTesterMixin:
+    """In place of transformers' own, which a source distribution does not have."""
+
+
+class ExportTesterMixin:
+    """Likewise."""
+
+
+def _find_tests() -> Path:
+    if folder := os.environ.get("TRANSFORMERS_TESTS"):
+        if not (Path(folder) / "test_modeling_common.py").is_file():
+            raise OSError(f"TRANSFORMERS_TESTS: {folder} has no test_modeling_common.py")
+        return Path(folder)
+    cached = CACHE / f"transformers-{transformers.__version__}-tests"
+    if not cached.is_dir():
+        _download_tests(cached)
+    return cached
+
+
+def _download_tests(target: Path):
+    release = f"transformers-{transformers.__version__}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+        command += ["--retries", "0", "--timeout", "10", "--dest", folder, release.replace("-", "==")]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        with tarfile.open(next(Path(folder).glob("transformers-*.tar.gz"))) as archive:
+            members = [member for member in archive if member.name.startswith(f"{release}/tests/")]
+            archive.extractall(folder, members, filter="data")
+        try:
+            (Path(folder) / release / "tests").rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was first
+                raise
+
+
+def _stand_in(name: str, **contents):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(contents)
+
+
+def _local_path(url: str) -> str:
+    # The processor tests read pictures (and films and sound, which are not for us) of the Hub: any pictures will do.
+    from clipcap_hf.data import load_emoji
+
+    if not url.endswith(".png"):
+        return url
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    load_emoji("validation")[0]["image"].save(Path(folder) / "picture.png")
+    return str(Path(folder) / "picture.png")
+
+
+def load(module: str) -> types.ModuleType:
+    """A module of transformers' tests; the caller is skipped where they cannot be had."""
+    if importlib.util.find_spec("parameterized") is None:
+        pytest.skip("transformers' tests need `parameterized`", allow_module_level=True)
+    try:
+        folder = _find_tests()
+    except (OSError, subprocess.SubprocessError, StopIteration) as error:
+        reason = f"transformers {transformers.__version__} has no source distribution here ({error})"
+        pytest.skip(reason, allow_module_level=True)
+    if PACKAGE not in sys.modules:
+        package = types.ModuleType(PACKAGE)
+        package.__path__ = [str(folder)]
+        sys.modules[PACKAGE] = package
+    _stand_in(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=ExportTesterMixin)
+    _stand_in(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
+    _stand_in("fetch_hub_objects_for_ci", url_to_local_path=_local_path)
+    return importlib.import_module(f"{PACKAGE}.{module}")

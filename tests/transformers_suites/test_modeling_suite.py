@@ -1,0 +1,151 @@
+"""transformers' model tests on captioners: GPT-2 and Llama, MLP and transformer mapping.
+
+Its generation tests join in when `TRANSFORMERS_TESTS` names the `tests/` of a checkout; a source distribution has neither
+them nor the pipelines' tests, whose mixin cannot even be imported without the rest.
+"""
+
+import unittest
+from unittest import mock
+
+import pytest
+import torch
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration
+from released_tests import GenerationTesterMixin, load
+from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig
+from transformers.models.auto import modeling_auto
+
+
+common = load("test_modeling_common")
+
+PREFIX_LENGTH = 3
+IMAGE_TOKEN_ID = 1  # within the vocabulary: the tests of resizing cut the ids down to a smaller one
+LANGUAGE_MODELS = {
+    "gpt2": GPT2Config(
+        vocab_size=99,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=98,
+        eos_token_id=98,
+        pad_token_id=97,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=96,
+        eos_token_id=98,
+        pad_token_id=97,
+    ),
+}
+
+
+class CaptionerTester:
+    """Tiny random captioners and their inputs, in the form that transformers' mixins ask for."""
+
+    batch_size = 3
+    seq_length = PREFIX_LENGTH + 5
+    image_size = 30
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    hidden_size = 32
+    vocab_size = 99
+    is_training = True
+
+    def __init__(self, language_model: str, mapping_type: str):
+        self.language_model = language_model
+        self.mapping_type = mapping_type
+
+    def get_config(self) -> ClipCapConfig:
+        return ClipCapConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=30,
+                patch_size=15,
+                projection_dim=16,
+            ),
+            text_config=LANGUAGE_MODELS[self.language_model].to_dict(),
+            mapping_type=self.mapping_type,
+            prefix_length=PREFIX_LENGTH,
+            image_token_id=IMAGE_TOKEN_ID,
+            mapping_num_layers=2,
+            mapping_num_heads=4,
+            freeze_vision=False,  # the training tests want a gradient in every parameter
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        input_ids = 2 + common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 6)
+        input_ids[:, :PREFIX_LENGTH] = IMAGE_TOKEN_ID
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": common.floats_tensor([self.batch_size, 3, self.image_size, self.image_size]),
+        }
+        return config, inputs
+
+
+class CaptionerSuite(common.ModelTesterMixin, common.GenerationTesterMixin):
+    all_model_classes = (ClipCapForConditionalGeneration,)
+    _is_composite = True
+    language_model: str
+    mapping_type: str
+
+    def setUp(self):
+        self.model_tester = CaptionerTester(self.language_model, self.mapping_type)
+        # The tests tell what a model is for by these tables of names, which registration does not change.
+        names = {"clipcap": ClipCapForConditionalGeneration.__name__}
+        tables = mock.patch.dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, names)
+        tables.start()
+        self.addCleanup(tables.stop)
+
+    def test_inputs_embeds(self):
+        # Embeddings cannot say where the images go: they are for text, or for a prefix that is already among them.
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        del inputs["pixel_values"]
+        with mock.patch.object(
+            self.model_tester, "prepare_config_and_inputs_for_common", lambda: (config, dict(inputs))
+        ):
+            super().test_inputs_embeds()
+
+    @unittest.skip("A captioner has no base model below its head: its language model is a whole one.")
+    def test_model_base_model_prefix(self):
+        pass
+
+    @unittest.skip(
+        "Loads a checkpoint without weights, which is an error here; test_modeling_clipcap.py has that case."
+    )
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        pass
+
+    def test_generation_tester_mixin_inheritance(self):
+        if common.GenerationTesterMixin is GenerationTesterMixin:
+            self.skipTest("A source distribution has no generation tests; set TRANSFORMERS_TESTS to a checkout's.")
+        super().test_generation_tester_mixin_inheritance()
+
+
+@pytest.mark.slow
+class GPT2MLPTest(CaptionerSuite, unittest.TestCase):
+    language_model, mapping_type = "gpt2", "mlp"
+
+
+@pytest.mark.slow
+class GPT2TransformerTest(CaptionerSuite, unittest.TestCase):
+    language_model, mapping_type = "gpt2", "transformer"
+
+
+@pytest.mark.slow
+class LlamaMLPTest(CaptionerSuite, unittest.TestCase):
+    language_model, mapping_type = "llama", "mlp"
+
+
+class LlamaTransformerTest(CaptionerSuite, unittest.TestCase):
+    language_model, mapping_type = "llama", "transformer"

@@ -1,0 +1,224 @@
+"""`clipcap serve`: a real server, clients that come together, a real browser."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import clipcap_hf
+import pytest
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf.captioning import caption_images
+from clipcap_hf.data import load_emoji
+from clipcap_hf.serve import BatchedCaptioner, Settings, results_page
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    model = ClipCapForConditionalGeneration.from_pretrained(clipcap_hf.EMOJI_MINI).eval()
+    return model, ClipCapProcessor.from_pretrained(clipcap_hf.EMOJI_MINI)
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawings")
+    paths = []
+    for number, row in enumerate(load_emoji("new_design").select(range(5, 1600, 200))):
+        paths.append(str(folder / f"{number}.png"))
+        row["image"].save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def expected(captioner, drawings):
+    return [found.captions[0] for found in caption_images(*captioner, drawings, progress=False)]
+
+
+# -- without a server
+
+
+def test_requests_with_the_same_settings_go_together(captioner, drawings, expected, monkeypatch):
+    served = BatchedCaptioner(*captioner)
+    batches = []
+    together = served._caption
+    monkeypatch.setattr(served, "_caption", lambda items, way: batches.append(len(items)) or together(items, way))
+    beams = Settings(decoding="beam search", beams=3, captions=2)
+    answers = served([([path], Settings()) for path in drawings[:4]] + [(drawings[4:6], beams), ([], Settings())])
+    assert batches == [4, 2]
+    assert [answer[0][0].captions for answer in answers[:4]] == [[caption] for caption in expected[:4]]
+    assert [len(result.captions) for result, _ in answers[4]] == [2, 2] and answers[5] == []
+    assert all(score < 0 for answer in answers for result, _ in answer for score in result.scores)
+
+
+def test_bad_files(captioner, tmp_path):
+    (tmp_path / "page.png").write_text("<html><script>alert(1)</script></html>")
+    (tmp_path / "drawing.png").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    (tmp_path / "empty.jpg").touch()
+    Image.new("1", (9000, 6000)).save(tmp_path / "large.png")
+    paths = [str(tmp_path / name) for name in ("page.png", "drawing.png", "empty.jpg", "large.png")]
+    (answer,) = BatchedCaptioner(*captioner)([(paths, Settings())])
+    errors = [result.error for result, _ in answer]
+    assert all("not an image that can be read" in error for error in errors[:3])
+    assert "9000 x 6000 pixels are more than the 40 million" in errors[3]
+    assert not any(str(tmp_path) in error for error in errors), "where files lie is nobody's business"
+    assert not any(result.captions for result, _ in answer)
+
+
+def test_nothing_a_visitor_sends_becomes_html(captioner, tmp_path):
+    name = tmp_path / "<img src=x onerror=alert(1)>.png"
+    Image.new("RGB", (32, 32), "red").save(name)
+    (answer,) = BatchedCaptioner(*captioner)([([str(name)], Settings(prompt="<b>bold"))])
+    page = results_page(answer)
+    assert "<img src=x" not in page and "<b>" not in page and "&lt;img src=x" in page
+
+
+def test_unknown_decoding(captioner, drawings):
+    with pytest.raises(ValueError, match="decoding must be one of greedy, beam search, sampling"):
+        BatchedCaptioner(*captioner)([(drawings[:1], Settings(decoding="tea leaves"))])
+
+
+def test_import_is_lazy():
+    code = "import sys, clipcap_hf, clipcap_hf.cli; sys.exit('gradio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# -- with one
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'clipcap-hf[serve]'")
+    command = [sys.executable, "-m", "clipcap_hf.cli", "serve", "--max-file-size", "2mb"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    if not line:
+        pytest.fail(process.communicate()[1])
+    yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0, "Ctrl-C ends it"
+
+
+def status(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def upload(server: str, name: str, data: bytes) -> str:
+    boundary = "x" * 20
+    body = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n"
+    ).encode() + data
+    request = urllib.request.Request(
+        f"{server}/gradio_api/upload",
+        data=body + f"\r\n--{boundary}--\r\n".encode(),
+        headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)[0]
+
+
+def ask(server: str, *files: str) -> str:
+    """What the server says to a request for captions of uploaded files: its last event."""
+    data = [[{"path": file, "meta": {"_type": "gradio.FileData"}} for file in files]]
+    body = json.dumps({"data": [*data, "greedy", 5, 1, 1.0, 0.9, 30, ""]}).encode()
+    request = urllib.request.Request(
+        f"{server}/gradio_api/call/caption", data=body, headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        event = json.load(response)["event_id"]
+    with urllib.request.urlopen(f"{server}/gradio_api/call/caption/{event}", timeout=60) as response:
+        return response.read().decode()
+
+
+def captions(answer: str) -> list[str]:
+    (line,) = [line for line in answer.splitlines() if line.startswith("data: ")]
+    return [record["captions"][0] for record in json.loads(line.removeprefix("data: "))[1]]
+
+
+def test_clients_that_come_together_get_their_own_captions(server, drawings, expected):
+    uploaded = [upload(server, f"{number}.png", open(path, "rb").read()) for number, path in enumerate(drawings)]
+    started = time.perf_counter()
+    one_by_one = [captions(ask(server, path)) for path in uploaded]
+    alone = time.perf_counter() - started
+    answers = [None] * len(uploaded)
+
+    def client(number):
+        answers[number] = captions(ask(server, uploaded[number]))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(len(uploaded))]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = time.perf_counter() - started
+    assert one_by_one == answers == [[caption] for caption in expected]
+    print(f"{len(threads)} clients: {alone:.2f} s one after the other, {together:.2f} s together")
+    assert together < alone
+
+
+def test_no_file_of_the_server_is_readable(server, drawings):
+    for place in ("/etc/passwd", clipcap_hf.__file__, f"{clipcap_hf.EMOJI_MINI}/config.json", drawings[0]):
+        assert status(f"{server}/gradio_api/file={place}") == 403
+        assert "not uploaded by a user" in ask(server, place)
+    for path in ("file=/etc/passwd", "static/..%2f..%2f..%2fetc/passwd", "gradio_api/file=..%2f..%2fetc/passwd"):
+        assert status(f"{server}/{path}") in (403, 404)
+
+
+def test_large_uploads_are_refused(server):
+    noise = io.BytesIO()
+    Image.effect_noise((1800, 1800), 90).save(noise, "PNG")
+    assert noise.tell() > 2_000_000
+    with pytest.raises(urllib.error.HTTPError) as error:
+        upload(server, "large.png", noise.getvalue())
+    assert error.value.code == 413
+
+
+def test_in_a_browser(server, drawings, expected, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs chromium and chromedriver")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1100"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        browser.get(server)
+        wait = WebDriverWait(browser, 60)
+        (tmp_path / "page.png").write_text("<html></html>")
+        wait.until(lambda b: b.find_element(By.CSS_SELECTOR, "input[type=file]")).send_keys(
+            "\n".join([drawings[0], str(tmp_path / "page.png")])
+        )
+        wait.until(lambda b: "page.png" in b.page_source)
+        button = next(b for b in browser.find_elements(By.TAG_NAME, "button") if b.text.strip() == "Caption")
+        button.click()
+        cards = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".clipcap-card"))
+        browser.save_screenshot(str(tmp_path / "page.png"))
+        assert expected[0] in cards[0].text and "%" in cards[0].text
+        assert "not an image that can be read" in cards[1].text
+        hosts = {
+            re.match(r"\w+://[^/:]+", r["name"])[0]
+            for r in browser.execute_script(
+                "return performance.getEntriesByType('resource').map(r => ({name: r.name}))"
+            )
+            if r["name"].startswith("http")
+        }
+        assert hosts == {"http://127.0.0.1"}, "nothing is fetched from other sites"
+    finally:
+        browser.quit()

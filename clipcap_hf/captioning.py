@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -155,11 +155,14 @@ def caption_images(
     """
     if processor.image_processor is None:
         raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
-    batches = _growing_batches(len(images), batch_size)
-    loader = DataLoader(_Images(images, processor), batch_sampler=batches, num_workers=num_workers, collate_fn=list)
+    read = _Images(images, processor)
+    first, *others = _growing_batches(len(images), batch_size) or [range(0)]
+    loader = DataLoader(read, batch_sampler=others, num_workers=num_workers, collate_fn=list)
+    # The first is read here: its caption is there before the workers have started.
+    batches = chain([[read[index] for index in first]], loader)
     fits = batch_size
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
-        for batch in loader:
+        for batch in batches:
             readable = [pixels for pixels, error in batch if error is None]
             captioned, fits = _caption_what_fits(
                 readable, fits, lambda part: caption_pixels(model, processor, part, prompt, explain, **generate_kwargs)

@@ -34,7 +34,7 @@ def report_table(report: dict[str, Any]) -> str:
             f"{files['files']} JPEG files of 640 x 480, read by {files['workers']} workers: "
             f"{files['images_per_second']:.1f} images/s, {files['share_of_bound']:.0%} of what the stages allow together "
             f"({files['bound_images_per_second']:.1f}), {files['images_per_second'] / files['slowest_stage_images_per_second']:.0%} "
-            f"of the slowest alone; first caption after {files['seconds_to_first_caption']:.2f} s; memory grew by "
+            f"of the slower of model and reading alone; first caption after {files['seconds_to_first_caption']:.2f} s; memory grew by "
             f"{files['memory_growth_bytes'] / 1e6:.0f} MB in the last three quarters.",
         ]
     if report["scale"]:
@@ -83,6 +83,9 @@ def draw_report(path: str | Path, report: dict[str, Any]) -> bool:
         )
     growth.set_xscale("log", base=2)
     growth.set_yscale("log")
+    for axis in (bars.xaxis, growth.xaxis, growth.yaxis):
+        axis.set_major_formatter("{x:g}")
+    growth.yaxis.set_minor_formatter("{x:g}")
     growth.set_xlabel("value (the others: prefix 10, 10 tokens, batch 8, greedy)")
     growth.set_ylabel("milliseconds a caption")
     if report["scale"]:

@@ -5,17 +5,24 @@ import html
 import io
 import math
 import os
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+from transformers.utils import logging
 
 from .captioning import CaptionedImage, caption_pixels
 from .processing_clipcap import load_image
 
 
+logger = logging.get_logger(__name__)
+
 MAX_IMAGES = 16
+# Nothing else: Pillow would give PostScript named .png to Ghostscript, for one.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EXPLAINED_TOKENS = 3
 DECODING = ("greedy", "beam search", "sampling")
 
@@ -62,6 +69,30 @@ class BatchedCaptioner:
         self.processor = processor
         self.max_pixels = max_pixels
         self.batch_size = batch_size
+        self._waiting: list[tuple[list[str], Settings, Future]] = []
+        self._list = threading.Lock()
+        self._turn = threading.Lock()
+
+    def caption(self, paths: list[str], settings: Settings) -> list[tuple[CaptionedImage, str | None]]:
+        """The captioned images of one request. Requests of other threads that wait for the model meanwhile go along."""
+        # gradio's own batches are no use here: one request with a bad value makes all of its batch fail.
+        answer = Future()
+        with self._list:
+            self._waiting.append((paths, settings, answer))
+        with self._turn:
+            if not answer.done():  # nobody who had the model before took this request along
+                self._serve_waiting()
+        return answer.result()
+
+    def _serve_waiting(self):
+        with self._list:
+            taken, self._waiting = self._waiting, []
+        try:
+            for (_, _, answer), results in zip(taken, self([request[:2] for request in taken])):
+                answer.set_result(results)
+        except BaseException as error:
+            for _, _, answer in taken:  # or they would wait for ever
+                answer.set_exception(error)
 
     def __call__(self, requests: list[tuple[list[str], Settings]]) -> list[list[tuple[CaptionedImage, str | None]]]:
         """For each request, given as files and settings, its captioned images, each with a thumbnail as a data URL."""
@@ -71,7 +102,15 @@ class BatchedCaptioner:
             waiting.setdefault(settings, []).extend(item for item in answer if item[2] is not None)
         for settings, items in waiting.items():
             for start in range(0, len(items), self.batch_size):
-                self._caption(items[start : start + self.batch_size], settings)
+                batch = items[start : start + self.batch_size]
+                try:
+                    self._caption(batch, settings)
+                except Exception as error:  # of these settings; other requests have their captions
+                    if not isinstance(error, ValueError):
+                        logger.exception("Captioning failed")
+                        error = "captioning failed; the server's log says why"
+                    for result, _, _ in batch:
+                        result.error = str(error)
         return [[(result, thumbnail) for result, thumbnail, _ in answer] for answer in answers]
 
     def _read(self, path: str):
@@ -86,12 +125,12 @@ class BatchedCaptioner:
 
     def _open(self, path: str) -> Image.Image:
         try:
-            with Image.open(path) as opened:  # the header alone
+            with Image.open(path, formats=FORMATS) as opened:  # the header alone
                 width, height = opened.size
         except Image.DecompressionBombError as error:
             raise ValueError(f"{path}: refused, the image is too large") from error
         except Exception as error:  # decoders raise whatever they stumble over
-            raise ValueError(f"{path}: not an image that can be read (is it JPEG, PNG, WebP or GIF?)") from error
+            raise ValueError(f"{path}: not an image that can be read (is it JPEG, PNG, WebP, GIF or BMP?)") from error
         if width * height > self.max_pixels:
             raise ValueError(
                 f"{path}: refused, {width} x {height} pixels are more than the {self.max_pixels / 1e6:.0f} million that are "
@@ -185,29 +224,21 @@ def build_app(model, processor, title: str = "ClipCap", max_pixels: int = 40_000
 
     captioner = BatchedCaptioner(model, processor, max_pixels, batch_size)
 
-    def caption(*columns):
-        requests = [
-            (
-                [file if isinstance(file, str) else file.name for file in (files or [])][:MAX_IMAGES],
-                Settings(*settings),
-            )
-            for files, *settings in zip(*columns)
+    def caption(files, *settings):
+        files = files or []
+        if len(files) > MAX_IMAGES:
+            raise gr.Error(f"At most {MAX_IMAGES} images at once; these are {len(files)}.", print_exception=False)
+        results = captioner.caption(files, Settings(*settings))
+        records = [
+            {
+                "file": result.path,
+                "error": result.error,
+                "captions": result.captions,
+                "probabilities": [math.exp(score) for score in result.scores or []],
+            }
+            for result, _ in results
         ]
-        pages, records = [], []
-        for results in captioner(requests):
-            pages.append(results_page(results) if results else "<p>Drop an image first.</p>")
-            records.append(
-                [
-                    {
-                        "file": result.path,
-                        "error": result.error,
-                        "captions": result.captions,
-                        "probabilities": [math.exp(score) for score in result.scores or []],
-                    }
-                    for result, _ in results
-                ]
-            )
-        return [pages, records]
+        return results_page(results) if results else "<p>Drop an image first.</p>", records
 
     # Fonts of the visitor's system: nothing is fetched from other sites.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -238,10 +269,8 @@ def build_app(model, processor, title: str = "ClipCap", max_pixels: int = 40_000
             api_visibility="private",
         )
         inputs = [files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt]
-        # Requests that wait are handed over together, and those with the same settings captioned together.
-        button.click(
-            caption, inputs, [page, record], batch=True, max_batch_size=16, api_name="caption", concurrency_limit=1
-        )
+        # Many at a time, so that those that wait for the model can be captioned together.
+        button.click(caption, inputs, [page, record], api_name="caption", concurrency_limit=32)
     app.clipcap_launch = {"theme": theme, "css": STYLE}
     return app
 

@@ -1,6 +1,9 @@
 """The processes that `torchrun` or `accelerate launch` started, of which this is one."""
 
+import atexit
+import sys
 from datetime import timedelta
+from functools import cache
 
 import torch
 
@@ -10,4 +13,19 @@ def process_state():
     from accelerate import PartialState
 
     # The fastest process waits for the slowest at the end, perhaps for hours.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    leave_at_exit()
+    return state
+
+
+@cache
+def leave_at_exit():
+    """Leave the process group while Python still runs: a process that ends before gloo's threads do may be aborted."""
+    atexit.register(_leave)
+
+
+def _leave():
+    if hasattr(sys, "last_value"):  # after an error the others may wait in a collective, and NCCL would wait for them
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

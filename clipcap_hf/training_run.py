@@ -17,6 +17,7 @@ from .checkpoints import check_writable, last_checkpoint
 from .metrics import score_captions
 from .modeling_clipcap import ClipCapForConditionalGeneration
 from .pictures import draw_captions, draw_curve
+from .processes import leave_at_exit
 from .processing_clipcap import ClipCapProcessor
 from .scst import CiderReward
 from .training import CaptioningCollator, ClipCapTrainer
@@ -42,6 +43,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         ValueError: If arguments, data and captioner do not fit each other; the message says what to change.
         OSError: If something is not to be found, or `output_dir` cannot take the captioner.
     """
+    leave_at_exit()
     checkpoint = _checkpoint_to_resume(args)
     set_seed(args.seed)
     model, processor = load_captioner(model_args, data_args)

@@ -103,7 +103,7 @@ def test_two_processes_give_the_captions_of_one(uninterrupted, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     arguments = ["--model", MODEL, "--beams", "1", "--workers", "0", "--limit", "60", "--out", str(tmp_path)]
     command = [*torchrun, "-m", "clipcap_hf.cli", *EMOJI, *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert results(tmp_path) == results(uninterrupted)
     assert finished.stdout.count("Scores:") == 1  # one process reports

@@ -5,6 +5,7 @@ process with an empty cache; failures end in clear errors. What it does not: tha
 every detail. `HF_TOKEN=... HF_HUB_OFFLINE=0 pytest -m hub` does the round trip there.
 """
 
+import hashlib
 import json
 import os
 import uuid
@@ -150,6 +151,38 @@ def test_round_trip(tmp_path, model_folder, donor_folder, picture):
     card = hub.files("tester/light")["README.md"].decode()
     assert "base_model:\n- tester/donor" in card
     assert "The language model is not part of this repository and is loaded from `tester/donor`" in card
+
+
+PUSH_IN_SHARDS = """
+import clipcap_hf
+from clipcap_hf import ClipCapForConditionalGeneration
+model = ClipCapForConditionalGeneration.from_pretrained(os.environ["FOLDER"])
+try:
+    report["commit"] = model.push_to_hub("tester/captioner", max_shard_size="40KB").oid
+except Exception as error:
+    report["error"] = str(error)
+"""
+
+
+def test_push_that_broke_off_goes_on(tmp_path, model_folder):
+    """The second push, of another process, sends the objects that the first could not, and only those."""
+    model = ClipCapForConditionalGeneration.from_pretrained(model_folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "shards").glob("*.safetensors")}
+    last = hashlib.sha256(shards[max(shards)]).hexdigest()
+    with HubServer() as hub:
+        hub.fail("PUT", last, 400)  # which the client does not try again, as it would for a short while after a 500
+        broken = run_client(PUSH_IN_SHARDS, tmp_path / "broken", hub, TOKEN, FOLDER=str(model_folder))
+        assert f"Error while uploading '{max(shards)}'" in broken["error"]
+        assert 0 < len(hub.lfs) < len(shards)
+        assert not hub.files("tester/captioner"), "a commit of half a model"
+        hub.heal()
+        run_client(PUSH_IN_SHARDS, tmp_path / "again", hub, TOKEN, FOLDER=str(model_folder))
+        pushed = hub.files("tester/captioner")
+    assert {name: data for name, data in pushed.items() if name.endswith(".safetensors")} == shards
+    puts = {path: count for (method, path), count in hub.requests.items() if method == "PUT"}
+    assert puts.pop(f"/lfs/{last}") == 2
+    assert set(puts.values()) == {1} and len(puts) == len(shards) - 1
 
 
 TRAIN = """

@@ -7,6 +7,10 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 
+# A switch without a default of its own can be given without a value, as other switches can.
+_SWITCH = {"nargs": "?", "const": True}
+
+
 @dataclass
 class ModelArguments:
     """The captioner: one to go on from (`model`), or a new one on a vision tower and a language model."""
@@ -40,11 +44,14 @@ class ModelArguments:
         default=None, metadata={"help": "Width of the embeddings, where there is no vision tower."}
     )
     normalize_clip_embeds: bool | None = field(
-        default=None, metadata={"help": "Divide embeddings by their norm (default: only for text_only)."}
+        default=None, metadata={"help": "Divide embeddings by their norm (default: only for text_only).", **_SWITCH}
     )
     freeze_language_model: bool | None = field(
         default=None,
-        metadata={"help": "Train the mapping network alone. As in the paper by default: only with transformer."},
+        metadata={
+            "help": "Train the mapping network alone. As in the paper by default: only with transformer.",
+            **_SWITCH,
+        },
     )
     lora_r: int | None = field(
         default=None,
@@ -148,7 +155,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints: no, steps or epoch."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best not counted."})
     load_best_model_at_end: bool | None = field(
-        default=None, metadata={"help": "End with the best checkpoint (default: where there is an evaluation)."}
+        default=None,
+        metadata={"help": "End with the best checkpoint (default: where there is an evaluation).", **_SWITCH},
     )
     metric_for_best_model: str | None = field(default="cider", metadata={"help": "What makes a checkpoint the best."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Caption the images in evaluation."})

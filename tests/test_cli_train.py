@@ -79,6 +79,14 @@ def test_the_default_is_the_papers_recipe(gpt2_folder):
     assert trained == {"mapping_network"}
 
 
+def test_switches_need_no_value():
+    switches = ["--freeze_language_model", "--normalize_clip_embeds", "--load_best_model_at_end"]
+    model_args, _, args = parse([*switches, "--gradient_checkpointing", "--text", "gpt2", "--output_dir", "out"])
+    assert model_args.freeze_language_model and model_args.normalize_clip_embeds and args.load_best_model_at_end
+    model_args, _, args = parse(["--freeze_language_model", "False", "--text", "gpt2", "--output_dir", "out"])
+    assert model_args.freeze_language_model is False and model_args.normalize_clip_embeds is None
+
+
 def test_warm_start(tmp_path, gpt2_folder, data_folder, caplog):
     settings = {"warm_start": 30, "freeze_language_model": True, "max_steps": 1, "eval_split": "none"}
     with caplog.at_level("INFO", logger="clipcap_hf"):

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from .assets import EMOJI_MINI
 from .checkpoints import check_writable, last_checkpoint
+from .memory import keep_freed_memory
 from .metrics import score_captions
 from .modeling_clipcap import ClipCapForConditionalGeneration
 from .pictures import draw_captions, draw_curve
@@ -44,6 +45,8 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         OSError: If something is not to be found, or `output_dir` cannot take the captioner.
     """
     leave_at_exit()
+    if args.device.type == "cpu":
+        keep_freed_memory()
     checkpoint = _checkpoint_to_resume(args)
     set_seed(args.seed)
     model, processor = load_captioner(model_args, data_args)

@@ -302,19 +302,21 @@ class ClipCapTrainer(Seq2SeqTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         if not self.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
+        inputs = dict(self._prepare_inputs(inputs))
+        captioner = self.accelerator.unwrap_model(model)
         with torch.no_grad(), self.compute_loss_context_manager():
+            if "pixel_values" in inputs:  # encoded once, for the loss and the caption
+                inputs["clip_embeds"] = captioner.get_clip_embeds(inputs.pop("pixel_values"))
             loss = self.compute_loss(model, inputs).mean().detach() if "labels" in inputs else None
         # Seq2SeqTrainer of transformers would give the whole `input_ids`, caption included, as the prompt.
-        captioner = self.accelerator.unwrap_model(model)
         placeholders = inputs["input_ids"] == captioner.config.image_token_id
         prompt_length = int(placeholders.any(0).nonzero()[-1]) + 1
         if "labels" in inputs:  # a template may say something after the image
             prompt_length = int((inputs["labels"] != IGNORED).any(0).nonzero()[0])
         prompt = {name: inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")}
-        images = {name: inputs[name] for name in ("pixel_values", "clip_embeds") if name in inputs}
         generate_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
-        generated = captioner.generate(**prompt, **images, **generate_kwargs)[:, prompt_length:]
+        generated = captioner.generate(**prompt, clip_embeds=inputs["clip_embeds"], **generate_kwargs)
+        generated = generated[:, prompt_length:]
         labels = inputs.get("labels")
         return loss, generated, None if labels is None else labels[:, prompt_length:]
 

@@ -333,7 +333,11 @@ def test_predict_with_generate_does_not_show_the_caption(
     def predict(texts, **kwargs):
         return trainer.predict(Dataset.from_dict({source: column, "captions": texts}), **kwargs)
 
+    encoded = []
+    model.vision_tower.register_forward_hook(lambda tower, args, kwargs, outputs: encoded.append(1), with_kwargs=True)
     prediction = predict(captions)
+    batches = -(-len(captions) // args.eval_batch_size)
+    assert len(encoded) == (batches if source == "image" else 0)  # once for loss and caption
     sequences = torch.as_tensor(prediction.predictions)
     expected = model.generate(clip_embeds=embeds)[:, 4:]
     found = sequences.masked_fill(sequences == IGNORED, 0)

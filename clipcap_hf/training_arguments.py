@@ -111,8 +111,13 @@ class DataArguments:
     max_caption_length: int | None = field(default=None, metadata={"help": "Cut captions to so many tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
-    embed_once: bool = field(
-        default=False, metadata={"help": "Encode each image once before training, and keep the embeddings in memory."}
+    embed_once: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Encode each image once before training, into OUTPUT_DIR/_embeddings (default: where the tower is "
+            "frozen and training would otherwise encode more images than there are).",
+            **_SWITCH,
+        },
     )
     embeds_noise: float | None = field(
         default=None,

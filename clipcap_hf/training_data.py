@@ -56,7 +56,9 @@ def generator_of(row: dict[str, Any]) -> np.random.Generator | None:
 
 
 def one_row_per_caption(data, caption_column: str):
-    """Every reference as a row of its own, in the order of the images; streams stay streams."""
+    """Every reference as a row of its own, in the order of the images; of a stream a stream, of a data set a [`CaptionRows`]."""
+    if hasattr(data, "select"):
+        return CaptionRows(data, caption_column)
 
     def expand(batch: dict[str, list]) -> dict[str, list]:
         batch[caption_column] = [[texts] if isinstance(texts, str) else texts for texts in batch[caption_column]]
@@ -69,13 +71,38 @@ def one_row_per_caption(data, caption_column: str):
         expanded[caption_column] = [text for texts in batch[caption_column] for text in texts]
         return expanded
 
-    if not hasattr(data, "select"):
-        return data.map(expand, batched=True)
-    # Indices in place of copies: an image with five captions is stored once.
-    captions = [[texts] if isinstance(texts, str) else texts for texts in data[caption_column]]
-    indices = [row for row, texts in enumerate(captions) for _ in texts]
-    flat = [text for texts in captions for text in texts]
-    return data.remove_columns(caption_column).select(indices).add_column(caption_column, flat)
+    return data.map(expand, batched=True)
+
+
+class CaptionRows(Dataset):
+    """
+    Every reference of a data set as a row of its own. An image with five captions is stored once, not five times.
+
+    Args:
+        data ([`~datasets.Dataset`]): With a string, or a list of them, in `caption_column`.
+        caption_column (`str`): Column of the captions.
+    """
+
+    def __init__(self, data, caption_column: str):
+        captions = [[texts] if isinstance(texts, str) else texts for texts in data[caption_column]]
+        self.data = data.remove_columns(caption_column)
+        self.caption_column = caption_column
+        self.captions = [text for texts in captions for text in texts]
+        self.image_of = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+        self.column_names = data.column_names
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, key: int | str) -> dict[str, Any] | Sequence:
+        """A row, or by its name a column."""
+        if isinstance(key, str):
+            return self.captions if key == self.caption_column else self.data.select(self.image_of)[key]
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
+        rows = self.data.__getitems__(self.image_of[keys].tolist())
+        return [{**row, self.caption_column: self.captions[key]} for row, key in zip(rows, keys)]
 
 
 def caption_lengths(captions: Sequence[str | list[str]], tokenizer, batch_size: int = 1000) -> list[int]:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import EarlyStoppingCallback, set_seed
+from transformers.trainer_utils import has_length
 
 from .assets import EMOJI_MINI
 from .checkpoints import check_writable, last_checkpoint
+from .embed_once import embed_once, pays_to_embed
 from .memory import keep_freed_memory
 from .metrics import score_captions
 from .modeling_clipcap import ClipCapForConditionalGeneration
@@ -56,7 +58,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     check_writable(args.output_dir, model)
     train, evaluation = load_data(data_args)
     columns = {name: getattr(data_args, name) for name in ("image_column", "caption_column", "embeds_column")}
-    train, evaluation = _shaped(train, evaluation, model, processor, data_args, args, columns)
+    train, evaluation = _shaped(train, evaluation, model, processor, model_args, data_args, args, columns)
     if model_args.warm_start and checkpoint is None:
         _warm_start(model, processor, train, columns, model_args.warm_start, args.seed)
 
@@ -75,8 +77,8 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     trainer = ClipCapTrainer(
         model=model,
         args=args,
-        train_dataset=EpochRows(train, args.data_seed or args.seed) if hasattr(train, "select") else train,
-        eval_dataset=evaluation,
+        train_dataset=EpochRows(train, args.data_seed or args.seed) if has_length(train) else train,
+        eval_dataset=_without_images(evaluation, columns),
         data_collator=collator,
         processing_class=processor,
         compute_metrics=evaluation
@@ -271,7 +273,16 @@ def _load_saved(source: str, split: str):
     return data
 
 
-def _shaped(train, evaluation, model, processor, data_args: DataArguments, args: CaptioningArguments, columns: dict):
+def _shaped(
+    train,
+    evaluation,
+    model,
+    processor,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: CaptioningArguments,
+    columns: dict,
+):
     """Checks the data against the captioner, and makes the rows that are trained on."""
     for data, what in ((train, "training"), (evaluation, "evaluation")):
         if data is not None:
@@ -290,13 +301,10 @@ def _shaped(train, evaluation, model, processor, data_args: DataArguments, args:
             )
     elif data_args.text_only:
         train = _text_only(train, model, data_args, columns, args)
-    if data_args.embed_once:
-        train, evaluation = (
-            data
-            if data is None or columns["embeds_column"] in data.column_names
-            else _embedded(data, model, processor, columns, args)
-            for data in (train, evaluation)
-        )
+    if pays_to_embed(train, model, model_args, data_args, args):
+        train = embed_once(train, "train", model, processor, columns, args)
+        evaluation = embed_once(evaluation, "eval", model, processor, columns, args)
+    train = _without_images(train, columns)
     if data_args.references == "all" and args.objective == "cross_entropy":
         train = one_row_per_caption(train, columns["caption_column"])
     return train, evaluation
@@ -354,12 +362,12 @@ def _text_only(train, model, data_args: DataArguments, columns: dict, args: Capt
     return rows.rename_columns({"clip_embeds": columns["embeds_column"], "captions": columns["caption_column"]})
 
 
-def _embedded(data, model, processor, columns: dict, args: CaptioningArguments):
-    from .captioning import embed_images
-
-    model = model.to(args.device).eval()
-    embeds = embed_images(model, processor, data[columns["image_column"]], progress=not args.disable_tqdm)
-    return data.add_column(columns["embeds_column"], list(embeds.numpy()))
+def _without_images(data, columns: dict):
+    """The data without images that nobody reads, which would be decoded with each row."""
+    names = (data is not None and data.column_names) or ()
+    if columns["embeds_column"] in names and columns["image_column"] in names:
+        return data.remove_columns(columns["image_column"])
+    return data
 
 
 def _warm_start(model, processor, train, columns: dict, steps: int, seed: int):

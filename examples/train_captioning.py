@@ -1,6 +1,6 @@
 """Train a captioner: `clipcap train` as a script to copy and change.
 
-python examples/train_captioning.py --data emoji --model emoji-mini --embed_once --output_dir emoji-captioner \
+python examples/train_captioning.py --data emoji --model emoji-mini --output_dir emoji-captioner \
     --learning_rate 2e-4 --warmup_steps 0.1 --num_train_epochs 1
 
 goes on with the embedded captioner on the embedded data. Your own: `--vision openai/clip-vit-base-patch32 --text

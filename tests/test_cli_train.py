@@ -1,6 +1,8 @@
 """`clipcap train`: recipes from files and flags, what a run leaves behind, and what it says of bad input."""
 
+import io
 import json
+import math
 import re
 
 import clipcap_hf
@@ -12,8 +14,9 @@ from clipcap_hf.cli import main
 from clipcap_hf.cli.train import parse
 from clipcap_hf.data import load_emoji
 from clipcap_hf.training_data import caption_lengths, one_row_per_caption
-from clipcap_hf.training_run import load_captioner
-from datasets import Dataset, DatasetDict
+from clipcap_hf.training_run import load_captioner, run_training
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import GPT2LMHeadModel
 
@@ -177,6 +180,47 @@ def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
     assert isinstance(captioner(load_emoji("validation")[0]["image"])[0]["generated_text"], str)
 
 
+def test_images_are_encoded_once(tmp_path, gpt2_folder, monkeypatch):
+    """By default, where several captions or epochs would show an image several times; and never again in that folder."""
+    data = load_emoji("validation").select(range(12))
+    pixels = io.BytesIO()
+    data[0]["image"].save(pixels, "PNG")
+    (tmp_path / "whole.png").write_bytes(pixels.getvalue())
+    (tmp_path / "broken.png").write_bytes(pixels.getvalue()[:100])
+    images = [*data["image"][:9], *(str(tmp_path / f"{name}.png") for name in ("broken", "whole", "whole"))]
+    columns = {"image": images, "captions": [["one", f"two {i}"] for i in range(12)], "image_id": list(range(12))}
+    features = {"image": ImageFeature(), "captions": List(Value("string")), "image_id": Value("int64")}
+    rows = Dataset.from_dict(columns, features=Features(features))
+    DatasetDict({"train": rows, "validation": rows.select(range(4))}).save_to_disk(tmp_path / "images")
+
+    from clipcap_hf.modeling_open_clip import OpenClipVisionModel
+
+    encoded = []
+    forward = OpenClipVisionModel.forward
+
+    def counting(self, pixel_values, *args, **kwargs):
+        encoded.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(OpenClipVisionModel, "forward", counting)
+    settings = {"vision": "emoji-mini", "clip_embed_dim": 384, "references": "all", "num_train_epochs": 2}
+    settings |= {"max_steps": -1, "eval_strategy": "epoch", "save_strategy": "epoch", "num_samples": 2}
+    command = flags(tmp_path, gpt2_folder, tmp_path / "images", **settings)
+    assert main(command) == 0
+    # The broken image and the blank one that tells the shape of embeddings apart.
+    assert sum(encoded) == 11 + 4 + 2
+    steps = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["max_steps"]
+    assert steps == 2 * math.ceil(2 * 11 / 8)
+    assert Image.open(tmp_path / "out" / "samples.png").width > 500
+    failed = (path.read_text() for path in (tmp_path / "out" / "_embeddings").glob("train-*/failed.jsonl"))
+    assert '"image_id": 9' in next(failed)
+    encoded.clear()
+    assert main([*command, "--resume", "--num_train_epochs", "3"]) == 0
+    assert sum(encoded) == 2  # the blanks
+    with pytest.raises(ValueError, match="for a tower that stays as it is"):
+        run_training(*parse([*command[1:], "--resume", "--embed_once", "--freeze_vision", "False"]))
+
+
 def test_streams_are_not_read_ahead(tmp_path, gpt2_folder, captions, monkeypatch):
     from clipcap_hf import training_run
     from datasets import IterableDataset
@@ -200,7 +244,9 @@ def test_every_reference_a_row(captions):
     data = Dataset.from_dict({"clip_embeds": [[1.0], [2.0]], "captions": [captions[:2], captions[2:5]]})
     rows = one_row_per_caption(data, "captions")
     assert rows["captions"] == captions[:5]
-    assert rows["clip_embeds"] == [[1.0]] * 2 + [[2.0]] * 3
+    assert list(rows["clip_embeds"]) == [[1.0]] * 2 + [[2.0]] * 3
+    assert len(rows) == 5
+    assert rows[3] == rows.__getitems__([0, 3])[1] == {"clip_embeds": [2.0], "captions": captions[3]}
     streamed = one_row_per_caption(data.to_iterable_dataset(), "captions")
     assert [row["captions"] for row in streamed] == captions[:5]
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from clipcap_hf.cli import main
+from clipcap_hf.data import load_embeddings
 from datasets import Dataset, DatasetDict
 
 
@@ -78,3 +79,34 @@ def test_two_processes_have_the_loss_curve_of_one(run_folder, freeze):
     assert losses_of_two == pytest.approx(losses, rel=0.1)
     assert [loss for loss, _ in evaluations_of_two] == pytest.approx([loss for loss, _ in evaluations], rel=0.05)
     assert len(json.loads((run_folder / "two" / "samples.json").read_text())) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_encode_the_images_together(tmp_path):
+    settings = {
+        "model": "emoji-mini",
+        "data": "emoji",
+        "max_train_samples": 30,
+        "max_eval_samples": 7,
+        "logging_steps": 1,
+        "num_train_epochs": 2,
+        "warmup_steps": 0.1,
+        "save_strategy": "no",
+        "num_samples": 3,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    command = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["train", *command, "--per_device_train_batch_size", "8", "--output_dir", str(one)]) == 0
+    more = ["--per_device_train_batch_size", "4", "--ddp_backend", "gloo", "--output_dir", str(two)]
+    launch("-m", "clipcap_hf.cli.train", *command, *more)
+    (losses, _), (losses_of_two, _) = history(one), history(two)
+    assert len(losses_of_two) == len(losses) > 6
+    assert sum(losses_of_two) == pytest.approx(sum(losses), rel=0.1)  # the dropout is another
+    (folder,), (expected,) = (list((out / "_embeddings").glob("train-*")) for out in (two, one))
+    assert folder.name == expected.name
+    rows, wanted = load_embeddings(folder), load_embeddings(expected)
+    assert list(rows["captions"]) == list(wanted["captions"])
+    torch.testing.assert_close(torch.tensor(rows["clip_embeds"][:]), torch.tensor(wanted["clip_embeds"][:]))
+    assert (two / "samples.png").is_file()

@@ -255,7 +255,7 @@ def fast_beam_search(
         logits = outputs.logits[:, -1].to(device, torch.float32)
         del outputs  # the first logits may be large
         log_probs, tokens = logits.topk(num_candidates)
-        log_probs = log_probs - logits.logsumexp(-1, keepdim=True)
+        log_probs = log_probs - _logsumexp_(logits, log_probs[:, :1])
         totals = (running_scores.unsqueeze(-1) + log_probs.unflatten(0, running.shape[:2])).flatten(1)
         totals, chosen = totals.topk(num_candidates)
         parents = chosen // num_candidates
@@ -319,11 +319,16 @@ def _best_tokens(
     logits = logits.to(beams.sequences.device, torch.float32)
     if len(logits_processor) == 0:
         best, tokens = logits.topk(num_beams)
-        return best - logits.logsumexp(-1, keepdim=True), tokens
+        return best - _logsumexp_(logits, best[:, :1]), tokens
     # Some processors count on `num_beams` rows an image, so they are shown the stopped slots too.
     scores = beams._per_slot(logits.log_softmax(-1), fill=0.0).flatten(0, 1)
     scores = logits_processor(beams.sequences.flatten(0, 1), scores)
     return scores[beams.live_slots].topk(num_beams)
+
+
+def _logsumexp_(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Log of the sum of exponentials of each row, (rows, 1), given its `largest` logit; the logits are used up."""
+    return logits.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
 
 
 def _one_row_per_image(

@@ -67,7 +67,7 @@ def test_rows(tmp_path, make_model, processor, data, caplog):
     torch.testing.assert_close(torch.tensor(embedded["clip_embeds"][:]), expected, rtol=1e-4, atol=1e-5)
     assert embedded.features["clip_embeds"].feature.dtype == "float32"
     failed = [json.loads(line) for line in (tmp_path / "embeds" / "failed.jsonl").read_text().splitlines()]
-    assert [record["image_id"] for record in failed] == list(BROKEN)
+    assert [record["image_id"] for record in failed] == [record["row"] for record in failed] == list(BROKEN)
     assert all(record["image"].endswith(f"{record['image_id']}.png") and record["error"] for record in failed)
     assert "3 images could not be embedded" in caplog.text
     batch = CaptioningCollator(processor)([embedded[0], embedded[1]])

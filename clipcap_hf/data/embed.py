@@ -50,8 +50,8 @@ def embed(
     The work is cut into shards of `shard_size` rows, or of the shards that a streamed data set has, and each is written
     under a temporary name and renamed once it is whole. Run again after an interruption, also with another number of
     processes, it makes the shards that are missing and ends with the same rows. Under `torchrun` or `accelerate launch`
-    the shards are divided over the processes. An image that cannot be read is left out and recorded with its reason in
-    `failed.jsonl`.
+    the shards are divided over the processes. An image that cannot be read is left out and recorded with its row (from 0;
+    none in a stream) and the reason in `failed.jsonl`.
 
     Args:
         model ([`ClipCapForConditionalGeneration`] or [`~transformers.PreTrainedModel`]): A captioner or a vision tower,
@@ -223,13 +223,14 @@ class _Batch:
     rows: list[dict[str, Any]]
     pixels: torch.Tensor | None  # of the images that could be read
     errors: list[str | None]
+    start: int | None  # where the first row stands in the data set; a stream has no numbers
 
 
 def _encode(encoder: Encoder, batch: _Batch) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
     """The rows with an embedding, their embeddings, and what is to be recorded of the other rows."""
     embeds = iter(() if batch.pixels is None else encoder(batch.pixels))
     rows, kept, failed = [], [], []
-    for row, error in zip(batch.rows, batch.errors):
+    for index, (row, error) in enumerate(zip(batch.rows, batch.errors)):
         embed = next(embeds) if error is None else None
         if embed is not None and not embed.isfinite().all():
             error = f"the embedding holds NaN or infinity in {encoder.dtype}"
@@ -237,7 +238,8 @@ def _encode(encoder: Encoder, batch: _Batch) -> tuple[list[dict], list[torch.Ten
             rows.append(row)
             kept.append(embed)
         else:
-            failed.append({"image_id": row.get("image_id"), "image": row["image_path"], "error": error})
+            number = None if batch.start is None else batch.start + index
+            failed.append({"row": number, "image_id": row.get("image_id"), "image": row["image_path"], "error": error})
     return rows, kept, failed
 
 
@@ -250,7 +252,7 @@ class _Preprocess:
     def pixels(self, image: Image.Image) -> torch.Tensor:
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
-    def __call__(self, shard: int, is_last: bool, columns: dict[str, list]) -> _Batch:
+    def __call__(self, shard: int, is_last: bool, columns: dict[str, list], start: int | None = None) -> _Batch:
         names = list(columns)
         rows = [dict(zip(names, values)) for values in zip(*columns.values())]
         pixels, errors = [], []
@@ -262,7 +264,7 @@ class _Preprocess:
                 errors.append(None)
             except Exception as error:  # decoders raise whatever they stumble over in a damaged file
                 errors.append(str(error) or type(error).__name__)
-        return _Batch(shard, is_last, rows, torch.stack(pixels) if pixels else None, errors)
+        return _Batch(shard, is_last, rows, torch.stack(pixels) if pixels else None, errors, start)
 
 
 def _read(image: dict | None) -> Image.Image:
@@ -292,7 +294,7 @@ class _Batches(TorchDataset):
 
     def __getitem__(self, index: int) -> _Batch:
         shard, start, stop, is_last = self.spans[index]
-        return self.preprocess(shard, is_last, self.dataset[start:stop])
+        return self.preprocess(shard, is_last, self.dataset[start:stop], start)
 
 
 class _StreamedBatches(TorchIterableDataset):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from .modeling_clipcap import ClipCapForConditionalGeneration
@@ -63,15 +64,17 @@ def embed_once(
     if data is None or embeds in data.column_names:
         return data
     tower = describe_tower(model.vision_tower, model.config.vision_feature)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.vision_tower.dtype  # as in training
     # A name that is the same for the same images and tower, and in all processes.
-    name = Hasher.hash([data._fingerprint, tower["weights_sha256"], processor.image_processor.to_json_string()])
+    transform = processor.image_processor.to_json_string()
+    name = Hasher.hash([data._fingerprint, tower["weights_sha256"], transform, str(dtype)])
     out = Path(args.output_dir) / "_embeddings" / f"{split}-{broadcast_object_list([name])[0]}"
     if split == "train":
         images = data.select_columns([image, captions, *({"image_id"} & set(data.column_names) - {image, captions})])
     else:
         images = data.select_columns(image).add_column("row", list(range(len(data))))
     images = images.rename_columns({image: "image"})
-    embedded = embed(model.to(args.device).eval(), images, out, processor, progress=not args.disable_tqdm)
+    embedded = embed(model.to(args.device).eval(), images, out, processor, dtype=dtype, progress=not args.disable_tqdm)
     embedded = embedded.rename_columns({"clip_embeds": embeds}).remove_columns("image_path")
     if split == "train":
         return embedded

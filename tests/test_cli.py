@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clipcap_hf.cli import main
+from clipcap_hf.cli.arguments import load_captioner
 from clipcap_hf.data import load_emoji
 from PIL import Image
 from safetensors.torch import load_file
@@ -142,3 +143,17 @@ def test_convert_official_checkpoint(tmp_path, tokenizer, capsys):
     assert main([*command, "--out", str(tmp_path / "out")]) == 1
     assert "exists already" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "out"]
+
+
+def test_dtype(tmp_path, drawings, capsys):
+    for number in range(16):
+        drawings[50 * number]["image"].save(tmp_path / f"{number:02d}.png")
+    captions = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert main(["caption", str(tmp_path), "--dtype", dtype]) == 0
+        captions[dtype] = capsys.readouterr().out.splitlines()
+        assert str(load_captioner("emoji-mini", "cpu", dtype)[0].dtype) == f"torch.{dtype}"
+    assert str(load_captioner("emoji-mini", "cpu")[0].dtype) == "torch.float32"
+    for dtype in ("bfloat16", "float16"):
+        same = sum(one == other for one, other in zip(captions[dtype], captions["float32"], strict=True))
+        assert same >= 14, captions

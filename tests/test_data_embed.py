@@ -57,9 +57,8 @@ def rows_of(dataset):
 
 def test_rows(tmp_path, make_model, processor, data, caplog):
     model = make_model()
-    embedded = embed(
-        model, data, tmp_path / "embeds", processor, shard_size=8, batch_size=3, num_workers=2, progress=False
-    )
+    exactly = {"dtype": torch.float32, "shard_size": 8, "batch_size": 3, "num_workers": 2, "progress": False}
+    embedded = embed(model, data, tmp_path / "embeds", processor, **exactly)
     good = [number for number in range(IMAGES) if number not in BROKEN]
     assert embedded["image_id"][:] == good
     assert embedded["captions"][:] == data.select(good)["captions"][:]
@@ -107,12 +106,25 @@ def test_splits_and_streams(tmp_path, make_model, processor, data):
         load_embeddings(tmp_path / "embeds", split="test")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(tmp_path, make_model, processor, data, dtype):
+    model = make_model()
+    embedded = embed(model, data, tmp_path / "embeds", processor, dtype=dtype, num_workers=0, progress=False)
+    assert embeddings_provenance(embedded)["dtype"] == str(dtype).removeprefix("torch.")
+    expected = embed_images(model, processor, data.select(embedded["image_id"])["image"], progress=False)
+    found = torch.tensor(embedded["clip_embeds"][:])
+    assert not torch.equal(found, expected)
+    assert torch.cosine_similarity(found, expected).min() > 0.999
+    assert model.vision_tower.dtype == torch.float32  # as it was
+
+
 def test_provenance_and_check(tmp_path, make_model, processor, data):
     model = make_model()
     embedded = embed(model, data.select(range(4)), tmp_path / "embeds", processor, progress=False)
     provenance = embeddings_provenance(embedded.shuffle(seed=0).select([1, 2]))
     assert provenance["vision"]["model_type"] == "clip_vision_model" and provenance["shape"] == [16]
-    assert provenance["transform"]["image_mean"] and provenance["dtype"] == "float32"
+    fast = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    assert provenance["transform"]["image_mean"] and provenance["dtype"] == fast
     check_embeddings(embedded, model)
     check_embeddings(tmp_path / "embeds", model)
     check_embeddings(embedded, make_model(None))  # a captioner without a tower
@@ -134,7 +146,8 @@ def test_provenance_and_check(tmp_path, make_model, processor, data):
 
 def test_patches(tmp_path, make_model, processor, data):
     model = make_model(vision_feature="patches", mapping_type="transformer")
-    embedded = embed(model, data, tmp_path / "embeds", processor, num_workers=0, progress=False)
+    exactly = {"dtype": torch.float32, "num_workers": 0, "progress": False}
+    embedded = embed(model, data, tmp_path / "embeds", processor, **exactly)
     assert embeddings_provenance(embedded)["shape"] == [16, 32]
     check_embeddings(embedded, model)
     with pytest.raises(ValueError, match="'pooled' features of its tower, but the embeddings are 'patches'"):

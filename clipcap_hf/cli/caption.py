@@ -4,7 +4,7 @@ import json
 import os
 import sys
 
-from .arguments import load_captioner, positive
+from .arguments import add_device_arguments, load_captioner, positive
 
 
 def add_parser(commands):
@@ -46,7 +46,7 @@ def add_parser(commands):
     caption.add_argument(
         "--workers", type=int, metavar="N", help="processes that read images (default: by their number)"
     )
-    caption.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add_device_arguments(caption)
     caption.set_defaults(run=run)
 
 
@@ -61,7 +61,7 @@ def run(arguments) -> int:
         print(f"clipcap: {error}", file=sys.stderr)
     if not paths:
         return 1
-    model, processor = load_captioner(arguments.model, arguments.device)
+    model, processor = load_captioner(arguments.model, arguments.device, arguments.dtype)
     workers = arguments.workers
     if workers is None:
         # Starting a process costs as much as reading some dozens of images.

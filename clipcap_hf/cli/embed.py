@@ -34,7 +34,7 @@ def add_parser(commands):
     embed.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the tower's arithmetic (default: a 16-bit one on GPUs)",
+        help="of the tower's arithmetic (default: 16 bits on GPUs and on CPUs with AMX)",
     )
     embed.add_argument(
         "--shard-size", type=positive, default=4096, metavar="N", help="images in a file (default: %(default)s)"

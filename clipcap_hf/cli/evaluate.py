@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from .arguments import load_captioner, positive
+from .arguments import add_device_arguments, load_captioner, positive
 
 
 def add_parser(commands):
@@ -43,7 +43,7 @@ def add_parser(commands):
     decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
     decoding.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(default: %(default)s)")
     decoding.add_argument("--workers", type=int, metavar="N", help="processes that read images")
-    decoding.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add_device_arguments(decoding)
 
     scoring = evaluate.add_argument_group("scores")
     scoring.add_argument(
@@ -135,7 +135,9 @@ def _prepare(arguments, benchmark):
     if unknown := set(arguments.metrics) - set(METRICS):
         raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
     check_requirements(arguments.metrics, tokenizer, arguments.spice_home)
-    return None if arguments.model is None else load_captioner(arguments.model, arguments.device)
+    if arguments.model is None:
+        return None
+    return load_captioner(arguments.model, arguments.device, arguments.dtype)
 
 
 def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path | None):

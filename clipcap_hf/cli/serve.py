@@ -1,6 +1,6 @@
 """`clipcap serve`"""
 
-from .arguments import load_captioner, positive
+from .arguments import add_device_arguments, load_captioner, positive
 
 
 def add_parser(commands):
@@ -19,14 +19,14 @@ def add_parser(commands):
         "--max-megapixels", type=positive, default=40, metavar="N", help="largest image (default: %(default)s)"
     )
     serve.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images at once")
-    serve.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
+    add_device_arguments(serve)
     serve.set_defaults(run=run)
 
 
 def run(arguments) -> int:
     from ..serve import build_app, launch
 
-    model, processor = load_captioner(arguments.model, arguments.device)
+    model, processor = load_captioner(arguments.model, arguments.device, arguments.dtype)
     app = build_app(
         model,
         processor,

@@ -63,8 +63,8 @@ def embed(
         batch_size (`int`): Images that go through the tower at once.
         num_workers (`int`, *optional*): Processes that read and resize images meanwhile; by their number by default. 0
             reads them here.
-        dtype (`torch.dtype`, *optional*): In which the tower computes. By default bfloat16 on GPUs that have it, float16
-            on older ones, and what the model is in elsewhere. What is written is float32.
+        dtype (`torch.dtype`, *optional*): In which the tower computes. By default bfloat16 on GPUs and CPUs that gain
+            from it (CPUs with AMX), float16 on older GPUs, and what the model is in elsewhere. What is written is float32.
         shard_size (`int`): Rows in a file: the work that an interruption can cost each process.
         vision_feature (`str`, *optional*): `"pooled"` or `"patches"`, as in [`ClipCapConfig`]; by default what a captioner
             reads, and of a tower alone the pooled embedding.
@@ -137,9 +137,13 @@ class Encoder:
 
 
 def _fast_dtype(tower) -> torch.dtype:
-    if tower.device.type == "cuda" and tower.dtype == torch.float32:
+    if tower.dtype != torch.float32:
+        return tower.dtype
+    if tower.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return tower.dtype
+    if tower.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):  # five times as fast
+        return torch.bfloat16
+    return torch.float32
 
 
 def _embed_split(

@@ -104,11 +104,11 @@ class OfficialWay:
 class TakingTurns(TrainerCallback):
     """After each step of the trainer one of the official way, on as many captions, and a product of matrices."""
 
-    def __init__(self, official: OfficialWay, batches: list, device: str):
+    def __init__(self, official: OfficialWay, batches: list, device: str, dtype: torch.dtype):
         self.official, self.batches, self.device = official, batches, device
         self.seconds = {"ClipCapTrainer": [], "official way": []}
         self.multiplications = []
-        self.factors = torch.randn(1200, 768, device=device), torch.randn(768, 3072, device=device)
+        self.factors = [torch.randn(*shape, device=device, dtype=dtype) for shape in ((1200, 768), (768, 3072))]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = self.now()
@@ -147,6 +147,7 @@ def measure(recipe: dict, steps: int, bf16: bool) -> dict:
             train_sampling_strategy="group_by_length",
             disable_tqdm=True,
             bf16=bf16,
+            use_cpu=not torch.accelerator.is_available(),
             report_to="none",
         )
         device = str(args.device)
@@ -155,7 +156,7 @@ def measure(recipe: dict, steps: int, bf16: bool) -> dict:
         padded = torch.tensor([row + [-1] * (LONGEST - len(row)) for row in tokens])
         embeds = torch.as_tensor(data["clip_embeds"][:]).float()
         batches = list(zip(padded.to(device).split(BATCH_SIZE), embeds.to(device).split(BATCH_SIZE)))
-        turns = TakingTurns(OfficialWay(recipe, device), batches, device)
+        turns = TakingTurns(OfficialWay(recipe, device), batches, device, torch.bfloat16 if bf16 else torch.float32)
         trainer = ClipCapTrainer(
             model=model,
             args=args,

@@ -212,9 +212,20 @@ class ClipCapConfig(PreTrainedConfig):
             )
 
     def _check_language_model(self):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
         text_config = self.text_config.get_text_config()
-        context = getattr(text_config, "max_position_embeddings", None)
-        if context is not None and self.prefix_length >= context:
+        if not hasattr(text_config, "vocab_size"):
+            raise ValueError(f"A `{text_config.model_type}` is no causal language model: it has no vocabulary.")
+        # Encoders such as BERT see the words that they are to write, unless they are told to be decoders.
+        is_encoder = text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if is_encoder and getattr(text_config, "is_decoder", True) is False:
+            raise ValueError(
+                f"A `{text_config.model_type}` is an encoder, which sees the words that it is to write: choose a causal "
+                "language model, or load it with `is_decoder=True` and pass the model itself."
+            )
+        context = getattr(text_config, "max_position_embeddings", None) or 0
+        if 0 < context <= self.prefix_length:  # -1: without bounds
             raise ValueError(
                 f"`prefix_length` is {self.prefix_length}, but the language model's context is {context} and must hold "
                 "a caption too: choose a shorter prefix."

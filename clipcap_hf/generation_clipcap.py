@@ -101,6 +101,8 @@ def mean_log_probs(
     Returns:
         `torch.Tensor` of shape `(captions,)`.
     """
+    if outputs.logits is None:  # of `official_beam_search`, whose scores are this mean
+        return outputs.sequences_scores
     # Beam search keeps the scores; otherwise they are those of the tokens that were taken.
     logprobs = model.compute_transition_scores(
         outputs.sequences, outputs.logits, getattr(outputs, "beam_indices", None), normalize_logits=True

@@ -20,8 +20,16 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("This captioner has LoRA adapters (`config.lora`): `pip install peft`.") from error
-    if lora.get("modules_to_save"):
-        raise ValueError("`lora` cannot train whole modules beside the adapters: leave `modules_to_save` out.")
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if lora.get(name):
+            raise ValueError(f"`lora` trains nothing but the adapters: leave `{name}` out.")
+    if lora.get("bias", "none") != "none":
+        raise ValueError("`lora` trains nothing but the adapters: leave `bias` out.")
+    if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"`lora` must leave the language model's own weights as they are, which `init_lora_weights` = "
+            f"{lora['init_lora_weights']!r} does not: leave it out."
+        )
     before = set(language_model.modules())
     try:
         language_model.add_adapter(LoraConfig(**lora))

@@ -1,7 +1,10 @@
 """ClipCap: an image tower, a mapping network and a causal language model."""
 
 import copy
+import dataclasses
+import difflib
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
@@ -94,7 +98,7 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
     the embedding into `prefix_length` vectors, and the language model continues them with the caption.
 
     In `input_ids` the prefix is held by `prefix_length` placeholders `config.image_token_id`, which
-    [`ClipCapProcessor`] writes, so that everything that `generate()` can do works as for a text model.
+    [`ClipCapProcessor`] writes, so that what `generate()` can do works as for a text model.
 
     Args:
         config ([`ClipCapConfig`]): The configuration.
@@ -395,7 +399,8 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
         r"""
-        Caption images; every argument of [`~transformers.GenerationMixin.generate`] works.
+        Caption images, with the arguments of [`~transformers.GenerationMixin.generate`], but for the few that look the
+        prompt's tokens up in the vocabulary, where the image's placeholders are not.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): `input_ids`: the placeholders and a
@@ -410,9 +415,21 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
             As in transformers; the token ids begin with the input, placeholders included.
 
         Raises:
-            ValueError: If embeddings have the wrong width or hold NaN or infinity, or if prompt and caption together are
-                longer than the language model's context.
+            ValueError: If embeddings have the wrong width or hold NaN or infinity, if prompt and caption together are
+                longer than the language model's context, or for `prompt_lookup_num_tokens`, `token_healing` and
+                `encoder_repetition_penalty`.
         """
+        for name, off in (
+            ("prompt_lookup_num_tokens", 0),
+            ("token_healing", False),
+            ("encoder_repetition_penalty", 1.0),
+        ):
+            value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+            if value is not None and value != off:
+                raise ValueError(
+                    f"`{name}` looks the prompt's tokens up in the vocabulary, where the image's placeholders are not: "
+                    "leave it out."
+                )
         kwargs.pop("labels", None)  # a training batch may be passed as it is
         clip_embeds = kwargs.pop("clip_embeds", None)
         pixel_values = kwargs.get("pixel_values")
@@ -426,6 +443,7 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         if clip_embeds is not None:
             if pixel_values is not None:
                 raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
+            clip_embeds = torch.as_tensor(clip_embeds)
             # generate() of transformers encodes pixels before the loop, but drops any other input of the encoder.
             image_outputs = self.get_image_features(clip_embeds=clip_embeds, return_dict=True)
             _check_finite(clip_embeds)
@@ -592,6 +610,10 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
             text_kwargs (`dict`, *optional*): For the language model's (`revision`, `token`, `gguf_file`, ...).
             config_kwargs: Fields of [`ClipCapConfig`]: `mapping_type`, `prefix_length`, `freeze_language_model`, ...
 
+        Raises:
+            TypeError: If a name among `config_kwargs` is no such field.
+            ValueError: If the parts do not fit each other or the configuration.
+
         Example:
 
         ```python
@@ -600,13 +622,18 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         ... )  # doctest: +SKIP
 
         ```"""
+        _check_fields(config_kwargs)
+        vision, text = (os.fspath(part) if isinstance(part, os.PathLike) else part for part in (vision, text))
+        for part, name in ((vision, "vision"), (text, "text")):
+            if not isinstance(part, (str, PreTrainedModel)) and not (part is None and name == "vision"):
+                raise TypeError(f"`{name}` must be the name or folder of a model, or a loaded one, got {part!r}.")
         vision_kwargs, text_kwargs, donors, tokenizer = vision_kwargs or {}, text_kwargs or {}, {}, None
         vision_config, text_config = getattr(vision, "config", None), getattr(text, "config", None)
         # Configurations first: what does not fit is found before any weights are loaded.
         if isinstance(vision, str):
             vision_config = load_vision_config(donor_folder(vision), **vision_kwargs)
         if isinstance(text, str):
-            text_config = AutoConfig.from_pretrained(donor_folder(text), **text_kwargs)
+            text_config = _load_text_config(text, text_kwargs)
         vision_feature = config_kwargs.get("vision_feature", "pooled")
         if vision_config is not None and config_kwargs.get("clip_embed_dim") is None:
             config_kwargs["clip_embed_dim"] = vision_feature_dim(vision_config, vision_feature)
@@ -640,6 +667,30 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         model.generation_config = caption_generation_config(text, config, tokenizer)
         remember_donors(model)
         return model
+
+
+def _check_fields(config_kwargs: dict):
+    """Anything would be taken, and saved in `config.json`: a misspelt field, a token."""
+    known = ["attn_implementation", *(field.name for field in dataclasses.fields(ClipCapConfig))]
+    for name in config_kwargs:
+        if name not in known:
+            near = difflib.get_close_matches(name.removeprefix("torch_"), [*known, "dtype"], n=1)
+            raise TypeError(
+                f"ClipCapConfig has no field `{name}`"
+                + (f"; did you mean `{near[0]}`? " if near else ". ")
+                + "What is for the loading of a part (`token`, `revision`, ...) goes into `vision_kwargs` or `text_kwargs`."
+            )
+
+
+def _load_text_config(name: str, kwargs: dict):
+    try:
+        config = AutoConfig.from_pretrained(donor_folder(name), **kwargs)
+    except OSError as error:
+        raise OSError(f"There is no language model {name!r} to be had: {error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
+        if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+            raise ValueError(f"{name} is a `{config.model_type}`, which is no causal language model: choose another.")
+    return config
 
 
 def _check_finite(clip_embeds: torch.Tensor):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -322,6 +323,7 @@ class ClipCapProcessor(ProcessorMixin):
             text_kwargs (`dict`, *optional*): For loading the tokenizer.
         """
         image_processor = None
+        vision, text = (os.fspath(name) if isinstance(name, os.PathLike) else name for name in (vision, text))
         if vision is not None:
             image_processor, own_num_frames = load_image_processor(vision, **(vision_kwargs or {}))
             num_frames = own_num_frames or num_frames

@@ -278,6 +278,14 @@ def test_damaged_and_incomplete_light_checkpoints(donors, start):
         load(donors / "light")
 
 
+def test_damaged_donor(donors, start):
+    start().save_pretrained(donors / "light", save_frozen=False)
+    path = donors / "gpt2" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="gpt2, which this checkpoint leaves out, are incomplete or damaged"):
+        load(donors / "light")
+
+
 def test_training_resumes_from_light_checkpoints(donors, start, captions):
     def train(steps, **kwargs):
         model = start(None, clip_embed_dim=16, save_frozen=False)

@@ -180,6 +180,9 @@ def test_adapters_alone_in_the_format_of_peft(folder, tmp_path):
         ({"rank": 4}, "rank.*arguments of peft.LoraConfig"),
         ({"target_modules": ["no_such"]}, "no_such"),
         ({"modules_to_save": ["lm_head"]}, "leave `modules_to_save` out"),
+        ({"trainable_token_indices": [1]}, "leave `trainable_token_indices` out"),
+        ({"bias": "all"}, "leave `bias` out"),
+        ({"init_lora_weights": "pissa"}, "own weights as they are.*'pissa'"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "share their weights.*leave both out"),
     ],
 )

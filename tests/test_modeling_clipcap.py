@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    BertConfig,
+    BertLMHeadModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionModelWithProjection,
@@ -920,7 +922,7 @@ def test_from_loaded_parts_and_in_bfloat16(tmp_path, clip_config, text_config):
     )
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     full = ClipCapForConditionalGeneration.from_vision_text_pretrained(
-        str(tmp_path / "clip"), str(tmp_path / "gpt2"), vision_kwargs={"local_files_only": True}
+        tmp_path / "clip", tmp_path / "gpt2", vision_kwargs={"local_files_only": True}
     )
     assert {parameter.dtype for parameter in full.parameters()} == {torch.float32}
 
@@ -936,3 +938,48 @@ def test_placeholder_of_a_vocabulary_that_is_larger_than_its_tokenizer(tmp_path,
     assert model.config.image_token_id == processor.image_token_id == vocabulary
     inputs = processor(text=["a red", ""], clip_embeds=torch.randn(2, 512), return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=20).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"freeze_langauge_model": True}, "did you mean `freeze_language_model`"),
+        ({"token": "hf_secret"}, "no field `token`.*`vision_kwargs` or `text_kwargs`"),
+        ({"torch_dtype": torch.bfloat16}, "did you mean `dtype`"),
+    ],
+)
+def test_what_is_no_field_of_the_configuration(clip_config, text_config, fields, message):
+    with pytest.raises(TypeError, match=message):
+        ClipCapForConditionalGeneration.from_vision_text_pretrained(
+            CLIPVisionModelWithProjection(clip_config), GPT2LMHeadModel(text_config), **fields
+        )
+
+
+def test_what_is_no_causal_language_model(tmp_path, clip_config):
+    clip = CLIPVisionModelWithProjection(clip_config)
+    clip.save_pretrained(tmp_path / "clip")
+    start = ClipCapForConditionalGeneration.from_vision_text_pretrained
+    with pytest.raises(ValueError, match="clip is a `clip_vision_model`, which is no causal language model"):
+        start(clip, tmp_path / "clip")
+    with pytest.raises(TypeError, match="`text` must be the name or folder of a model"):
+        start(clip, None)
+    with pytest.raises(OSError, match="no language model 'no/such' to be had"):
+        start(clip, "no/such")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertConfig(vocab_size=290, **sizes)
+    BertLMHeadModel(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="A `bert` is an encoder.*is_decoder"):
+        start(clip, tmp_path / "bert")
+    decoder = BertLMHeadModel.from_pretrained(tmp_path / "bert", is_decoder=True)
+    model = start(clip, decoder, prefix_length=4).eval()
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]])
+    logits = model.language_model(ids).logits
+    torch.testing.assert_close(logits[0, :3], logits[1, :3])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"prompt_lookup_num_tokens": 3}, {"token_healing": True}, {"encoder_repetition_penalty": 1.2}]
+)
+def test_generation_that_looks_prompts_up_in_the_vocabulary(make_model, setting):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}` looks the prompt's tokens up"):
+        make_model().generate(clip_embeds=torch.randn(1, 16), **setting)

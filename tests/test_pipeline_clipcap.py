@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline, official_beam_search
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from transformers import pipeline
@@ -110,6 +110,10 @@ def test_scores_of_beams(captioner, images):
     settings = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5}
     sequences = model.generate(**inputs, **settings)
     expected = [mean_logprob(model, row, inputs["pixel_values"], 4, 0) for row in sequences]
+    outputs = captioner(images[0], return_scores=True, **settings)
+    assert [record["score"] for record in outputs] == pytest.approx(expected, abs=1e-4)
+    settings["custom_generate"] = official_beam_search
+    expected = [mean_logprob(model, row, inputs["pixel_values"], 4, 0) for row in model.generate(**inputs, **settings)]
     outputs = captioner(images[0], return_scores=True, **settings)
     assert [record["score"] for record in outputs] == pytest.approx(expected, abs=1e-4)
 

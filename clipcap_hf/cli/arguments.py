@@ -38,7 +38,10 @@ def load_captioner(name: str, device: str | None, dtype: str | None = None):
     name = os.path.expanduser(name)
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"{name}: no such folder; --model takes a folder, a Hub id, emoji-mini or photo-mini")
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"There is no captioner {name!r} to be had: {error}") from error
     if config.model_type != "clipcap":
         raise ValueError(f"{name} is a {config.model_type} model, not a ClipCap captioner")
     model = ClipCapForConditionalGeneration.from_pretrained(name, dtype=dtype or "auto").to(device).eval()

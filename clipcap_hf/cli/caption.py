@@ -1,5 +1,6 @@
 """`clipcap caption`"""
 
+import argparse
 import json
 import os
 import sys
@@ -32,7 +33,7 @@ def add_parser(commands):
     caption.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
     caption.add_argument(
         "--explain",
-        type=positive,
+        type=_number_of_tokens,
         nargs="?",
         const=1,
         default=0,
@@ -48,6 +49,12 @@ def add_parser(commands):
     )
     add_device_arguments(caption)
     caption.set_defaults(run=run)
+
+
+def _number_of_tokens(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; images stand before --explain")
+    return positive(text)
 
 
 def run(arguments) -> int:

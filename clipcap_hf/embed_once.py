@@ -58,6 +58,7 @@ def embed_once(
     from datasets.fingerprint import Hasher
 
     from .data import embed
+    from .data.embed import data_fingerprint
     from .data.embeddings import describe_tower
 
     image, captions, embeds = (columns[f"{name}_column"] for name in ("image", "caption", "embeds"))
@@ -67,7 +68,7 @@ def embed_once(
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.vision_tower.dtype  # as in training
     # A name that is the same for the same images and tower, and in all processes.
     transform = processor.image_processor.to_json_string()
-    name = Hasher.hash([data._fingerprint, tower["weights_sha256"], transform, str(dtype)])
+    name = Hasher.hash([data_fingerprint(data, image), tower["weights_sha256"], transform, str(dtype)])
     out = Path(args.output_dir) / "_embeddings" / f"{split}-{broadcast_object_list([name])[0]}"
     if split == "train":
         images = data.select_columns([image, captions, *({"image_id"} & set(data.column_names) - {image, captions})])

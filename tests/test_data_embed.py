@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,21 @@ def test_splits_and_streams(tmp_path, make_model, processor, data):
     assert rows_of(again) == rows_of(embedded["train"])
     with pytest.raises(ValueError, match="no split 'test'; it has 'train'"):
         load_embeddings(tmp_path / "embeds", split="test")
+
+
+def test_replaced_files_are_other_images(tmp_path, make_model, processor, emoji_files, caplog):
+    folder = tmp_path / "files"
+    shutil.copytree(emoji_files.parent, folder)
+    data = load_captions("karpathy", folder / "dataset.json", split="train")
+    model, out = make_model(), tmp_path / "embeds"
+    embed(model, data, out, processor, progress=False)
+    caplog.clear()
+    embed(model, data, out, processor, progress=False)  # there is nothing left to do
+    assert "3 images could not be embedded" in caplog.text
+    shutil.copy(folder / "0.png", folder / "7.png")
+    with pytest.raises(ValueError, match="differ in data: choose another folder, or delete"):
+        embed(model, data, out, processor, progress=False)
+    assert len(embed(model, data, tmp_path / "again", processor, progress=False)) == IMAGES - 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -178,7 +179,7 @@ def _embed_split(
         "transform": json.loads(image_processor.to_json_string()),
         "shape": list(shape),
         "data": {
-            "fingerprint": None if streamed else dataset._fingerprint,
+            "fingerprint": None if streamed else data_fingerprint(dataset),
             "shards": shards,
             "shard_size": None if streamed else shard_size,
         },
@@ -218,6 +219,26 @@ def _embed_split(
         folder.finish(shards)
     process.wait_for_everyone()
     return load_embeddings(out)
+
+
+def data_fingerprint(dataset, column: str = "image") -> str:
+    """Of a data set with random access and of its image files: one that is replaced or repaired is another image."""
+    from datasets import Image as ImageFeature
+
+    images = dataset.with_format(None).select_columns(column).cast_column(column, ImageFeature(decode=False))
+    digest = hashlib.sha256(dataset._fingerprint.encode())
+    for batch in images.iter(1000):
+        for image in batch[column]:
+            if image is None or image["path"] is None or image["bytes"] is not None:
+                continue
+            try:
+                status = os.stat(image["path"])
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(b"-\n")
+        if all(image and image["bytes"] is not None for image in batch[column]):
+            break  # images within the data set, all of which need not be read for this
+    return digest.hexdigest()[:16]
 
 
 @dataclass

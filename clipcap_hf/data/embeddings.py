@@ -183,8 +183,6 @@ class EmbeddingsFolder:
         """Make the folder one that `datasets.load_from_disk` reads; called by one process, when all shards are done."""
         from datasets import Dataset, DatasetInfo
 
-        if (self.path / "state.json").is_file():
-            return
         failed = [self.path / _failed_file(shard) for shard in range(shards)]
         failed = "".join(path.read_text(encoding="utf-8") for path in failed if path.is_file())
         rows = sum(len(Dataset.from_file(str(self.path / _data_file(shard)))) for shard in range(shards))
@@ -194,6 +192,8 @@ class EmbeddingsFolder:
             if not rows:
                 raise ValueError(f"No image could be embedded. The first: {json.loads(lines[0])['error']}")
             logger.warning(f"{len(lines)} images could not be embedded: {self.path / 'failed.jsonl'} says why.")
+        if (self.path / "state.json").is_file():
+            return
         info = DatasetInfo(description=json.dumps(self.provenance), features=self.features)
         info.write_to_directory(str(self.path))
         digest = hashlib.sha256(json.dumps([self.provenance, str(self.path.absolute()), rows]).encode())

@@ -342,6 +342,10 @@ def test_bad_embeddings(convert_embeds, tmp_path):
         ({"caption": None}, "Caption 1"),
         ({"clip_embedding": 3}, "Caption 1"),
         ({"clip_embedding": "1"}, "Caption 1"),
+        ({"clip_embedding": True}, "Caption 1: its `clip_embedding` is not the number of a row"),
+        ({"image_id": [9]}, "Caption 1: its `image_id` is neither text nor a whole number"),
+        ({"image_id": None}, "Caption 1: its `image_id` is neither"),
+        ({"image_id": True}, "Caption 1: its `image_id` is neither"),
         ({"image_id": "9"}, "embeddings that differ"),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ def convert_official_checkpoint(
         text_config = (
             GPT2Config() if text_config is None else AutoConfig.from_pretrained(text_config, **text_kwargs or {})
         )
+    if text_config.is_encoder_decoder:
+        raise ValueError(
+            f"`text_config` must be of a causal language model, but `{text_config.model_type}` is an encoder-decoder."
+        )
     text_class = _check_text_config(text_weights, text_config)
     mapper_config = _mapper_config(mapper_weights, text_config.get_text_config().hidden_size)
     mapper_weights = _rename_mapper(mapper_weights, mapper_config["mapping_type"])
@@ -125,6 +130,9 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # a zip file or a pickle
         raise ValueError(f"{path} is not a PyTorch checkpoint; was a web page saved in place of the file?")
+    # Of a file cut short torch asks for `weights_only=False`, as if it held code.
+    if start == b"PK" and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is damaged or cut short: download it again.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -135,7 +143,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds more than weights ({what}), and reading that could run code, so it was not read. If you trust "
             "the file, load it where it was made and save the weights alone: `torch.save(model.state_dict(), PATH)`."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError) as error:
         raise ValueError(f"{path} is damaged or cut short: download it again ({error}).") from error
     _check_is_state_dict(state, path)
     if all(key.startswith("module.") for key in state):  # saved from DataParallel
@@ -173,7 +181,18 @@ def _split(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> tuple[d
     if not text or not mapper:
         missing = _MAPPER if text else _LANGUAGE_MODEL
         raise ValueError(f"{path} is not an official ClipCap checkpoint: it holds no `{missing}*` weights.")
-    return {key: value for key, value in text.items() if not _OLD_BUFFER.fullmatch(key)}, mapper
+    text = {key: value for key, value in text.items() if not _OLD_BUFFER.fullmatch(key)}
+    _check_finite(text, _LANGUAGE_MODEL, path)
+    _check_finite(mapper, _MAPPER, path)
+    return text, mapper
+
+
+def _check_finite(weights: dict[str, torch.Tensor], prefix: str, path: str | os.PathLike):
+    bad = [prefix + key for key, value in weights.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{path} holds NaN or infinity in {_some(bad)}: its training diverged, or the file is damaged."
+        )
 
 
 def _check_text_config(weights: dict[str, torch.Tensor], text_config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -101,7 +101,12 @@ def _group_by_image(embeds: torch.Tensor, records: list[dict]) -> tuple[list, li
             raise ValueError(
                 f"Caption {number} lacks `image_id`, `caption` or `clip_embedding`: {record!r}."
             ) from None
-        if not isinstance(caption, str) or not isinstance(row, int) or not 0 <= row < len(embeds):
+        # True and False are whole numbers to Python.
+        if not isinstance(image_id, (str, int)) or isinstance(image_id, bool):
+            raise ValueError(f"Caption {number}: its `image_id` is neither text nor a whole number: {record!r}.")
+        if not isinstance(row, int) or isinstance(row, bool):
+            raise ValueError(f"Caption {number}: its `clip_embedding` is not the number of a row: {record!r}.")
+        if not isinstance(caption, str) or not 0 <= row < len(embeds):
             raise ValueError(f"Caption {number} has no text, or an embedding that is not there: {record!r}.")
         captions.setdefault(image_id, []).append(caption)
         first_rows.append(rows.setdefault(image_id, row))

@@ -4,10 +4,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+
+# transformers copies a module with what it imports, and a captioner that was loaded without this package needs all of its
+# code to be saved again.
+if TYPE_CHECKING:
+    from .configuration_clipcap import ClipCapConfig  # noqa: F401
+    from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: F401
+    from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: F401
+    from .processing_clipcap import ClipCapProcessor  # noqa: F401
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_clipcap.ClipCapConfig",

@@ -51,7 +51,7 @@ and its training data. Check captions before people rely on them, above all capt
 {licence}
 """
 
-_WITH_PACKAGE = """With the package `clipcap_hf` installed:
+_WITH_PACKAGE = """With {packages} installed:
 
 ```python
 import clipcap_hf
@@ -73,7 +73,7 @@ print(captioner("image.jpg", num_beams=5))
 ```
 """
 
-_WITH_EMBEDS = """This captioner is fed with CLIP embeddings of width {width}. With the package `clipcap_hf` installed:
+_WITH_EMBEDS = """This captioner is fed with CLIP embeddings of width {width}. With {packages} installed:
 
 ```python
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
@@ -212,24 +212,29 @@ def _part(config: dict[str, Any], which: str) -> str | None:
     description = f"`{part['model_type']}`"
     if donor is not None:
         description += f", started from `{_shown(donor['name'])}`"
+    if which == "text" and config.get("lora") is not None:
+        return description + ", frozen, with LoRA adapters"
     frozen = config.get("freeze_vision" if which == "vision" else "freeze_language_model")
     return description + (", frozen in training" if frozen else ", trained")
 
 
 def _mapping(config: dict[str, Any]) -> str:
+    reads = "patch tokens" if config.get("vision_feature") == "patches" else "an embedding"
     return (
-        f"`{config['mapping_type']}`, from an embedding of width {config['clip_embed_dim']} to a prefix of "
+        f"`{config['mapping_type']}`, from {reads} of width {config['clip_embed_dim']} to a prefix of "
         f"{config['prefix_length']} vectors"
     )
 
 
 def _usage(config: dict[str, Any], repo: str) -> str:
+    packages = "the packages `clipcap_hf` and `peft`" if config.get("lora") is not None else "the package `clipcap_hf`"
     if config.get("vision_config") is None:
-        return _WITH_EMBEDS.format(repo=repo, width=config["clip_embed_dim"])
-    usage = _WITH_PACKAGE.format(repo=repo)
+        return _WITH_EMBEDS.format(repo=repo, width=config["clip_embed_dim"], packages=packages)
+    usage = _WITH_PACKAGE.format(repo=repo, packages=packages)
     if config.get("auto_map"):
-        open_clip = config["vision_config"]["model_type"] == "open_clip_vision_model"
-        usage += _WITHOUT_PACKAGE.format(repo=repo, requirement=" (and `open_clip_torch`)" if open_clip else "")
+        needed = ["`open_clip_torch`"] if config["vision_config"]["model_type"] == "open_clip_vision_model" else []
+        needed += ["`peft`"] if config.get("lora") is not None else []
+        usage += _WITHOUT_PACKAGE.format(repo=repo, requirement=f" (and {' and '.join(needed)})" if needed else "")
     return usage
 
 

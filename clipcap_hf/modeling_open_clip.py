@@ -240,15 +240,26 @@ def load_open_clip_checkpoint(name: str, with_weights: bool = True, **hub_kwargs
 
 def _load_published(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[dict, dict, dict]:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    def fetch(filename: str) -> Path | None:
+    def fetch(*filenames: str) -> Path | None:
+        """The first of these files that there is."""
         if not name.startswith("hf-hub:"):
-            return path if (path := Path(name) / filename).is_file() else None
-        try:
-            return Path(hf_hub_download(name.removeprefix("hf-hub:"), filename, **hub_kwargs))
-        except EntryNotFoundError:
-            return None
+            return next((path for file in filenames if (path := Path(name) / file).is_file()), None)
+        unreachable = None
+        for filename in filenames:
+            try:
+                return Path(hf_hub_download(name.removeprefix("hf-hub:"), filename, **hub_kwargs))
+            except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too, but nobody was asked
+                unreachable = error
+            except EntryNotFoundError:
+                pass
+        if unreachable is not None:
+            raise OSError(
+                f"{name} could not be reached, and its {' or '.join(filenames)} is not in the cache: check the connection "
+                "and `HF_HUB_OFFLINE`, or pass a folder."
+            ) from unreachable
+        return None
 
     path = fetch("open_clip_config.json")
     if path is None:
@@ -261,13 +272,14 @@ def _load_published(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[di
 def _read_weights(name: str, fetch) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    if path := fetch("open_clip_model.safetensors"):
+    path = fetch("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    if path is None:
+        raise ValueError(f"{name} has neither open_clip_model.safetensors nor open_clip_pytorch_model.bin.")
+    if path.suffix == ".safetensors":
         return load_file(path)
-    if path := fetch("open_clip_pytorch_model.bin"):
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = weights.get("state_dict", weights)
-        return {key.removeprefix("module."): value for key, value in weights.items()}
-    raise ValueError(f"{name} has neither open_clip_model.safetensors nor open_clip_pytorch_model.bin.")
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = weights.get("state_dict", weights)
+    return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 def _load_by_tag(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[dict, dict, dict]:

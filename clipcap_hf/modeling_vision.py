@@ -84,11 +84,16 @@ def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
+        if name in _POPULAR_TOWERS:
+            raise ValueError(f"The vision tower {name!r} could not be loaded: {error}") from error
         raise ValueError(f"There is no vision tower {name!r}{_suggestion(name)} ({error})") from error
+    if config.model_type == "clipcap":
+        raise ValueError(f"{name} is a captioner, not a vision tower: pass the name of the tower that it has.")
     # A repository of a whole CLIP holds its tower's configuration inside its own.
     vision_config = getattr(config, "vision_config", None) or config
     if vision_config.model_type in PROJECTED_TOWERS:
-        vision_config.projection_dim = config.projection_dim  # a whole CLIP goes by its own
+        # A whole CLIP goes by its own.
+        vision_config.projection_dim = getattr(config, "projection_dim", vision_config.projection_dim)
     return vision_config
 
 
@@ -137,11 +142,12 @@ def _hub_kwargs(kwargs: dict) -> dict:
 
 def _suggestion(name: str) -> str:
     # The official code says "ViT-B/32" for what is "ViT-B-32/openai" here.
-    known = {known.lower(): known for known in (*list_open_clip_names(), *_POPULAR_TOWERS)}
+    known = {known.lower(): known for known in (*list_open_clip_names(), *_POPULAR_TOWERS) if known != name}
     names = (name.lower(), f"{name.lower().replace('/', '-')}/openai")
     near = [known[found] for text in names for found in difflib.get_close_matches(text, known, n=2, cutoff=0.75)]
     near.sort(key=lambda found: -max(difflib.SequenceMatcher(None, found.lower(), text).ratio() for text in names))
-    return f"; did you mean {' or '.join(map(repr, dict.fromkeys(near[:3])))}?" if near else "."
+    near = list(dict.fromkeys(near)) or [known[text] for text in known if name.lower() in text]  # "siglip"
+    return f"; did you mean {' or '.join(map(repr, near[:3]))}?" if near else "."
 
 
 def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration
 from clipcap_hf.convert import convert_official_checkpoint, convert_official_embeddings
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config, T5Config
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -150,7 +150,13 @@ def test_whole_model_is_refused(convert):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b"<!DOCTYPE html>", "web page"), (b"", "not a PyTorch"), (None, "damaged")]
+    "content, message",
+    [
+        (b"<!DOCTYPE html>", "web page"),
+        (b"", "not a PyTorch"),
+        (b"PK\x03\x04 and no more", "damaged or cut short"),
+        (None, "damaged"),
+    ],
 )
 def test_not_a_checkpoint(tmp_path, content, message):
     if content is None:
@@ -199,6 +205,29 @@ def test_missing_parts(convert):
     for name in ("linear.weight", "transformer.layers.0.mlp.fc1.weight", "transformer.layers.1.norm1.bias"):
         with pytest.raises(ValueError, match=name.replace("norm", "layer_norm").removeprefix("transformer.")):
             convert({key: value for key, value in state.items() if key != f"clip_project.{name}"})
+
+
+@pytest.mark.parametrize("size", [20, 200, -100])
+def test_old_files_cut_short(tmp_path, size):
+    torch.save(state_dict(), tmp_path / "weights.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "weights.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:size])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        convert_official_checkpoint(tmp_path / "weights.pt")
+
+
+def test_weights_that_are_no_numbers(convert):
+    for name, value in (("gpt.transformer.ln_f.weight", torch.nan), ("clip_project.model.0.bias", torch.inf)):
+        state = state_dict()
+        state[name][1] = value
+        with pytest.raises(ValueError, match=f"NaN or infinity in {name}"):
+            convert(state)
+    old_mask = {"gpt.transformer.h.0.attn.masked_bias": torch.tensor(-torch.inf)}  # -1e9 in 16 bits
+    convert({**state_dict(), **old_mask})
+
+
+def test_encoder_decoders(convert):
+    with pytest.raises(ValueError, match="`t5` is an encoder-decoder"):
+        convert(state_dict(), T5Config())
 
 
 def test_text_config_of_another_size(convert):
@@ -342,6 +371,10 @@ def test_bad_embeddings(convert_embeds, tmp_path):
         ({"caption": None}, "Caption 1"),
         ({"clip_embedding": 3}, "Caption 1"),
         ({"clip_embedding": "1"}, "Caption 1"),
+        ({"clip_embedding": True}, "Caption 1: its `clip_embedding` is not the number of a row"),
+        ({"image_id": [9]}, "Caption 1: its `image_id` is neither text nor a whole number"),
+        ({"image_id": None}, "Caption 1: its `image_id` is neither"),
+        ({"image_id": True}, "Caption 1: its `image_id` is neither"),
         ({"image_id": "9"}, "embeddings that differ"),
     ],
 )

@@ -39,6 +39,16 @@ def test_pipeline_saves_a_card_with_how_to_load_its_code(tmp_path, make_model, p
     assert "trust_remote_code=True" in card and "`open_clip_torch`" in card
 
 
+def test_card_of_adapters_and_patches(tmp_path, make_model, processor):
+    model = make_model("vit", mapping_type="transformer", vision_feature="patches", lora={"r": 2})
+    pipeline("image-captioning", model=model, processor=processor).save_pretrained(tmp_path, with_code=True)
+    card = (tmp_path / "README.md").read_text()
+    assert "| language model | `gpt2`, frozen, with LoRA adapters |" in card
+    assert "the packages `clipcap_hf` and `peft` installed" in card
+    assert "(and `open_clip_torch` and `peft`)" in card
+    assert "`transformer`, from patch tokens of width 64 to a prefix of 4 vectors" in card
+
+
 def test_edited_cards_are_kept(model_folder):
     path = write_model_card(model_folder)
     generated = path.read_text()

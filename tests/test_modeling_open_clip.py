@@ -5,6 +5,7 @@ import pytest
 import torch
 from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, OpenClipVisionConfig, OpenClipVisionModel
 from clipcap_hf.modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
+from huggingface_hub.errors import LocalEntryNotFoundError
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from transformers import AutoModel, CLIPVisionModelWithProjection
@@ -268,6 +269,30 @@ def test_names_of_open_clip(tmp_path):
         load_open_clip_checkpoint("ViT-B-32/nobody")
     with pytest.raises(ValueError, match="Did you mean 'ViT-B-32/laion2b_s34b_b79k'?"):
         load_open_clip_checkpoint("ViT-B-32/laion2b_s34b_b79")
+
+
+def test_repositories_without_a_connection(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="hf-hub:org/name could not be reached, and its open_clip_config.json is not in"):
+        load_open_clip_checkpoint("hf-hub:org/name")
+    # Weights as a pickle in the cache do.
+    folder = write_open_clip(tmp_path / "vit", build("vit"))
+    torch.save({"a": torch.ones(1)}, tmp_path / "vit" / "open_clip_pytorch_model.bin")
+    (tmp_path / "vit" / "open_clip_model.safetensors").unlink()
+
+    def cached(repo, filename, **kwargs):
+        if (path := tmp_path / "vit" / filename).is_file():
+            return str(path)
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
+    assert load_open_clip_checkpoint("hf-hub:org/name")[2] == {"a": torch.ones(1)}
+    (tmp_path / "vit" / "open_clip_pytorch_model.bin").unlink()
+    with pytest.raises(
+        OSError, match="open_clip_model.safetensors or open_clip_pytorch_model.bin is not in the cache"
+    ):
+        load_open_clip_checkpoint("hf-hub:org/name")
+    with pytest.raises(ValueError, match="has neither"):
+        load_open_clip_checkpoint(folder)
 
 
 def test_tag_says_which_activation_its_weights_need():

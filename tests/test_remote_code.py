@@ -94,6 +94,29 @@ def test_without_the_package(captioners, picture):
             assert found["pipeline"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
 
 
+SAVE_AGAIN = """
+from transformers import AutoModelForImageTextToText, pipeline
+for with_code in (None, True):
+    captioner = pipeline("image-captioning", model=os.environ["CAPTIONER"], trust_remote_code=True)
+    for again in ("once", "twice"):
+        captioner.save_pretrained(f"{again}-{with_code}", with_code=with_code)
+        captioner = pipeline("image-captioning", model=f"{again}-{with_code}", trust_remote_code=True)
+    report[str(with_code)] = captioner(os.environ["IMAGE"])
+    report[f"files {with_code}"] = sorted(name for name in os.listdir(f"twice-{with_code}") if name.endswith(".py"))
+AutoModelForImageTextToText.from_pretrained("twice-None", trust_remote_code=True).save_pretrained("model")
+report["files of a model"] = sorted(name for name in os.listdir("model") if name.endswith(".py"))
+"""
+
+
+def test_saved_again_without_the_package(captioners, picture):
+    environment = {"CAPTIONER": str(captioners / "clip"), "IMAGE": str(picture)}
+    report = run_client(WITHOUT_PACKAGE + SAVE_AGAIN, captioners / "home", **environment)
+    expected = pipeline("image-captioning", model=str(captioners / "clip"))(str(picture))
+    assert report["None"] == report["True"] == expected
+    files = sorted(file.name for file in (captioners / "clip").glob("*.py"))
+    assert report["files None"] == report["files True"] == report["files of a model"] == files
+
+
 def test_no_trust_is_needed_with_the_package(captioners, images):
     folder = str(captioners / "clip")
     assert json.loads((captioners / "clip" / "config.json").read_text())["auto_map"]

@@ -143,6 +143,31 @@ def test_unknown_names(text_folder, name, suggestion):
             from_names(name, text_folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "found"), [("EVA02", "'EVA02-"), ("siglip", "SigLIP"), ("mobileclip", "'MobileCLIP")]
+)
+def test_parts_of_names(name, found):
+    with pytest.raises(ValueError, match=f"There is no vision tower '{name}'; did you mean .*{found}"):
+        load_vision_config(name)
+
+
+def test_a_known_name_that_cannot_be_loaded():
+    name = "openai/clip-vit-base-patch32"
+    with pytest.raises(ValueError, match=f"The vision tower '{name}' could not be loaded: "):
+        load_vision_config(name)
+
+
+def test_captioners_are_no_towers(model_folder):
+    with pytest.raises(ValueError, match="is a captioner, not a vision tower"):
+        load_vision_config(str(model_folder))
+
+
+def test_tower_of_a_model_without_projection(tmp_path, clip_config):
+    llava = transformers.LlavaConfig(vision_config=clip_config)
+    llava.save_pretrained(tmp_path)
+    assert load_vision_config(str(tmp_path)).projection_dim == clip_config.projection_dim
+
+
 def test_names_near_nothing():
     with pytest.raises(ValueError, match=r"There is no vision tower 'no/such-thing'\. \("):
         load_vision_config("no/such-thing")

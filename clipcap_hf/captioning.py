@@ -46,11 +46,13 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
         `(paths, errors)`: an error says which argument names nothing.
     """
     Image.init()
-    extensions = Image.registered_extensions()
+    # Some formats can be written alone (PDF), or are known by name only (MPEG).
+    formats = Image.OPEN.keys() - {"MPEG", "HDF5", "GRIB", "BUFR"}
+    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in formats}
     paths, errors = [], []
     for argument in map(str, arguments):
         if os.path.isdir(argument):
-            below = sorted(path for path in Path(argument).rglob("*") if path.is_file())
+            below = sorted(path for path in Path(argument).rglob("*") if path.is_file() or path.is_symlink())
             found = [str(path) for path in below if path.suffix.lower() in extensions]
             if not found:
                 errors.append(f"{argument}: the folder holds no image files")
@@ -81,8 +83,8 @@ class _Images(Dataset):
         try:
             image = load_image(self.images[index])
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
-        except (ValueError, OSError) as error:  # a data set's column raises what Pillow raises
-            return None, str(error)
+        except (ValueError, OSError, MemoryError) as error:  # a data set's column raises what Pillow raises
+            return None, str(error) or type(error).__name__
 
 
 def caption_files(

@@ -70,18 +70,21 @@ def _values(report: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def _eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
+    complete = report["protocol"]["complete"]
+    part_of_split = {} if complete else {"images": report["images"][ENTIRE]}
+    title = report["title"] if complete else f"{report['title']} ({report['images'][ENTIRE]} images only)"
     return [
         EvalResult(
             task_type=TASK,
             task_name="Image captioning",
             dataset_type=report["dataset_id"],
-            dataset_name=report["title"] if part == ENTIRE else f"{report['title']}, {part}",
+            dataset_name=title if part == ENTIRE else f"{title}, {part}",
             dataset_config=None if part == ENTIRE else part,
             dataset_split=report["split"],
             metric_type=metric,
             metric_name=METRIC_TITLES[metric],
             metric_value=value,
-            metric_args={"tokenizer": report["protocol"]["tokenizer"]},
+            metric_args={"tokenizer": report["protocol"]["tokenizer"], **part_of_split},
         )
         for part, metric, value in _values(report)
     ]

@@ -22,6 +22,7 @@ from .video_frames import list_videos, read_frames
 
 
 _URL_TIMEOUT = 30  # seconds without a byte
+_MAX_ASPECT_RATIO = 200  # most transforms make the shorter edge 224 pixels, and then the longer one takes all memory
 _MAX_URL_BYTES = 100 << 20
 
 
@@ -50,9 +51,11 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
 def _decode_image(name: str, file: Path | io.BytesIO) -> Image.Image:
     try:
         with Image.open(file) as opened:
+            if max(opened.size) > _MAX_ASPECT_RATIO * min(opened.size):
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
             return to_rgb(opened)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: refused, the image is too large ({error})") from error
+        raise ValueError(f"{name}: refused, the image is too large or too narrow ({error})") from error
     # Pillow's decoders raise whatever they stumble over in a damaged file.
     except Exception as error:
         raise ValueError(f"{name}: not a readable image ({error})") from error

@@ -157,3 +157,23 @@ def test_dtype(tmp_path, drawings, capsys):
     for dtype in ("bfloat16", "float16"):
         same = sum(one == other for one, other in zip(captions[dtype], captions["float32"], strict=True))
         assert same >= 14, captions
+
+
+def test_folder_with_odd_files(tmp_path, drawings):
+    drawings[3]["image"].save(tmp_path / "a.png")
+    Image.new("RGB", (20_000, 1), "red").save(tmp_path / "line.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    for other in ("paper.pdf", "film.mpg"):
+        (tmp_path / other).write_bytes(b"no image, and not taken for one")
+    strange = os.fsencode(tmp_path / "z") + b"\xff.png"
+    with open(strange, "wb") as file:
+        drawings[3]["image"].save(file, "png")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "clipcap_hf.cli", "caption", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, env=environment, timeout=240)
+    assert result.returncode == 1
+    paths = [line.split(b"\t")[0] for line in result.stdout.splitlines()]
+    assert paths == [os.fsencode(tmp_path / "a.png"), strange]
+    errors = result.stderr.decode()
+    assert "line.png: refused, the image is too large or too narrow (20000 x 1 pixels)" in errors
+    assert "gone.png: no such file" in errors and "paper.pdf" not in errors and "film.mpg" not in errors

@@ -80,7 +80,8 @@ def test_the_hubs_own_readers_understand_both_forms(tmp_path):
     }
     (cider,) = [result for result in ours if result.metric_type == "cider"]
     assert cider.metric_value == round(scores["cider"], 2) and cider.dataset_split == "validation"
-    assert cider.metric_args == {"tokenizer": "python (not exact)"} and cider.verified is None
+    assert cider.metric_args == {"tokenizer": "python (not exact)", "images": 3} and cider.verified is None
+    assert cider.dataset_name.endswith("(3 images only)")  # of the split
 
     path = tmp_path / ".eval_results" / "clipcap-emoji-validation.yaml"
     entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))

@@ -415,3 +415,14 @@ def test_longest_common_subsequence_by_the_table():
         for place, word in enumerate(left):
             positions[word] = positions.get(word, 0) | 1 << place
         assert scores._common_subsequence(positions, len(left), right) == table[-1]
+
+
+def test_diversity_needs_no_references():
+    need_java()
+    found = metrics.load("diversity").compute(predictions=["a dog", "a cat"], tokenizer="ptb")
+    assert found["vocabulary_size"] == 3
+
+
+def test_captions_that_are_no_unicode():
+    with pytest.raises(ValueError, match=r"predictions\[1\] is not valid Unicode"):
+        metrics.load("bleu").compute(predictions=["a", "b \ud800"], references=[["a"], ["b"]], tokenizer="python")

@@ -63,7 +63,9 @@ def read_references(path: str | Path) -> EvaluationSet:
 
 def _coco_references(path, content: dict) -> EvaluationSet:
     groups, domains = {}, {}
-    for image in content.get("images", ()):
+    for number, image in enumerate(content.get("images") or ()):
+        if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
+            raise ValueError(f"{path}: image {number} is {image!r:.80}, without an id.")
         groups[image["id"]] = []
         domains[image["id"]] = image.get("domain")
     for number, annotation in enumerate(content["annotations"]):
@@ -92,7 +94,7 @@ def _whole(image: int | str) -> int | str:
 def _read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 

@@ -21,6 +21,12 @@ def add_device_arguments(parser: argparse.ArgumentParser):
     )
 
 
+def not_negative(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
 def load_captioner(name: str, device: str | None, dtype: str | None = None):
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -61,6 +67,8 @@ def pick_device(name: str | None):
         name = accelerator.type if accelerator is not None else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error

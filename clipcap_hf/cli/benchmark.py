@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .arguments import pick_device, positive
+from .arguments import not_negative, pick_device, positive
 
 
 def add_parser(commands):
@@ -29,7 +29,9 @@ def add_parser(commands):
         benchmark.add_argument(f"--{name}", type=positive, nargs="+", default=default, metavar="N", help=what)
     benchmark.add_argument("--beams", type=positive, default=5, metavar="N", help="of beam search")
     benchmark.add_argument("--repeats", type=positive, default=3, metavar="N", help="rounds (default: %(default)s)")
-    benchmark.add_argument("--files", type=int, default=2000, metavar="N", help="JPEG files to caption, 0 for none")
+    benchmark.add_argument(
+        "--files", type=not_negative, default=2000, metavar="N", help="JPEG files to caption, 0 for none"
+    )
     benchmark.add_argument("--no-scale", action="store_true", help="leave out how cost grows")
     benchmark.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     benchmark.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from .arguments import add_device_arguments, load_captioner, positive
+from .arguments import add_device_arguments, load_captioner, not_negative, positive
 
 
 def add_parser(commands):
@@ -45,7 +45,7 @@ def add_parser(commands):
         "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
     )
     caption.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read images (default: by their number)"
+        "--workers", type=not_negative, metavar="N", help="processes that read images (default: by their number)"
     )
     add_device_arguments(caption)
     caption.set_defaults(run=run)
@@ -63,6 +63,8 @@ def run(arguments) -> int:
 
     paths, errors = find_images(arguments.paths)
     failed = bool(errors)
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold any bytes
+        sys.stdout.reconfigure(errors="surrogateescape")
     speaks = process_state().is_main_process  # under torchrun, for all
     for error in errors if speaks else ():
         print(f"clipcap: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """`clipcap embed`"""
 
-from .arguments import add_data_arguments, load_captioner, load_data, pick_device, positive
+from .arguments import add_data_arguments, load_captioner, load_data, not_negative, pick_device, positive
 
 
 def add_parser(commands):
@@ -29,7 +29,10 @@ def add_parser(commands):
         "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
     )
     embed.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read images (default: by the number of cores)"
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that read images (default: by the number of cores)",
     )
     embed.add_argument(
         "--dtype",

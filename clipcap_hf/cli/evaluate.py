@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from .arguments import add_device_arguments, load_captioner, positive
+from .arguments import add_device_arguments, load_captioner, not_negative, positive
 
 
 def add_parser(commands):
@@ -42,7 +42,7 @@ def add_parser(commands):
     decoding.add_argument("--prompt", help="a beginning that every caption continues")
     decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
     decoding.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(default: %(default)s)")
-    decoding.add_argument("--workers", type=int, metavar="N", help="processes that read images")
+    decoding.add_argument("--workers", type=not_negative, metavar="N", help="processes that read images")
     add_device_arguments(decoding)
 
     scoring = evaluate.add_argument_group("scores")

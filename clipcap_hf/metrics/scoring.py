@@ -32,7 +32,15 @@ def check_predictions(predictions: Sequence[str]) -> list[str]:
     for image, caption in enumerate(predictions):
         if not isinstance(caption, str):
             raise ValueError(f"predictions[{image}] must be a string (one caption an image), not {caption!r}.")
+        _check_unicode(caption, f"predictions[{image}]")
     return list(predictions)
+
+
+def _check_unicode(text: str, place: str):
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} is not valid Unicode (a lone surrogate): {text!r}.") from error
 
 
 def check_references(references: Sequence, images: int, empty: str = "error") -> list[list[str]]:

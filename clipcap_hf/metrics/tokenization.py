@@ -85,6 +85,9 @@ def _tokenize(streams: tuple[tuple[str, ...], ...], name: str) -> list[list[str]
 
 def _tokenize_ptb(streams: list[list[str]]) -> list[list[str]]:
     """One start of Java for all streams, each a file of one caption a line."""
+    if not all(streams):  # of an empty one, Java makes an empty line
+        rest = iter(_tokenize_ptb(filled) if (filled := [stream for stream in streams if stream]) else ())
+        return [next(rest) if stream else [] for stream in streams]
     jar = find_jar(PTB_JAR, "The PTB tokenizer")
     with tempfile.TemporaryDirectory(prefix="clipcap_ptb_") as folder:
         names = [f"{number}.txt" for number in range(len(streams))]

@@ -62,6 +62,7 @@ def measure_speed(
     decoding = {}
     if compile_mode:
         decoding = {"cache_implementation": "static", "compile_config": transformers.CompileConfig(mode=compile_mode)}
+        decoding["compile_config"]._compile_all_devices = True  # else not on a CPU
     limits = {"matmul_flops": matmul_flops(place, dtype), "read_bytes": read_bytes(place, dtype)}
     report = {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{device}, {_cores()} cores",

@@ -98,7 +98,10 @@ class DataArguments:
         default=False, metadata={"help": "Read the training set as it is used, never all of it; needs max_steps."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    caption_column: str = field(default="captions", metadata={"help": "Column of the captions, one or a list."})
+    caption_column: str = field(
+        default="captions",
+        metadata={"help": "Column of the captions, one or a list; of several columns, NAME,NAME (not of saved data)."},
+    )
     embeds_column: str = field(default="clip_embeds", metadata={"help": "Column of the embeddings, if any."})
     references: Literal["random", "all", "first"] = field(
         default="all",

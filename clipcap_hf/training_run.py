@@ -229,12 +229,15 @@ def _load_split(data_args: DataArguments, source: str, split: str, streaming: bo
     if kind in ("imagefolder", "webdataset", "hub"):
         for name in ("image_column", "caption_column"):
             if (column := getattr(data_args, name)) != getattr(DataArguments, name):
-                kwargs[name] = column
+                kwargs[name] = column.split(",") if name == "caption_column" else column
         if streaming:
             kwargs["streaming"] = True
     elif streaming:
         raise ValueError(f"`streaming` works with imagefolder, webdataset and hub; {kind} is a single file.")
-    return load_captions(kind, source, images=data_args.images, split=split, **kwargs)
+    data = load_captions(kind, source, images=data_args.images, split=split, **kwargs)
+    # Readers name columns in their own way; from here on all data have the names that the user gave.
+    names = {"image": data_args.image_column, "captions": data_args.caption_column}
+    return data.rename_columns({old: new for old, new in names.items() if old != new})
 
 
 def _guess_format(source: str) -> str:

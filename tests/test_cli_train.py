@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import tarfile
 
 import clipcap_hf
 import pytest
@@ -178,6 +179,32 @@ def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
         assert torch.equal(trained.vision_tower.state_dict()[name], value), name
     captioner = clipcap_hf.ImageCaptioningPipeline(model=trained, processor=ClipCapProcessor.from_pretrained(out))
     assert isinstance(captioner(load_emoji("validation")[0]["image"])[0]["generated_text"], str)
+
+
+@pytest.mark.parametrize(
+    ("data_format", "column"), [("imagefolder", "text"), ("imagefolder", "text,more"), ("webdataset", "json.caption")]
+)
+def test_named_columns_of_readers(tmp_path, gpt2_folder, images, data_format, column):
+    folder = tmp_path / "images"
+    rows = [{"file_name": f"{i}.png", "text": f"one {i}", "more": f"two {i}", "caption": f"one {i}"} for i in range(4)]
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        for row, image in zip(rows, images):
+            image.save(folder / split / row["file_name"])
+        (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"vision": "emoji-mini", "max_steps": 1, "image_column": "image", "save_strategy": "no"}
+    if data_format == "webdataset":
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for i, row in enumerate(rows):
+                (folder / f"{i}.json").write_text(json.dumps(row))
+                tar.add(folder / "train" / f"{i}.png", f"{i}.png")
+                tar.add(folder / f"{i}.json", f"{i}.json")
+        settings |= {"streaming": True, "image_column": "png", "eval_split": "train", "max_eval_samples": 2}
+    settings |= {"data_format": data_format, "caption_column": column, "clip_embed_dim": 384}
+    assert main(flags(tmp_path, gpt2_folder, folder, **settings)) == 0
+    samples = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert samples[1]["references"] == (["one 1", "two 1"] if "," in column else ["one 1"])
+    assert (tmp_path / "out" / "samples.png").is_file()
 
 
 def test_images_are_encoded_once(tmp_path, gpt2_folder, monkeypatch):

@@ -166,8 +166,13 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "End with the best checkpoint (default: where there is an evaluation).", **_SWITCH},
     )
-    metric_for_best_model: str | None = field(default="cider", metadata={"help": "What makes a checkpoint the best."})
-    predict_with_generate: bool = field(default=True, metadata={"help": "Caption the images in evaluation."})
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={"help": "What makes a checkpoint the best (default: cider; loss without predict_with_generate)."},
+    )
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Caption the images in evaluation; False: only their loss, and no samples."}
+    )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "On resuming, remember for how long there was no progress."}
     )
@@ -201,6 +206,16 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 "`early_stopping_patience` needs evaluations and checkpoints: leave `load_best_model_at_end` on, and "
                 "`eval_strategy` and `save_strategy` at steps or epoch."
+            )
+        if not self.predict_with_generate:
+            self.prediction_loss_only = True  # logits of all tokens would fill the memory
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "cider" if self.predict_with_generate else "loss"
+        if self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        if not self.predict_with_generate and not self.metric_for_best_model.endswith("loss"):
+            raise ValueError(
+                f"`metric_for_best_model` {self.metric_for_best_model!r} needs `predict_with_generate`: leave one of the two out."
             )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads the images and captions.")

@@ -74,6 +74,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         embeds_noise=_noise(data_args, model),
         return_references=reward is not None,
     )
+    captions_images = evaluation is not None and args.predict_with_generate
     trainer = ClipCapTrainer(
         model=model,
         args=args,
@@ -81,8 +82,9 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         eval_dataset=_without_images(evaluation, columns),
         data_collator=collator,
         processing_class=processor,
-        compute_metrics=evaluation
-        and caption_metrics(processor, _references(evaluation[columns["caption_column"]]), args),
+        compute_metrics=caption_metrics(processor, _references(evaluation[columns["caption_column"]]), args)
+        if captions_images
+        else None,
         callbacks=_callbacks(args),
         reward=reward,
     )
@@ -93,7 +95,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     if evaluation is not None:
         scores.update(trainer.evaluate())
     _save(trainer, scores)
-    if evaluation is not None and args.num_samples:
+    if captions_images and args.num_samples:
         _save_samples(trainer, evaluation, columns)
     return scores
 

@@ -181,6 +181,18 @@ def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
     assert isinstance(captioner(load_emoji("validation")[0]["image"])[0]["generated_text"], str)
 
 
+@pytest.mark.parametrize("eval_strategy", ["steps", "no"])
+def test_evaluation_without_captions(tmp_path, gpt2_folder, data_folder, eval_strategy):
+    settings = {"predict_with_generate": False, "max_steps": 40, "eval_strategy": eval_strategy}
+    assert main(flags(tmp_path, gpt2_folder, data_folder, **settings)) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert "eval_loss" in scores and "eval_cider" not in scores
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert scores["eval_loss"] == min(losses)
+    assert not (tmp_path / "out" / "samples.json").exists()
+
+
 @pytest.mark.parametrize(
     ("data_format", "column"), [("imagefolder", "text"), ("imagefolder", "text,more"), ("webdataset", "json.caption")]
 )
@@ -304,6 +316,7 @@ def test_lengths_are_of_the_longest_reference(tokenizer, captions):
         ({"streaming": True, "data_format": "coco"}, "`streaming` works with imagefolder"),
         ({"eval_split": "none", "early_stopping_patience": 2}, "needs an evaluation set"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "needs evaluations and checkpoints"),
+        ({"predict_with_generate": False, "metric_for_best_model": "cider"}, "needs `predict_with_generate`"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),
         ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
     ],

@@ -89,6 +89,12 @@ class DataArguments:
         },
     )
     images: str | None = field(default=None, metadata={"help": "Folder of the images, where data is a file."})
+    missing: Literal["error", "skip"] | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with images that are listed but not there (default: skip for conceptual, else error)."
+        },
+    )
     eval_data: str | None = field(default=None, metadata={"help": "Data to evaluate on, if not a split of data."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(
@@ -101,6 +107,10 @@ class DataArguments:
     caption_column: str = field(
         default="captions",
         metadata={"help": "Column of the captions, one or a list; of several columns, NAME,NAME (not of saved data)."},
+    )
+    id_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the image ids, for imagefolder and hub: rows of the same id are one image."},
     )
     embeds_column: str = field(default="clip_embeds", metadata={"help": "Column of the embeddings, if any."})
     references: Literal["random", "all", "first"] = field(

@@ -227,7 +227,7 @@ def _load_split(data_args: DataArguments, source: str, split: str, streaming: bo
         return _load_saved(source, split)
     if kind not in READERS:
         raise ValueError(f"`data_format` must be one of auto, emoji, saved, {', '.join(READERS)}, but is {kind!r}.")
-    kwargs = {}
+    kwargs = {} if data_args.id_column is None else {"id_column": data_args.id_column}
     if kind in ("imagefolder", "webdataset", "hub"):
         for name in ("image_column", "caption_column"):
             if (column := getattr(data_args, name)) != getattr(DataArguments, name):
@@ -236,7 +236,7 @@ def _load_split(data_args: DataArguments, source: str, split: str, streaming: bo
             kwargs["streaming"] = True
     elif streaming:
         raise ValueError(f"`streaming` works with imagefolder, webdataset and hub; {kind} is a single file.")
-    data = load_captions(kind, source, images=data_args.images, split=split, **kwargs)
+    data = load_captions(kind, source, images=data_args.images, split=split, missing=data_args.missing, **kwargs)
     # Readers name columns in their own way; from here on all data have the names that the user gave.
     names = {"image": data_args.image_column, "captions": data_args.caption_column}
     return data.rename_columns({old: new for old, new in names.items() if old != new})

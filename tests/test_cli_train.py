@@ -15,7 +15,7 @@ from clipcap_hf.cli import main
 from clipcap_hf.cli.train import parse
 from clipcap_hf.data import load_emoji
 from clipcap_hf.training_data import caption_lengths, one_row_per_caption
-from clipcap_hf.training_run import load_captioner, run_training
+from clipcap_hf.training_run import load_captioner, load_data, run_training
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -179,6 +179,21 @@ def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
         assert torch.equal(trained.vision_tower.state_dict()[name], value), name
     captioner = clipcap_hf.ImageCaptioningPipeline(model=trained, processor=ClipCapProcessor.from_pretrained(out))
     assert isinstance(captioner(load_emoji("validation")[0]["image"])[0]["generated_text"], str)
+
+
+def test_missing_images_and_ids(tmp_path, gpt2_folder, images, capsys):
+    names = ["a.png", "b.png", "a.png"]
+    rows = {"image": [str(tmp_path / name) for name in names], "text": ["one", "two", "three"], "key": [7, 8, 7]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+    images[0].save(tmp_path / "a.png")
+    settings = {"data_format": "hub", "caption_column": "text", "id_column": "key", "vision": "emoji-mini"}
+    command = flags(tmp_path, gpt2_folder, tmp_path / "rows", **settings, clip_embed_dim=384, eval_split="none")
+    assert main(command) == 1
+    assert "1 of the 2 images" in (said := capsys.readouterr().err) and "--missing skip" in said
+    train, _ = load_data(parse([*command[1:], "--missing", "skip"])[1])
+    assert [row["text"] for row in train] == [["one", "three"]]
+    assert main([*command, "--data_format", "coco"]) == 1
+    assert "it takes no 'id_column'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("eval_strategy", ["steps", "no"])

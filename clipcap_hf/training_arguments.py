@@ -150,6 +150,12 @@ class DataArguments:
         },
     )
 
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                instead = " or `eval_split none` for no evaluation" if name == "max_eval_samples" else ""
+                raise ValueError(f"`{name}` must be at least 1, but is {limit}: leave it out for all images{instead}.")
+
 
 @dataclass
 class CaptioningArguments(Seq2SeqTrainingArguments):
@@ -227,6 +233,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"`metric_for_best_model` {self.metric_for_best_model!r} needs `predict_with_generate`: leave one of the two out."
             )
+        if self.num_samples < 0:
+            raise ValueError(f"`num_samples` must be 0 (no samples) or more, but is {self.num_samples}.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads the images and captions.")
         super().__post_init__()

@@ -124,6 +124,8 @@ def test_flags_win_over_the_file(tmp_path, suffix):
     assert (model_args.text, args.learning_rate) == ("gpt2", 3e-4)
     assert (data_args.data, data_args.append_eos, data_args.references) == ("emoji", False, "random")
     assert parse([path])[2].learning_rate == 1e-4
+    (tmp_path / "recipe.yaml").write_text("output_dir: out\neval_strategy: no\nsave_strategy: no\n")
+    assert parse([str(tmp_path / "recipe.yaml")])[2].eval_strategy == "no"
 
 
 def test_bad_recipes(tmp_path, capsys):
@@ -133,6 +135,9 @@ def test_bad_recipes(tmp_path, capsys):
     (tmp_path / "b.json").write_text("{")
     assert main(["train", str(tmp_path / "b.json")]) == 1
     assert "neither YAML nor JSON" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("output_dir: out\nreferences: rnd\n")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 1
+    assert "c.yaml: `references` must be one of random, all, first, but is 'rnd'" in capsys.readouterr().err
     assert main(["train"]) == 1
     assert "Pass `output_dir`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -331,6 +336,8 @@ def test_lengths_are_of_the_longest_reference(tokenizer, captions):
         ({"streaming": True, "data_format": "coco"}, "`streaming` works with imagefolder"),
         ({"eval_split": "none", "early_stopping_patience": 2}, "needs an evaluation set"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "needs evaluations and checkpoints"),
+        ({"max_eval_samples": 0}, "`max_eval_samples` must be at least 1, but is 0"),
+        ({"max_train_samples": -1}, "`max_train_samples` must be at least 1, but is -1"),
         ({"predict_with_generate": False, "metric_for_best_model": "cider"}, "needs `predict_with_generate`"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),
         ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),

@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from .assets import EMOJI_MINI
 from .checkpoints import check_writable, last_checkpoint
+from .data.schema import CaptionCleaner
 from .embed_once import embed_once, pays_to_embed
 from .memory import keep_freed_memory
 from .metrics import score_captions
@@ -224,7 +225,7 @@ def _load_split(data_args: DataArguments, source: str, split: str, streaming: bo
     if kind == "emoji":
         return load_emoji(split)
     if kind == "saved":
-        return _load_saved(source, split)
+        return _load_saved(source, split, data_args.caption_column)
     if kind not in READERS:
         raise ValueError(f"`data_format` must be one of auto, emoji, saved, {', '.join(READERS)}, but is {kind!r}.")
     kwargs = {} if data_args.id_column is None else {"id_column": data_args.id_column}
@@ -255,7 +256,7 @@ def _guess_format(source: str) -> str:
     return "hub"
 
 
-def _load_saved(source: str, split: str):
+def _load_saved(source: str, split: str, caption_column: str):
     from datasets import DatasetDict, load_from_disk
 
     from .data import load_embeddings
@@ -267,15 +268,38 @@ def _load_saved(source: str, split: str):
     if isinstance(data, DatasetDict):
         if split not in data:
             raise ValueError(f"{source} has no split {split!r}; it has {', '.join(data)}.")
-        return data[split]
+        return _captioned(data[split], caption_column, source)
     if "split" in data.column_names and (names := set(data["split"])) != {split}:
         rows = np.flatnonzero(np.asarray(data["split"]) == split)
         if not len(rows):
             raise ValueError(f"{source} has no rows of the split {split!r}; it has {', '.join(sorted(names))}.")
-        return data.select(rows)
+        return _captioned(data, caption_column, source, rows)
     if split not in (DataArguments.train_split, str(data.split)):
         raise ValueError(f"{source} has no splits.")
-    return data
+    return _captioned(data, caption_column, source)
+
+
+def _captioned(data, column: str, source: str, rows: Sequence[int] | None = None):
+    """Those rows of a data set (all by default) that have captions, with their captions cleaned."""
+    rows = range(len(data)) if rows is None else rows
+    if column not in data.column_names or not len(rows):
+        return data.select(rows)
+    clean = CaptionCleaner(source)
+    found = data[column][:]
+    captions = list(found)
+    for row in rows:
+        texts = clean(found[row], f"in row {row}")
+        captions[row] = (texts or [None])[0] if isinstance(found[row], str) else texts
+    clean.report()
+    kept = [row for row in rows if captions[row]]
+    if not kept:
+        raise ValueError(f"{source} has no captions in the column {column!r}: pass `caption_column`, or other data.")
+    if without := [row for row in rows if not captions[row]]:
+        logger.warning(f"{source}: {len(without)} rows without a caption were left out, row {without[0]} the first.")
+    if any(captions[row] != found[row] for row in kept):
+        # Before the selection, since adding a column to one would copy the images.
+        data = data.remove_columns(column).add_column(column, captions, feature=data.features[column])
+    return data if len(kept) == len(data) else data.select(kept)
 
 
 def _shaped(
@@ -325,6 +349,8 @@ def _check_columns(data, what: str, model, columns: dict, text_only: bool, argum
     has = f"it has {', '.join(names)}"
     if caption not in names:
         raise ValueError(f"The {what} data ({argument}) has no column {caption!r}; {has}. Pass `caption_column`.")
+    if hasattr(data, "select") and len(data) and not any(data[caption]):
+        raise ValueError(f"The {what} data ({argument}) has no captions: its column {caption!r} is empty.")
     if text_only:
         return
     if embeds in names:

@@ -360,6 +360,34 @@ def test_training_and_evaluation_data_of_different_columns(tmp_path, gpt2_folder
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("bad", [None, [None], [], ["ok", " "], "strings"], ids=str)
+def test_saved_rows_without_captions(tmp_path, gpt2_folder, captions, capsys, caplog, bad):
+    def save(texts):
+        data = Dataset.from_dict({"clip_embeds": torch.randn(len(texts), 16).tolist(), "captions": texts})
+        DatasetDict({"train": data}).save_to_disk(tmp_path / "rows")
+        return flags(tmp_path, gpt2_folder, tmp_path / "rows", eval_split="none", references="random", max_steps=3)
+
+    command = save(["", *captions[1:], None] if bad == "strings" else [bad, *([caption] for caption in captions[1:])])
+    assert main(command) == 0
+    train, _ = load_data(parse(command[1:])[1])
+    if bad == ["ok", " "]:
+        assert "1 captions are empty" in caplog.text and train[0]["captions"] == ["ok"] and len(train) == 8
+    else:
+        assert "rows without a caption were left out, row 0 the first" in caplog.text and len(train) == 7
+        assert (
+            main([*save([bad, bad] if bad != "strings" else ["", " "]), "--output_dir", str(tmp_path / "other")]) == 1
+        )
+        assert "has no captions in the column 'captions'" in capsys.readouterr().err
+
+
+def test_images_without_captions(tmp_path, gpt2_folder, images, capsys):
+    images[0].save(tmp_path / "a.png")
+    (tmp_path / "train.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}]}))
+    settings = {"data_format": "coco", "eval_split": "none"}
+    assert main(flags(tmp_path, gpt2_folder, tmp_path / "train.json", **settings)) == 1
+    assert "The training data (`data`) has no captions" in capsys.readouterr().err
+
+
 def test_a_warm_up_for_larger_data_is_noticed(tmp_path, gpt2_folder, data_folder, caplog):
     assert main(flags(tmp_path, gpt2_folder, data_folder, max_steps=2, warmup_steps=5000, num_samples=0)) == 0
     assert "The warm-up of 5000 steps" in caplog.text

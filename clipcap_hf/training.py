@@ -1,6 +1,8 @@
 """Training captioners: the collator and the trainer."""
 
 import copy
+import errno
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -245,7 +247,21 @@ class ClipCapTrainer(Seq2SeqTrainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not parameter.detach().isfinite().all():
                 raise NonFiniteError(self._diverged(f"{name} holds NaN or infinity"))
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # torch and safetensors raise errors of their own kinds
+            if not self._disk_is_full(error):
+                raise
+            last = last_checkpoint(self.args.output_dir)
+            kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint yet"
+            raise OSError(
+                f"The disk of {self.args.output_dir} is full; {kept}. Make room and run again with `resume` (--resume)."
+            ) from error
+
+    def _disk_is_full(self, error: Exception) -> bool:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            return True
+        return shutil.disk_usage(self.args.output_dir).free < 2**20
 
     def _diverged(self, what: str) -> str:
         last = last_checkpoint(self.args.output_dir)
@@ -315,6 +331,10 @@ class ClipCapTrainer(Seq2SeqTrainer):
             prompt_length = int((inputs["labels"] != IGNORED).any(0).nonzero()[0])
         prompt = {name: inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")}
         generate_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
+        # `generation_max_length` comes as max_length, over which the captioner's own max_new_tokens would win.
+        max_length = generate_kwargs.pop("max_length", None)
+        if max_length is not None and generate_kwargs.get("max_new_tokens") is None:
+            generate_kwargs["max_new_tokens"] = max_length
         generated = captioner.generate(**prompt, clip_embeds=inputs["clip_embeds"], **generate_kwargs)
         generated = generated[:, prompt_length:]
         labels = inputs.get("labels")

@@ -89,6 +89,12 @@ class DataArguments:
         },
     )
     images: str | None = field(default=None, metadata={"help": "Folder of the images, where data is a file."})
+    missing: Literal["error", "skip"] | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with images that are listed but not there (default: skip for conceptual, else error)."
+        },
+    )
     eval_data: str | None = field(default=None, metadata={"help": "Data to evaluate on, if not a split of data."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(
@@ -98,7 +104,14 @@ class DataArguments:
         default=False, metadata={"help": "Read the training set as it is used, never all of it; needs max_steps."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    caption_column: str = field(default="captions", metadata={"help": "Column of the captions, one or a list."})
+    caption_column: str = field(
+        default="captions",
+        metadata={"help": "Column of the captions, one or a list; of several columns, NAME,NAME (not of saved data)."},
+    )
+    id_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the image ids, for imagefolder and hub: rows of the same id are one image."},
+    )
     embeds_column: str = field(default="clip_embeds", metadata={"help": "Column of the embeddings, if any."})
     references: Literal["random", "all", "first"] = field(
         default="all",
@@ -137,6 +150,12 @@ class DataArguments:
         },
     )
 
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                instead = " or `eval_split none` for no evaluation" if name == "max_eval_samples" else ""
+                raise ValueError(f"`{name}` must be at least 1, but is {limit}: leave it out for all images{instead}.")
+
 
 @dataclass
 class CaptioningArguments(Seq2SeqTrainingArguments):
@@ -163,8 +182,13 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "End with the best checkpoint (default: where there is an evaluation).", **_SWITCH},
     )
-    metric_for_best_model: str | None = field(default="cider", metadata={"help": "What makes a checkpoint the best."})
-    predict_with_generate: bool = field(default=True, metadata={"help": "Caption the images in evaluation."})
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={"help": "What makes a checkpoint the best (default: cider; loss without predict_with_generate)."},
+    )
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Caption the images in evaluation; False: only their loss, and no samples."}
+    )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "On resuming, remember for how long there was no progress."}
     )
@@ -199,6 +223,18 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
                 "`early_stopping_patience` needs evaluations and checkpoints: leave `load_best_model_at_end` on, and "
                 "`eval_strategy` and `save_strategy` at steps or epoch."
             )
+        if not self.predict_with_generate:
+            self.prediction_loss_only = True  # logits of all tokens would fill the memory
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "cider" if self.predict_with_generate else "loss"
+        if self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        if not self.predict_with_generate and not self.metric_for_best_model.endswith("loss"):
+            raise ValueError(
+                f"`metric_for_best_model` {self.metric_for_best_model!r} needs `predict_with_generate`: leave one of the two out."
+            )
+        if self.num_samples < 0:
+            raise ValueError(f"`num_samples` must be 0 (no samples) or more, but is {self.num_samples}.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads the images and captions.")
         super().__post_init__()

@@ -119,6 +119,8 @@ def evenly_spread(data, limit: int | None):
     """About so many rows from all over a data set; of a stream, the first."""
     if limit is None:
         return data
+    if limit < 1:
+        raise ValueError(f"The number of rows to take must be at least 1, but is {limit}; None takes all.")
     if not hasattr(data, "select"):
         return data.take(limit)
     return data.select(range(0, len(data), max(1, len(data) // limit))).select(range(min(limit, len(data))))

@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from .assets import EMOJI_MINI
 from .checkpoints import check_writable, last_checkpoint
+from .data.schema import CaptionCleaner
 from .embed_once import embed_once, pays_to_embed
 from .memory import keep_freed_memory
 from .metrics import score_captions
@@ -74,6 +75,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         embeds_noise=_noise(data_args, model),
         return_references=reward is not None,
     )
+    captions_images = evaluation is not None and args.predict_with_generate
     trainer = ClipCapTrainer(
         model=model,
         args=args,
@@ -81,8 +83,9 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         eval_dataset=_without_images(evaluation, columns),
         data_collator=collator,
         processing_class=processor,
-        compute_metrics=evaluation
-        and caption_metrics(processor, _references(evaluation[columns["caption_column"]]), args),
+        compute_metrics=caption_metrics(processor, _references(evaluation[columns["caption_column"]]), args)
+        if captions_images
+        else None,
         callbacks=_callbacks(args),
         reward=reward,
     )
@@ -93,7 +96,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     if evaluation is not None:
         scores.update(trainer.evaluate())
     _save(trainer, scores)
-    if evaluation is not None and args.num_samples:
+    if captions_images and args.num_samples:
         _save_samples(trainer, evaluation, columns)
     return scores
 
@@ -222,19 +225,22 @@ def _load_split(data_args: DataArguments, source: str, split: str, streaming: bo
     if kind == "emoji":
         return load_emoji(split)
     if kind == "saved":
-        return _load_saved(source, split)
+        return _load_saved(source, split, data_args.caption_column)
     if kind not in READERS:
         raise ValueError(f"`data_format` must be one of auto, emoji, saved, {', '.join(READERS)}, but is {kind!r}.")
-    kwargs = {}
+    kwargs = {} if data_args.id_column is None else {"id_column": data_args.id_column}
     if kind in ("imagefolder", "webdataset", "hub"):
         for name in ("image_column", "caption_column"):
             if (column := getattr(data_args, name)) != getattr(DataArguments, name):
-                kwargs[name] = column
+                kwargs[name] = column.split(",") if name == "caption_column" else column
         if streaming:
             kwargs["streaming"] = True
     elif streaming:
         raise ValueError(f"`streaming` works with imagefolder, webdataset and hub; {kind} is a single file.")
-    return load_captions(kind, source, images=data_args.images, split=split, **kwargs)
+    data = load_captions(kind, source, images=data_args.images, split=split, missing=data_args.missing, **kwargs)
+    # Readers name columns in their own way; from here on all data have the names that the user gave.
+    names = {"image": data_args.image_column, "captions": data_args.caption_column}
+    return data.rename_columns({old: new for old, new in names.items() if old != new})
 
 
 def _guess_format(source: str) -> str:
@@ -250,7 +256,7 @@ def _guess_format(source: str) -> str:
     return "hub"
 
 
-def _load_saved(source: str, split: str):
+def _load_saved(source: str, split: str, caption_column: str):
     from datasets import DatasetDict, load_from_disk
 
     from .data import load_embeddings
@@ -262,15 +268,38 @@ def _load_saved(source: str, split: str):
     if isinstance(data, DatasetDict):
         if split not in data:
             raise ValueError(f"{source} has no split {split!r}; it has {', '.join(data)}.")
-        return data[split]
+        return _captioned(data[split], caption_column, source)
     if "split" in data.column_names and (names := set(data["split"])) != {split}:
         rows = np.flatnonzero(np.asarray(data["split"]) == split)
         if not len(rows):
             raise ValueError(f"{source} has no rows of the split {split!r}; it has {', '.join(sorted(names))}.")
-        return data.select(rows)
+        return _captioned(data, caption_column, source, rows)
     if split not in (DataArguments.train_split, str(data.split)):
         raise ValueError(f"{source} has no splits.")
-    return data
+    return _captioned(data, caption_column, source)
+
+
+def _captioned(data, column: str, source: str, rows: Sequence[int] | None = None):
+    """Those rows of a data set (all by default) that have captions, with their captions cleaned."""
+    rows = range(len(data)) if rows is None else rows
+    if column not in data.column_names or not len(rows):
+        return data.select(rows)
+    clean = CaptionCleaner(source)
+    found = data[column][:]
+    captions = list(found)
+    for row in rows:
+        texts = clean(found[row], f"in row {row}")
+        captions[row] = (texts or [None])[0] if isinstance(found[row], str) else texts
+    clean.report()
+    kept = [row for row in rows if captions[row]]
+    if not kept:
+        raise ValueError(f"{source} has no captions in the column {column!r}: pass `caption_column`, or other data.")
+    if without := [row for row in rows if not captions[row]]:
+        logger.warning(f"{source}: {len(without)} rows without a caption were left out, row {without[0]} the first.")
+    if any(captions[row] != found[row] for row in kept):
+        # Before the selection, since adding a column to one would copy the images.
+        data = data.remove_columns(column).add_column(column, captions, feature=data.features[column])
+    return data if len(kept) == len(data) else data.select(kept)
 
 
 def _shaped(
@@ -320,6 +349,8 @@ def _check_columns(data, what: str, model, columns: dict, text_only: bool, argum
     has = f"it has {', '.join(names)}"
     if caption not in names:
         raise ValueError(f"The {what} data ({argument}) has no column {caption!r}; {has}. Pass `caption_column`.")
+    if hasattr(data, "select") and len(data) and not any(data[caption]):
+        raise ValueError(f"The {what} data ({argument}) has no captions: its column {caption!r} is empty.")
     if text_only:
         return
     if embeds in names:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import tarfile
 
 import clipcap_hf
 import pytest
@@ -14,7 +15,7 @@ from clipcap_hf.cli import main
 from clipcap_hf.cli.train import parse
 from clipcap_hf.data import load_emoji
 from clipcap_hf.training_data import caption_lengths, one_row_per_caption
-from clipcap_hf.training_run import load_captioner, run_training
+from clipcap_hf.training_run import load_captioner, load_data, run_training
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -123,6 +124,8 @@ def test_flags_win_over_the_file(tmp_path, suffix):
     assert (model_args.text, args.learning_rate) == ("gpt2", 3e-4)
     assert (data_args.data, data_args.append_eos, data_args.references) == ("emoji", False, "random")
     assert parse([path])[2].learning_rate == 1e-4
+    (tmp_path / "recipe.yaml").write_text("output_dir: out\neval_strategy: no\nsave_strategy: no\n")
+    assert parse([str(tmp_path / "recipe.yaml")])[2].eval_strategy == "no"
 
 
 def test_bad_recipes(tmp_path, capsys):
@@ -132,6 +135,9 @@ def test_bad_recipes(tmp_path, capsys):
     (tmp_path / "b.json").write_text("{")
     assert main(["train", str(tmp_path / "b.json")]) == 1
     assert "neither YAML nor JSON" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("output_dir: out\nreferences: rnd\n")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 1
+    assert "c.yaml: `references` must be one of random, all, first, but is 'rnd'" in capsys.readouterr().err
     assert main(["train"]) == 1
     assert "Pass `output_dir`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -178,6 +184,59 @@ def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
         assert torch.equal(trained.vision_tower.state_dict()[name], value), name
     captioner = clipcap_hf.ImageCaptioningPipeline(model=trained, processor=ClipCapProcessor.from_pretrained(out))
     assert isinstance(captioner(load_emoji("validation")[0]["image"])[0]["generated_text"], str)
+
+
+def test_missing_images_and_ids(tmp_path, gpt2_folder, images, capsys):
+    names = ["a.png", "b.png", "a.png"]
+    rows = {"image": [str(tmp_path / name) for name in names], "text": ["one", "two", "three"], "key": [7, 8, 7]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+    images[0].save(tmp_path / "a.png")
+    settings = {"data_format": "hub", "caption_column": "text", "id_column": "key", "vision": "emoji-mini"}
+    command = flags(tmp_path, gpt2_folder, tmp_path / "rows", **settings, clip_embed_dim=384, eval_split="none")
+    assert main(command) == 1
+    assert "1 of the 2 images" in (said := capsys.readouterr().err) and "--missing skip" in said
+    train, _ = load_data(parse([*command[1:], "--missing", "skip"])[1])
+    assert [row["text"] for row in train] == [["one", "three"]]
+    assert main([*command, "--data_format", "coco"]) == 1
+    assert "it takes no 'id_column'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("eval_strategy", ["steps", "no"])
+def test_evaluation_without_captions(tmp_path, gpt2_folder, data_folder, eval_strategy):
+    settings = {"predict_with_generate": False, "max_steps": 40, "eval_strategy": eval_strategy}
+    assert main(flags(tmp_path, gpt2_folder, data_folder, **settings)) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert "eval_loss" in scores and "eval_cider" not in scores
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert scores["eval_loss"] == min(losses)
+    assert not (tmp_path / "out" / "samples.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("data_format", "column"), [("imagefolder", "text"), ("imagefolder", "text,more"), ("webdataset", "json.caption")]
+)
+def test_named_columns_of_readers(tmp_path, gpt2_folder, images, data_format, column):
+    folder = tmp_path / "images"
+    rows = [{"file_name": f"{i}.png", "text": f"one {i}", "more": f"two {i}", "caption": f"one {i}"} for i in range(4)]
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        for row, image in zip(rows, images):
+            image.save(folder / split / row["file_name"])
+        (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"vision": "emoji-mini", "max_steps": 1, "image_column": "image", "save_strategy": "no"}
+    if data_format == "webdataset":
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for i, row in enumerate(rows):
+                (folder / f"{i}.json").write_text(json.dumps(row))
+                tar.add(folder / "train" / f"{i}.png", f"{i}.png")
+                tar.add(folder / f"{i}.json", f"{i}.json")
+        settings |= {"streaming": True, "image_column": "png", "eval_split": "train", "max_eval_samples": 2}
+    settings |= {"data_format": data_format, "caption_column": column, "clip_embed_dim": 384}
+    assert main(flags(tmp_path, gpt2_folder, folder, **settings)) == 0
+    samples = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert samples[1]["references"] == (["one 1", "two 1"] if "," in column else ["one 1"])
+    assert (tmp_path / "out" / "samples.png").is_file()
 
 
 def test_images_are_encoded_once(tmp_path, gpt2_folder, monkeypatch):
@@ -277,6 +336,9 @@ def test_lengths_are_of_the_longest_reference(tokenizer, captions):
         ({"streaming": True, "data_format": "coco"}, "`streaming` works with imagefolder"),
         ({"eval_split": "none", "early_stopping_patience": 2}, "needs an evaluation set"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "needs evaluations and checkpoints"),
+        ({"max_eval_samples": 0}, "`max_eval_samples` must be at least 1, but is 0"),
+        ({"max_train_samples": -1}, "`max_train_samples` must be at least 1, but is -1"),
+        ({"predict_with_generate": False, "metric_for_best_model": "cider"}, "needs `predict_with_generate`"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),
         ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
     ],
@@ -296,6 +358,34 @@ def test_training_and_evaluation_data_of_different_columns(tmp_path, gpt2_folder
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("bad", [None, [None], [], ["ok", " "], "strings"], ids=str)
+def test_saved_rows_without_captions(tmp_path, gpt2_folder, captions, capsys, caplog, bad):
+    def save(texts):
+        data = Dataset.from_dict({"clip_embeds": torch.randn(len(texts), 16).tolist(), "captions": texts})
+        DatasetDict({"train": data}).save_to_disk(tmp_path / "rows")
+        return flags(tmp_path, gpt2_folder, tmp_path / "rows", eval_split="none", references="random", max_steps=3)
+
+    command = save(["", *captions[1:], None] if bad == "strings" else [bad, *([caption] for caption in captions[1:])])
+    assert main(command) == 0
+    train, _ = load_data(parse(command[1:])[1])
+    if bad == ["ok", " "]:
+        assert "1 captions are empty" in caplog.text and train[0]["captions"] == ["ok"] and len(train) == 8
+    else:
+        assert "rows without a caption were left out, row 0 the first" in caplog.text and len(train) == 7
+        assert (
+            main([*save([bad, bad] if bad != "strings" else ["", " "]), "--output_dir", str(tmp_path / "other")]) == 1
+        )
+        assert "has no captions in the column 'captions'" in capsys.readouterr().err
+
+
+def test_images_without_captions(tmp_path, gpt2_folder, images, capsys):
+    images[0].save(tmp_path / "a.png")
+    (tmp_path / "train.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}]}))
+    settings = {"data_format": "coco", "eval_split": "none"}
+    assert main(flags(tmp_path, gpt2_folder, tmp_path / "train.json", **settings)) == 1
+    assert "The training data (`data`) has no captions" in capsys.readouterr().err
 
 
 def test_a_warm_up_for_larger_data_is_noticed(tmp_path, gpt2_folder, data_folder, caplog):

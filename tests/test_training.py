@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -350,6 +351,9 @@ def test_predict_with_generate_does_not_show_the_caption(
         labels = prediction.label_ids[i]
         assert labels[labels != IGNORED].tolist() == [*ids(processor, caption), 0]
     assert predict(captions, max_new_tokens=2).predictions.shape[1] == 2
+    assert predict(captions, max_length=3).predictions.shape[1] <= 3
+    args.generation_max_length = 2
+    assert predict(captions).predictions.shape[1] == 2
     assert predict(captions, num_beams=3, max_new_tokens=3).predictions.shape[1] <= 3
 
 
@@ -375,3 +379,27 @@ def test_evaluation_reports_the_loss_and_the_logits_in_place(tmp_path, make_mode
     batch = next(iter(DataLoader(data, batch_size=8, collate_fn=collator)))
     assert loss == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     assert found["shapes"][0] == found["shapes"][1]
+
+
+@pytest.mark.parametrize("steps", [2, 4], ids=["first checkpoint", "second checkpoint"])
+def test_a_full_disk_is_named(tmp_path, make_model, embeds_processor, captions, monkeypatch, steps):
+    save = torch.save
+
+    def fail(thing, path, *args, **kwargs):
+        if f"checkpoint-{steps}" in str(path):
+            monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+            raise RuntimeError("basic_ios::clear: iostream error")
+        save(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fail)
+    args = training_arguments(tmp_path, Seq2SeqTrainingArguments, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer = ClipCapTrainer(
+        model=make_model(None),
+        args=args,
+        train_dataset=rows(captions, torch.randn(8, 16)),
+        data_collator=CaptioningCollator(embeds_processor),
+    )
+    kept = "no whole checkpoint yet" if steps == 2 else r"the last whole checkpoint is .*checkpoint-2\."
+    with pytest.raises(OSError, match=f"is full; .*{kept}.* with `resume`"):
+        trainer.train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == steps // 2

@@ -58,6 +58,13 @@ def _recipe(path: str, parser) -> dict:
     known = {action.dest for action in parser._actions}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{path} has options that there are not: {', '.join(unknown)}. See clipcap train --help.")
+    # A bare no is False in YAML.
+    values = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}
+    for action in parser._actions:  # argparse checks the choices of flags alone
+        value = values.get(action.dest)
+        if action.choices and value is not None and str(value) not in map(str, action.choices):
+            choices = ", ".join(map(str, action.choices))
+            raise ValueError(f"{path}: `{action.dest}` must be one of {choices}, but is {value!r}.")
     # As text, they are checked and converted as flags are ("2e-5" is text in YAML anyway).
     return {
         name: value if value is None or isinstance(value, (bool, list, dict)) else str(value)

@@ -127,7 +127,7 @@ def _rows_with_image(rows: list[int], paths: list[str | None], missing: str, sou
     message = f"{len(absent)} of the {len(rows)} images that {source} lists are not there: {', '.join(names)}"
     message += ", ..." if len(absent) > 3 else ""
     if missing == "error" or len(absent) == len(rows):
-        raise FileNotFoundError(f"{message}. `missing='skip'` goes on with those present.")
+        raise FileNotFoundError(f"{message}. To go on with those present, pass `missing='skip'` (--missing skip).")
     logger.warning(f"{message}. They were left out.")
     return [row for row in rows if row not in absent]
 

@@ -154,7 +154,7 @@ def _present(records: list[CaptionedRecord], folder: _Folder, missing: str, sour
     )
     if missing == "error" or len(absent) == len(records):
         raise FileNotFoundError(
-            f"{message}. Is `images` the right folder? `missing='skip'` goes on with those present."
+            f"{message}. Is `images` the right folder? To go on with those present, pass `missing='skip'` (--missing skip)."
         )
     logger.warning(f"{message}. They were left out.")
 

@@ -16,17 +16,17 @@ from transformers import (  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from .assets import EMOJI_MINI, PHOTO_MINI  # noqa: E402
-from .configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
-from .generation_clipcap import official_beam_search  # noqa: E402
-from .hub_clipcap import add_code  # noqa: E402
-from .image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
-from .model_card import write_model_card  # noqa: E402
-from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
-from .modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
-from .modeling_open_clip import OpenClipVisionModel  # noqa: E402
-from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
-from .processing_clipcap import ClipCapProcessor  # noqa: E402
-from .warm_start import warm_start_mapper  # noqa: E402
+from .model.configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
+from .model.generation_clipcap import official_beam_search  # noqa: E402
+from .model.hub_clipcap import add_code  # noqa: E402
+from .model.image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
+from .model.model_card_clipcap import write_model_card  # noqa: E402
+from .model.modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
+from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
+from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
+from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
+from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
+from .training.warm_start import warm_start_mapper  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -49,9 +49,9 @@ _LAZY = ("CaptioningCollator", "ClipCapTrainer")  # transformers' Trainer takes 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        from . import training
+        from .training import trainer
 
-        return getattr(training, name)
+        return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

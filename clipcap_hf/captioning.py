@@ -15,10 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .generation_clipcap import mean_log_probs
-from .modeling_clipcap import ClipCapForConditionalGeneration
+from .model.generation_clipcap import mean_log_probs
+from .model.modeling_clipcap import ClipCapForConditionalGeneration
+from .model.processing_clipcap import ClipCapProcessor, load_image
 from .processes import process_state
-from .processing_clipcap import ClipCapProcessor, load_image
 
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from .assets import EMOJI_MINI
 from .captioning import caption_embeds, embed_images
 from .data import load_emoji
 from .metrics import score_captions
-from .modeling_clipcap import ClipCapForConditionalGeneration
+from .model.modeling_clipcap import ClipCapForConditionalGeneration
+from .model.processing_clipcap import ClipCapProcessor
 from .pictures import draw_captions
-from .processing_clipcap import ClipCapProcessor
-from .training import CaptioningCollator, ClipCapTrainer
+from .training.trainer import CaptioningCollator, ClipCapTrainer
 
 
 PREFIX_LENGTH = 4

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
-from .configuration_clipcap import ClipCapConfig
-from .modeling_clipcap import ClipCapForConditionalGeneration
-from .processing_clipcap import ClipCapProcessor
+from .model.configuration_clipcap import ClipCapConfig
+from .model.modeling_clipcap import ClipCapForConditionalGeneration
+from .model.processing_clipcap import ClipCapProcessor
 
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"

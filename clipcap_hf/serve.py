@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from .captioning import CaptionedImage, caption_pixels
-from .processing_clipcap import load_image
+from .model.processing_clipcap import load_image
 
 
 logger = logging.get_logger(__name__)

@@ -23,8 +23,8 @@ import clipcap_hf  # noqa: F401  (before transformers)
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor, ClipCapTrainer
 from clipcap_hf.memory import keep_freed_memory
-from clipcap_hf.training_arguments import CaptioningArguments
-from clipcap_hf.training_data import EpochRows
+from clipcap_hf.training.arguments import CaptioningArguments
+from clipcap_hf.training.rows import EpochRows
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F

@@ -13,7 +13,7 @@ from pathlib import Path
 import clipcap_hf
 import ray
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
-from clipcap_hf.processing_clipcap import to_rgb
+from clipcap_hf.model.processing_clipcap import to_rgb
 from PIL import Image
 
 

@@ -25,7 +25,7 @@ from clipcap_hf.cli import main as clipcap
 from clipcap_hf.data import load_emoji
 from clipcap_hf.demo import new_captioner
 from clipcap_hf.metrics import score_captions
-from clipcap_hf.training_data import evenly_spread
+from clipcap_hf.training.rows import evenly_spread
 from datasets import DatasetDict
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F

@@ -11,7 +11,7 @@ import sys
 
 import clipcap_hf  # noqa: F401  (before transformers: it registers the captioner there)
 from clipcap_hf.cli.train import parse
-from clipcap_hf.training_run import run_training
+from clipcap_hf.training.run import run_training
 
 
 def main():

@@ -27,7 +27,7 @@ from clipcap_hf.demo import (
     train_tokenizer,
     training_data,
 )
-from clipcap_hf.image_processing_open_clip import image_processor_from_open_clip
+from clipcap_hf.model.image_processing_open_clip import image_processor_from_open_clip
 from torch.nn import functional as F
 from tqdm import tqdm
 from train_emoji_tower import augment
@@ -82,7 +82,7 @@ def main():
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from clipcap_hf.modeling_open_clip import load_open_clip_checkpoint
+    from clipcap_hf.model.modeling_open_clip import load_open_clip_checkpoint
     from transformers import set_seed
 
     set_seed(arguments.seed)

@@ -27,8 +27,8 @@ from clipcap_hf import (
 )
 from clipcap_hf.captioning import caption_embeds
 from clipcap_hf.data import load_emoji
-from clipcap_hf.modeling_conse import embed_by_classes
-from clipcap_hf.warm_start import warm_start_mapper
+from clipcap_hf.model.modeling_conse import embed_by_classes
+from clipcap_hf.training.warm_start import warm_start_mapper
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPImageProcessorPil, DynamicCache

@@ -14,12 +14,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, PreTrainedTokenizerFast  # noqa: E402
 
-from clipcap_hf import (  # noqa: E402
-    ClipCapConfig,
-    ClipCapForConditionalGeneration,
-    ClipCapProcessor,
-    OpenClipVisionConfig,
-)
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionConfig
 
 
 CAPTIONS = [

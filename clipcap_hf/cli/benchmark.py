@@ -47,7 +47,7 @@ def run(arguments) -> int:
     import torch
     from transformers.utils import logging
 
-    from ..speed import draw_report, measure_speed, report_table
+    from ..benchmark import draw_report, measure_speed, report_table
 
     logging.set_verbosity_error()
     report = measure_speed(

@@ -78,7 +78,7 @@ def add_parser(commands):
 
 
 def run(arguments) -> int:
-    from ..benchmarks import get_benchmark
+    from ..evaluation import get_benchmark
     from ..metrics import JavaError
 
     _check(arguments)
@@ -127,7 +127,7 @@ def _card_folder(arguments) -> Path | None:
 
 def _prepare(arguments, benchmark):
     """Finds out what is missing before an hour is spent on captions, and loads the captioner."""
-    from ..benchmarks import default_metrics
+    from ..evaluation import default_metrics
     from ..metrics import METRICS, check_requirements
 
     tokenizer = arguments.tokenizer or (benchmark.tokenizer if benchmark else "ptb")
@@ -141,7 +141,7 @@ def _prepare(arguments, benchmark):
 
 
 def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path | None):
-    from ..benchmarks import (
+    from ..evaluation import (
         evaluate_captions,
         load_evaluation_set,
         plain_summary,
@@ -188,7 +188,7 @@ def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path |
     print(plain_summary(report))
     print(f"\nScores: {folder / 'scores.json'}\nPage: {folder / 'index.html'}\nCaptions: {folder / 'results.json'}")
     if card is not None:
-        from ..evaluation_card import update_card
+        from ..evaluation.card import update_card
 
         changed = update_card(card, report)
         print(f"Model card: {', '.join(map(str, changed)) if changed else 'unchanged'}")
@@ -196,7 +196,7 @@ def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path |
 
 
 def _captions(arguments, captioner, data, folder: Path):
-    from ..benchmarks import caption_benchmark
+    from ..evaluation import caption_benchmark
 
     generate_kwargs = {"num_beams": arguments.beams}
     if arguments.official_beam_search:

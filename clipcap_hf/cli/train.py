@@ -13,7 +13,7 @@ def add_parser(commands):
 
 
 def run(arguments) -> int:
-    from ..training_run import run_training
+    from ..training.run import run_training
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("clipcap_hf").setLevel(logging.INFO)
@@ -30,7 +30,7 @@ def parse(rest: list[str]) -> tuple:
     """The arguments of a run from flags, or from a YAML or JSON file and flags, which win."""
     from transformers import HfArgumentParser
 
-    from ..training_arguments import CaptioningArguments, DataArguments, ModelArguments
+    from ..training.arguments import CaptioningArguments, DataArguments, ModelArguments
 
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, CaptioningArguments),

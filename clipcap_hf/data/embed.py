@@ -20,10 +20,10 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
 
-from ..image_processing_open_clip import to_rgb
-from ..modeling_vision import embed_pixels, load_vision_tower
+from ..model.image_processing_open_clip import to_rgb
+from ..model.modeling_vision import embed_pixels, load_vision_tower
+from ..model.processing_clipcap import load_image, load_image_processor
 from ..processes import process_state
-from ..processing_clipcap import load_image, load_image_processor
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..donors_clipcap import weights_hash
+from ..model.donors_clipcap import weights_hash
 
 
 if TYPE_CHECKING:

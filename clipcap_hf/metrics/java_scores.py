@@ -10,8 +10,8 @@ from subprocess import PIPE
 
 import numpy as np
 
+from .formulas import Scores
 from .java import JavaError, end, find_jar, java_process, java_timeout, run_java, timeout_reason
-from .scores import Scores
 
 
 def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[np.ndarray]) -> list[Scores]:

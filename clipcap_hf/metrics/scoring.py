@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from . import scores
+from . import formulas
 from .java import find_jar, find_java
 from .ngrams import Corpus
 from .tokenization import PTB_JAR, check_tokenizer, tokenize, tokenize_streams, tokenizer_record
@@ -92,7 +92,7 @@ def document_frequencies(references: Sequence, tokenizer: str | None = "ptb", em
     """
     references = check_references(references, len(references), empty_references)
     flat = iter(tokenize([reference for group in references for reference in group], tokenizer))
-    return scores.document_frequencies([[next(flat) for _ in group] for group in references])
+    return formulas.document_frequencies([[next(flat) for _ in group] for group in references])
 
 
 def _load_frequencies(source: Mapping | str | os.PathLike | None) -> Mapping | None:
@@ -247,18 +247,18 @@ def _score(
     results = []
     for subset in subsets:
         if name == "exact_match":
-            found = scores.exact_match(_take(predictions, subset), _take(references, subset))
+            found = formulas.exact_match(_take(predictions, subset), _take(references, subset))
         elif name == "diversity":
-            found = scores.diversity(_take(captions, subset))
+            found = formulas.diversity(_take(captions, subset))
         else:
             corpora = tokenized["corpora"]
             key = subset.tobytes()
             if key not in corpora:
                 corpora[key] = Corpus(_take(captions, subset), _take(tokens, subset))
             if name == "cider":
-                found = scores.cider(corpora[key], options["frequencies"])
+                found = formulas.cider(corpora[key], options["frequencies"])
             else:
-                found = {"bleu": scores.bleu, "rouge_l": scores.rouge_l}[name](corpora[key])
+                found = {"bleu": formulas.bleu, "rouge_l": formulas.rouge_l}[name](corpora[key])
         results.append(found)
     return results
 

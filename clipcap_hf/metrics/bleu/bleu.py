@@ -1,4 +1,4 @@
-"""BLEU-1 to BLEU-4 as an `evaluate` module; the formula is in `clipcap_hf.metrics.scores`."""
+"""BLEU-1 to BLEU-4 as an `evaluate` module; the formula is in `clipcap_hf.metrics.formulas`."""
 
 from clipcap_hf.metrics import evaluate_module
 

@@ -1,4 +1,4 @@
-"""Diversity of captions as an `evaluate` module; the formulas are in `clipcap_hf.metrics.scores`."""
+"""Diversity of captions as an `evaluate` module; the formulas are in `clipcap_hf.metrics.formulas`."""
 
 import datasets
 from clipcap_hf.metrics import evaluate_module

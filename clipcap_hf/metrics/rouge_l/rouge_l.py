@@ -1,4 +1,4 @@
-"""ROUGE-L as an `evaluate` module; the formula is in `clipcap_hf.metrics.scores`."""
+"""ROUGE-L as an `evaluate` module; the formula is in `clipcap_hf.metrics.formulas`."""
 
 from clipcap_hf.metrics import evaluate_module
 

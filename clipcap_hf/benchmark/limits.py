@@ -1,0 +1,59 @@
+"""What the machine can do: how fast it multiplies matrices, and how fast it reads weights."""
+
+import time
+
+import torch
+
+from ..model.modeling_clipcap import ClipCapForConditionalGeneration
+
+
+def synchronize(device: torch.device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds(function, device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second in a product of matrices of a language model's size."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    repeats = 10
+    return max(
+        repeats * 2 * size**3 / seconds(lambda: [left @ right for _ in range(repeats)], device) for _ in range(3)
+    )
+
+
+def read_bytes(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes of weights a second that a product of a large matrix and a vector reads."""
+    weights = torch.randn(50_000, 768, device=device, dtype=dtype)
+    vector = torch.randn(768, device=device, dtype=dtype)
+    weights @ vector
+    size = weights.numel() * weights.element_size()
+    return max(5 * size / seconds(lambda: [weights @ vector for _ in range(5)], device) for _ in range(3))
+
+
+def weights_read(model: ClipCapForConditionalGeneration) -> int:
+    """Bytes of the language model that writing one token reads: all but embeddings that are only looked up."""
+    language_model = model.language_model
+    read = {id(p): p.numel() * p.element_size() for p in language_model.parameters()}
+    head, looked_up = language_model.get_output_embeddings().weight, language_model.get_input_embeddings().weight
+    if head is not looked_up:
+        read.pop(id(looked_up), None)
+    for name, parameter in language_model.named_parameters():
+        if "wpe" in name or "embed_positions" in name:
+            read.pop(id(parameter), None)
+    return sum(read.values())
+
+
+def decode_flops(model: ClipCapForConditionalGeneration) -> int:
+    """Floating-point operations for one token of one caption, attention over the few tokens before left out."""
+    element = next(model.language_model.parameters()).element_size()
+    return 2 * weights_read(model) // element

@@ -1,0 +1,268 @@
+"""Measurements: each stage, captioning beside the naive way, how cost grows, and a folder of files."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from ..captioning import caption_files
+from ..model.processing_clipcap import load_image
+from .captioners import make_captioner, write_jpegs
+from .limits import decode_flops, matmul_flops, read_bytes, seconds, weights_read
+from .naive import naive_beams, naive_greedy
+
+
+def measure_speed(
+    language_model: str = "gpt2",
+    batch_sizes: Sequence[int] = (1, 64),
+    beam_batch_sizes: Sequence[int] = (32,),
+    num_beams: int = 5,
+    new_tokens: Sequence[int] = (10, 20),
+    repeats: int = 3,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compile_mode: str | None = None,
+    files: int = 2000,
+    scale: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Measure captioning at real sizes with random weights: ViT-B/32, an MLP of 10 prefix vectors, a language model.
+
+    The alternatives take turns, so that what else the machine does hits them alike; every figure is a median with its
+    minimum and maximum.
+
+    Args:
+        language_model (`str`): Whose shape: `"gpt2"` (small) or `"smollm2"` (SmolLM2-135M).
+        batch_sizes (`Sequence[int]`): Images at once in greedy decoding.
+        beam_batch_sizes (`Sequence[int]`): Images at once in beam search.
+        num_beams (`int`): Beams of beam search.
+        new_tokens (`Sequence[int]`): Tokens that each caption has; none ends before.
+        repeats (`int`): Times that each is measured.
+        device (`str`): Where the models are.
+        dtype (`torch.dtype`): Of their weights.
+        compile_mode (`str`, *optional*): Mode of `torch.compile` for decoding with a static cache.
+        files (`int`): JPEG files in the folder that is captioned; 0 leaves that out.
+        scale (`bool`): Also measure how cost grows with prefix, caption, batch and beams.
+        progress (`bool`): Show a progress bar on standard error.
+
+    Returns:
+        `dict`: The report, which `report_table` and `draw_report` show.
+    """
+    place = torch.device(device)
+    model, processor = make_captioner(language_model, device, dtype)
+    decoding = {}
+    if compile_mode:
+        decoding = {"cache_implementation": "static", "compile_config": transformers.CompileConfig(mode=compile_mode)}
+        decoding["compile_config"]._compile_all_devices = True  # else not on a CPU
+    limits = {"matmul_flops": matmul_flops(place, dtype), "read_bytes": read_bytes(place, dtype)}
+    report = {
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{device}, {_cores()} cores",
+        "language_model": language_model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compile_mode": compile_mode,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "limits": limits,
+    }
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=4, desc="Measuring", disable=not progress) as bar:
+        paths = write_jpegs(Path(folder), max(files, 32))
+        report["stages"] = _stages(model, processor, paths[:32], repeats, place)
+        bar.update()
+        report["captioning"] = _captioning(
+            model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding
+        )
+        bar.update()
+        report["files"] = _files(model, processor, paths, max(new_tokens), report, place) if files else None
+        bar.update()
+        report["peak_memory_bytes"] = _peak_memory(place)
+        report["scale"] = _scale(language_model, device, dtype, repeats) if scale else []
+        bar.update()
+    return report
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _peak_memory(place: torch.device) -> int:
+    if place.type == "cuda":
+        return torch.cuda.max_memory_allocated(place)
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
+
+
+def _spread(values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _take_turns(
+    alternatives: dict[str, Callable[[], Any]], repeats: int, place: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each alternative in each round; a first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    for turn in range(repeats + 1):
+        for name, run in alternatives.items():
+            taken = seconds(run, place)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+# -- stages
+
+
+def _stages(model, processor, paths: list[str], repeats: int, place: torch.device) -> list[dict]:
+    images = [load_image(path) for path in paths]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(place, model.dtype)
+    rows = pixels.contiguous(memory_format=torch.channels_last)
+    embeds = torch.randn(len(paths), model.config.clip_embed_dim, device=place, dtype=model.dtype)
+    tokens = torch.randint(10, 100, (len(paths), 20))
+    stages = {
+        "read and decode JPEG": (lambda: [load_image(path) for path in paths], len(paths)),
+        "resize and normalise": (
+            lambda: [processor.image_processor(image, return_tensors="pt") for image in images],
+            len(paths),
+        ),
+        "encode, batch 1": (lambda: model.get_clip_embeds(pixels[:1]), 1),
+        "encode, batch 32": (lambda: model.get_clip_embeds(rows), len(paths)),
+        "map to the prefix": (lambda: model.get_image_features(clip_embeds=embeds), len(paths)),
+        "write 20 tokens, batch 32": (lambda: model.generate(clip_embeds=embeds, max_new_tokens=20), len(paths)),
+        "tokens to text": (lambda: processor.batch_decode(tokens), len(paths)),
+    }
+    with torch.inference_mode():
+        times = _take_turns({name: run for name, (run, _) in stages.items()}, repeats, place)
+    return [
+        {"stage": name, "images_per_second": _spread(stages[name][1] / t for t in taken)}
+        for name, taken in times.items()
+    ]
+
+
+# -- captioning beside the naive way
+
+
+def _captioning(model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding):
+    found = []
+    for tokens in new_tokens:
+        for beams, batches in ((1, batch_sizes), (num_beams, beam_batch_sizes)):
+            embeds = {
+                size: torch.randn(size, model.config.clip_embed_dim, device=place, dtype=model.dtype)
+                for size in batches
+            }
+            one = torch.randn(1, model.config.clip_embed_dim, device=place, dtype=model.dtype)
+            naive = (
+                (lambda: naive_greedy(model, one, tokens))
+                if beams == 1
+                else (lambda: naive_beams(model, one, tokens, beams))
+            )
+            ways = {
+                size: lambda size=size: model.generate(
+                    clip_embeds=embeds[size], max_new_tokens=tokens, num_beams=beams, **decoding
+                )
+                for size in batches
+            }
+            times = _take_turns({"naive": naive, **ways}, repeats, place)
+            for size in batches:
+                per_caption = [taken / size for taken in times[size]]
+                found.append(
+                    {
+                        "beams": beams,
+                        "new_tokens": tokens,
+                        "batch": size,
+                        "captions_per_second": _spread(1 / taken for taken in per_caption),
+                        "tokens_per_second": tokens / statistics.median(per_caption),
+                        "naive_captions_per_second": _spread(1 / taken for taken in times["naive"]),
+                        "ratio": _spread(slow / fast for slow, fast in zip(times["naive"], per_caption)),
+                        **_share_of_limit(model, limits, size, beams, tokens, statistics.median(times[size])),
+                    }
+                )
+    return found
+
+
+def _share_of_limit(model, limits: dict, batch: int, beams: int, tokens: int, taken: float) -> dict[str, Any]:
+    """How much of the time the machine would need at the least: for reading the weights, or for multiplying."""
+    reading = tokens * weights_read(model) / limits["read_bytes"]
+    head = 2 * model.get_output_embeddings().weight.numel()
+    prompt = batch * model.config.prefix_length * (decode_flops(model) - head) + batch * head
+    multiplying = (prompt + batch * beams * (tokens - 1) * decode_flops(model)) / limits["matmul_flops"]
+    limit, least = max(("memory", reading), ("matmul", multiplying), key=lambda pair: pair[1])
+    return {"limit": limit, "share_of_limit": least / taken}
+
+
+# -- growth
+
+
+def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    """Milliseconds a caption, one setting changed at a time."""
+    base = {"prefix_length": 10, "new_tokens": 10, "batch": 8, "num_beams": 1}
+    series = {
+        "new_tokens": (5, 10, 20, 40),
+        "batch": (1, 4, 16, 64),
+        "num_beams": (1, 2, 5, 10),
+        "prefix_length": (10, 20, 40, 80),
+    }
+    rows = []
+    model, _ = make_captioner(language_model, device, dtype)
+    for name, values in series.items():
+        ways = {}
+        for value in values:
+            setting = {**base, name: value}
+            if name == "prefix_length":  # another mapping network on the same language model
+                config = {"prefix_length": value, "language_model": model.language_model}
+                model, _ = make_captioner(language_model, device, dtype, **config)
+            embeds = torch.randn(setting["batch"], model.config.clip_embed_dim, device=device, dtype=dtype)
+            ways[value] = lambda model=model, embeds=embeds, setting=setting: model.generate(
+                clip_embeds=embeds, max_new_tokens=setting["new_tokens"], num_beams=setting["num_beams"]
+            )
+        times = _take_turns(ways, max(1, repeats - 1), torch.device(device))
+        for value, taken in times.items():
+            batch = value if name == "batch" else base["batch"]
+            rows.append({"setting": name, "value": value, "ms_per_caption": _spread(1000 * t / batch for t in taken)})
+    return rows
+
+
+# -- a folder of files
+
+
+def _files(model, processor, paths: list[str], tokens: int, report: dict, place: torch.device) -> dict[str, Any]:
+    """Caption files as `clipcap caption` does, and compare with the stages."""
+    workers = min(4, _cores()) if len(paths) >= 64 else 0
+    process = psutil.Process()
+    started = time.perf_counter()
+    first = early = None
+    for number, _ in enumerate(
+        caption_files(model, processor, paths, num_workers=workers, progress=False, max_new_tokens=tokens), start=1
+    ):
+        if first is None:
+            first = time.perf_counter() - started
+        if number == max(1, len(paths) // 4):
+            early = process.memory_info().rss
+    taken = time.perf_counter() - started
+    stages = {row["stage"]: row["images_per_second"]["median"] for row in report["stages"]}
+    model_time = 1 / stages["encode, batch 32"] + 1 / stages["write 20 tokens, batch 32"] * tokens / 20
+    reading_time = 1 / stages["read and decode JPEG"] + 1 / stages["resize and normalise"]
+    cores = _cores()
+    # On a CPU the workers take time from the model: what the cores can do together is the bound.
+    bound = 1 / max(model_time, reading_time / workers if workers else 0)
+    shared = 1 / (model_time + reading_time / cores) if place.type == "cpu" else bound
+    return {
+        "files": len(paths),
+        "workers": workers,
+        "images_per_second": len(paths) / taken,
+        "slowest_stage_images_per_second": bound,
+        "bound_images_per_second": shared,
+        "share_of_bound": len(paths) / taken / shared,
+        "seconds_to_first_caption": first,
+        "memory_growth_bytes": process.memory_info().rss - early,
+    }

@@ -1,0 +1,120 @@
+"""Table 1 of the ClipCap paper as data.
+
+Source: Mokady, Hertz, Bermano, "ClipCap: CLIP Prefix for Image Captioning", arXiv:2111.09734, Table 1. The figures are
+the paper's: in percent (CIDEr 113.08 is 1.1308), with the decoding not stated there.
+"""
+
+from dataclasses import dataclass
+
+
+# Of an evaluation as a whole; nocaps has domains beside it.
+ENTIRE = "entire"
+UNVERIFIED = (
+    "The paper's figures are copied from its Table 1. They were never reproduced with this package, which was made "
+    "without the data sets and the weights that they are of; the paper does not state its decoding either."
+)
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A row of the paper's Table 1.
+
+    Attributes:
+        benchmark: a name of `clipcap_hf.evaluation.BENCHMARKS`.
+        split: of the benchmark.
+        method: as the paper calls it.
+        scores: for each domain ("entire" is all images), scores in percent by the metrics' names here.
+        trainable_parameters: in millions.
+        training_hours: as the paper gives them.
+        training_device: what they were measured on; None where the table does not say.
+        mapping_type: of a ClipCap variant, "mlp" or "transformer"; None for other methods.
+        freeze_language_model: of a ClipCap variant.
+        ablation: whether the paper shows it as an ablation.
+    """
+
+    benchmark: str
+    split: str
+    method: str
+    scores: dict[str, dict[str, float]]
+    trainable_parameters: int
+    training_hours: int
+    training_device: str | None = None
+    mapping_type: str | None = None
+    freeze_language_model: bool | None = None
+    ablation: bool = False
+
+    @property
+    def is_clipcap(self) -> bool:
+        return self.mapping_type is not None
+
+
+_MLP = {"mapping_type": "mlp", "freeze_language_model": False}
+_TRANSFORMER = {"mapping_type": "transformer", "freeze_language_model": True}
+
+
+def _conceptual(method, rouge_l, cider, spice, *training, **variant) -> PaperRow:
+    scores = {ENTIRE: {"rouge_l": rouge_l, "cider": cider, "spice": spice}}
+    return PaperRow("conceptual-captions", "val", method, scores, *training, **variant)
+
+
+def _nocaps(method, in_domain, near_domain, out_domain, entire, *training, **variant) -> PaperRow:
+    domains = {"in-domain": in_domain, "near-domain": near_domain, "out-domain": out_domain, ENTIRE: entire}
+    scores = {domain: {"cider": cider, "spice": spice} for domain, (cider, spice) in domains.items()}
+    return PaperRow("nocaps", "val", method, scores, *training, **variant)
+
+
+def _coco(method, bleu_4, meteor, cider, spice, *training, **variant) -> PaperRow:
+    scores = {ENTIRE: {"bleu_4": bleu_4, "meteor": meteor, "cider": cider, "spice": spice}}
+    return PaperRow("coco-karpathy", "test", method, scores, *training, **variant)
+
+
+PAPER_ROWS = (
+    _conceptual("VLP", 24.35, 77.57, 16.59, 115, 1200, "V100"),
+    _conceptual("ClipCap; MLP + GPT-2 tuning", 26.71, 87.26, 18.5, 156, 80, "GTX1080", **_MLP),
+    _conceptual("ClipCap; Transformer", 25.12, 71.82, 16.07, 43, 72, "GTX1080", **_TRANSFORMER),
+    _nocaps("BUTD", (74.3, 11.5), (56.9, 10.3), (30.1, 8.1), (54.3, 10.1), 52, 960),
+    _nocaps("Oscar", (79.6, 12.3), (66.1, 11.5), (45.3, 9.7), (63.8, 11.2), 135, 74),
+    _nocaps(
+        "ClipCap; MLP + GPT-2 tuning", (79.73, 12.2), (67.69, 11.26), (49.35, 9.7), (65.7, 11.1), 156, 7, **_MLP
+    ),
+    _nocaps(
+        "ClipCap; Transformer", (84.85, 12.14), (66.82, 10.92), (49.14, 9.57), (65.83, 10.86), 43, 6, **_TRANSFORMER
+    ),
+    _coco("BUTD", 36.2, 27.0, 113.5, 20.3, 52, 960, "M40"),
+    _coco("VLP", 36.5, 28.4, 117.7, 21.3, 115, 48, "V100"),
+    _coco("Oscar", 36.58, 30.4, 124.12, 23.17, 135, 74, "V100"),
+    _coco("ClipCap; Transformer", 33.53, 27.45, 113.08, 21.05, 43, 6, "GTX1080", **_TRANSFORMER),
+    _coco("ClipCap; MLP + GPT-2 tuning", 32.15, 27.1, 108.35, 20.12, 156, 7, "GTX1080", **_MLP),
+    _coco(
+        "ClipCap; Transformer + GPT-2 tuning", 32.22, 27.79, 109.83, 20.63, 167, 7,
+        mapping_type="transformer", freeze_language_model=False, ablation=True,
+    ),
+    _coco(
+        "ClipCap; MLP, GPT-2 frozen", 27.39, 24.4, 92.38, 18.04, 32, 6,
+        mapping_type="mlp", freeze_language_model=True, ablation=True,
+    ),
+)  # fmt: skip
+
+
+def paper_rows(benchmark: str, split: str | None = None) -> list[PaperRow]:
+    """The paper's rows for a benchmark; none where the paper does not report on it, or not on the split."""
+    return [row for row in PAPER_ROWS if row.benchmark == benchmark and split in (None, row.split)]
+
+
+def rows_to_compare(benchmark: str, split: str, config=None) -> list[PaperRow]:
+    """The paper's rows that a model is to be held against.
+
+    Args:
+        benchmark, split: what was scored.
+        config ([`ClipCapConfig`], *optional*): of the model; its variant's row is given. Without it, or for a variant
+            that the paper does not have, both of the paper's main variants are.
+    """
+    rows = [row for row in paper_rows(benchmark, split) if row.is_clipcap]
+    same = [
+        row
+        for row in rows
+        if config is not None
+        and row.mapping_type == config.mapping_type
+        and row.freeze_language_model == config.freeze_language_model
+    ]
+    return same or [row for row in rows if not row.ablation]

@@ -1,0 +1,101 @@
+"""A report as tables, for the terminal, the page and the model card, and its files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .coco_files import write_results, write_text
+from .page import write_page
+from .paper import ENTIRE, paper_rows
+from .protocol import EvaluationSet
+from .run import DIVERSITY, METRIC_TITLES
+
+
+HERE = "here"
+
+
+def write_report(folder: str | Path, report: Mapping[str, Any], data: EvaluationSet) -> None:
+    """Writes `results.json` (the leaderboards' form), `scores.json` (the report) and `index.html` (the page)."""
+    folder = Path(folder)
+    write_results(folder / "results.json", {image["image_id"]: image["caption"] for image in report["per_image"]})
+    tables = [(title, score_table(report, part)) for part, title in parts(report)]
+    write_page(folder / "index.html", report, data, tables, [diversity_line(report), *difference_lines(report)])
+    write_text(folder / "scores.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+
+
+def parts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The domains that were scored, and all images, each with its title."""
+    names = [name for name in report["scores"] if name != ENTIRE] + [ENTIRE]
+    return [(name, f"{name}, {report['images'][name]:,} images") for name in names]
+
+
+def score_table(report: Mapping[str, Any], part: str = ENTIRE) -> list[list[str]]:
+    """Header and rows: the paper's methods where it has the benchmark, and the scores here as the last row.
+
+    Beside the paper's stand the millions of trained parameters.
+    """
+    rows = paper_rows(report["benchmark"], report["split"]) if report["benchmark"] else []
+    trained = bool(rows)
+    rows = [(f"paper: {row.method}", row.trainable_parameters, row.scores[part]) for row in rows if part in row.scores]
+    rows.append((HERE, _millions(report), report["scores"][part]))
+    judging = [name for name in METRIC_TITLES if name not in DIVERSITY]
+    shown = [name for name in judging if any(name in scores for *_, scores in rows)]
+    table = [["", *(METRIC_TITLES[name] for name in shown), *(["trained"] if trained else [])]]
+    for method, millions, scores in rows:
+        row = [method, *(f"{scores[name]:.2f}" if name in scores else "–" for name in shown)]
+        table.append(row + ([f"{millions} M" if millions is not None else "–"] if trained else []))
+    return table
+
+
+def _millions(report: Mapping[str, Any]) -> int | None:
+    """Trainable parameters of the model that was scored, in millions."""
+    parameters = report.get("model", {}).get("trainable_parameters")
+    return None if parameters is None else round(parameters / 1e6)
+
+
+def diversity_line(report: Mapping[str, Any]) -> str:
+    """How varied the captions are, or nothing where that was not computed."""
+    scores = report["scores"][ENTIRE]
+    if not all(name in scores for name in DIVERSITY):
+        return ""
+    return (
+        f"{scores['vocabulary_size']:.0f} different words, {scores['mean_length']:.1f} words a caption, "
+        f"distinct-1 {scores['distinct_1']:.2f} %, distinct-2 {scores['distinct_2']:.2f} %."
+    )
+
+
+def difference_lines(report: Mapping[str, Any]) -> list[str]:
+    """`CIDEr: paper 113.08 (ClipCap; Transformer), here 53.99, difference -59.09`, a line for each score of the paper."""
+    lines = []
+    for entry in report.get("paper", {}).get("differences", ()):
+        domain = "" if entry["domain"] == ENTIRE else f", {entry['domain']}"
+        lines.append(
+            f"{METRIC_TITLES[entry['metric']]}{domain}: paper {entry['paper']:.2f} ({entry['method']}), "
+            f"here {entry['here']:.2f}, difference {entry['difference']:+.2f}"
+        )
+    return lines
+
+
+def plain_summary(report: Mapping[str, Any]) -> str:
+    """What the terminal shows of a report."""
+    name = f"{report['title']}, {report['split']}" if report["benchmark"] else report["data"]["source"]
+    lines = [f"{name}: {report['data']['images']:,} images, {report['data']['references']:,} references"]
+    for part, title in parts(report):
+        lines += ["", title, *_aligned(score_table(report, part))]
+    lines += ["", f"In percent. Tokenizer: {report['protocol']['tokenizer']}."]
+    if diversity := diversity_line(report):
+        lines.append(f"Captions: {diversity}")
+    if differences := difference_lines(report):
+        lines += ["", *differences, "", report["paper"]["unverified"]]
+    for note in (*report["protocol"]["deviations"], *report["notes"]):
+        lines.append(f"Note: {note}")
+    return "\n".join(lines)
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in table
+    ]

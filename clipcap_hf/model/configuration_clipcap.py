@@ -1,0 +1,252 @@
+"""Configuration of ClipCap captioners and of open_clip image towers."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+IMAGE_TOKEN = "<image>"
+
+_IS_REMOTE_CODE = __name__.startswith("transformers_modules.")
+
+# Classes of transformers that project the pooled output to the embedding that CLIP compares with texts.
+PROJECTED_TOWERS = ("clip_vision_model", "metaclip_2_vision_model")
+
+
+def clip_embed_dim_of(vision_config: PreTrainedConfig, vision_feature: str = "pooled") -> int:
+    """Width of what the tower of this configuration gives to the mapping network: an embedding, or patch tokens."""
+    if vision_config.model_type == "xclip_vision_model":
+        return vision_config.mit_hidden_size
+    # CLIP's towers are used with their projection (paper, section 3), others by their pooled output.
+    if vision_feature == "pooled" and vision_config.model_type in PROJECTED_TOWERS:
+        return vision_config.projection_dim
+    if vision_feature == "pooled" and vision_config.model_type == "open_clip_vision_model":
+        return vision_config.embed_dim
+    if (hidden_size := getattr(vision_config, "hidden_size", None)) is None:
+        raise ValueError(
+            f"Cannot tell the embedding width of a `{vision_config.model_type}` tower: its configuration has no "
+            "`hidden_size`. Pass `clip_embed_dim=` to ClipCapConfig."
+        )
+    return hidden_size
+
+
+@strict
+class OpenClipVisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of an image tower of open_clip, see [`OpenClipVisionModel`].
+
+    Args:
+        embed_dim (`int`): Width of the image embedding, as in open_clip's `model_cfg["embed_dim"]`.
+        vision_cfg (`dict`): open_clip's `model_cfg["vision_cfg"]`, unchanged.
+        quick_gelu (`bool`): Whether the tower uses QuickGELU. OpenAI's weights need it, though the model config of
+            the same name may not say so; the wrong activation gives embeddings that are only slightly wrong.
+        hidden_size (`int`, *optional*): Width of the patch tokens. Read off `vision_cfg`, or by the model off a tower of
+            timm.
+
+    Example:
+
+    ```python
+    >>> from clipcap_hf import OpenClipVisionConfig, OpenClipVisionModel
+
+    >>> config = OpenClipVisionConfig(
+    ...     embed_dim=32, vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
+    ... )
+    >>> OpenClipVisionModel(config).config.image_size
+    32
+
+    ```"""
+
+    model_type = "open_clip_vision_model"
+    base_config_key = "vision_config"
+
+    embed_dim: int = 512
+    vision_cfg: dict[str, Any] | None = None
+    quick_gelu: bool = False
+    hidden_size: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        # open_clip's own defaults are those of ViT-B/16 at 224 pixels.
+        self.vision_cfg = dict(self.vision_cfg or {})
+        # Weights come from the checkpoint; timm must not download its own first.
+        if "timm_model_name" in self.vision_cfg:
+            self.vision_cfg["timm_model_pretrained"] = False
+        elif self.hidden_size is None:
+            width = self.vision_cfg.get("width", 768)
+            is_resnet = isinstance(self.vision_cfg.get("layers"), (list, tuple))
+            self.hidden_size = 32 * width if is_resnet else width
+        super().__post_init__(**kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images that the tower takes (the height, where they are not square)."""
+        size = self.vision_cfg.get("image_size", 224)
+        return size[0] if isinstance(size, (list, tuple)) else size
+
+
+@strict
+class ClipCapConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`ClipCapForConditionalGeneration`]: an image tower, a mapping network and a language model
+    (Mokady et al. 2021, "ClipCap: CLIP Prefix for Image Captioning", arXiv 2111.09734).
+
+    Args:
+        vision_config (`dict` or [`PreTrainedConfig`], *optional*): The vision tower. `None` is a captioner that is fed
+            with CLIP embeddings alone (`clip_embeds`).
+        text_config (`dict` or [`PreTrainedConfig`], *optional*): The language model; GPT-2 small by default.
+        mapping_type (`str`): `"mlp"` (section 3.2: two layers with tanh), `"transformer"` (section 3.3) or `"linear"`
+            (one linear layer, found in the official code only).
+        prefix_length (`int`): Number of vectors that the mapping network hands to the language model.
+        vision_feature (`str`): What the mapping network reads. `"pooled"`: the image's embedding, as in the paper.
+            `"patches"`: the tower's patch tokens, averaged to `clip_length` tokens, for the transformer mapping only.
+        clip_length (`int`, *optional*): Number of tokens that the transformer mapping makes of one embedding, or of all
+            patches, see [`~clipcap_hf.model.modeling_mapping.pool_patches`]; as many as `prefix_length` by default. The other
+            mappings have none.
+        clip_embed_dim (`int`, *optional*): Width of the CLIP embedding, or of each patch token. Read off
+            `vision_config`; without one it is 512, that of ViT-B/32.
+        normalize_clip_embeds (`bool`): Divide each embedding by its L2 norm first (`--normalize_prefix` of the
+            official code, which its transformer notebook does and its README command does not).
+        mapping_num_layers (`int`): Layers of the transformer mapping.
+        mapping_num_heads (`int`): Attention heads of the transformer mapping.
+        mapping_mlp_ratio (`float`): Width of the transformer mapping's feed-forward layers, over that of the language
+            model.
+        mapping_layer_norm_eps (`float`): Epsilon of the transformer mapping's layer norms.
+        image_token_id (`int`, *optional*): Id of the `<image>` placeholder. By default the first id that the language
+            model does not have, so that it can never be generated and the vocabulary is not resized.
+        freeze_vision (`bool`): Keep the vision tower as it is in training (the paper's setting).
+        freeze_language_model (`bool`): Train the mapping network alone (the paper's light variant).
+        lora (`dict`, *optional*): Train LoRA adapters on the language model, whose own weights are frozen then: arguments
+            of `peft.LoraConfig`, for example `{"r": 8, "lora_alpha": 16}`. Needs `pip install peft`.
+        save_frozen (`bool`): Whether checkpoints hold the frozen parts too. With `False` they hold the trained weights
+            alone and say where the frozen parts come from; `from_pretrained` puts the whole together again.
+        donors (`dict`, *optional*): Where `"vision_tower"` and `"language_model"` were loaded from, kept by
+            [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]. A part without an entry is always saved.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, GPT2Config
+    >>> from clipcap_hf import ClipCapConfig
+
+    >>> config = ClipCapConfig(
+    ...     vision_config=CLIPVisionConfig(), text_config=GPT2Config(), mapping_type="transformer"
+    ... )
+    >>> config.clip_embed_dim, config.clip_length, config.image_token_id
+    (512, 10, 50257)
+
+    ```"""
+
+    model_type = "clipcap"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    mapping_type: Literal["mlp", "transformer", "linear"] = "mlp"
+    vision_feature: Literal["pooled", "patches"] = "pooled"
+    prefix_length: int = 10
+    clip_length: int | None = None
+    clip_embed_dim: int | None = None
+    normalize_clip_embeds: bool = False
+    mapping_num_layers: int = 8
+    mapping_num_heads: int = 8
+    mapping_mlp_ratio: float = 2.0
+    mapping_layer_norm_eps: float = 1e-5
+    image_token_id: int | None = None
+    freeze_vision: bool = True
+    freeze_language_model: bool = False
+    lora: dict[str, Any] | None = None
+    save_frozen: bool = True
+    donors: dict[str, dict[str, Any]] | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not _IS_REMOTE_CODE:
+            # The package needs no code from the repository, and saves none.
+            for name in ("auto_map", "custom_pipelines"):
+                kwargs.pop(name, None)
+        super().__post_init__(**kwargs)
+        if self.text_config.is_encoder_decoder:
+            raise ValueError(
+                f"The language model must be a causal one, but `{self.text_config.model_type}` is an encoder-decoder."
+            )
+        # The language model's head is tied by the language model's own rules; this class ties nothing.
+        if self.vision_feature == "patches" and self.mapping_type != "transformer":
+            raise ValueError(
+                f'`vision_feature="patches"` needs `mapping_type="transformer"`: a {self.mapping_type!r} mapping reads '
+                "one embedding, not several tokens."
+            )
+        if self.vision_feature == "patches" and getattr(self.vision_config, "model_type", "") == "xclip_vision_model":
+            raise ValueError('X-CLIP\'s video encoder gives no patch tokens: use `vision_feature="pooled"`.')
+        self._set_clip_embed_dim()
+        if self.mapping_type == "transformer" and self.clip_length is None:
+            self.clip_length = self.prefix_length
+        for name in ("prefix_length", "clip_length", "clip_embed_dim", "mapping_num_layers", "mapping_num_heads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self._check_language_model()
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.get_text_config().vocab_size
+
+    def _set_clip_embed_dim(self):
+        from_tower = None
+        if self.vision_config is not None:
+            try:
+                from_tower = clip_embed_dim_of(self.vision_config, self.vision_feature)
+            except ValueError:
+                if self.clip_embed_dim is None:
+                    raise
+        if self.clip_embed_dim is None:
+            self.clip_embed_dim = 512 if from_tower is None else from_tower
+        elif from_tower not in (None, self.clip_embed_dim):
+            raise ValueError(
+                f"`clip_embed_dim` is {self.clip_embed_dim}, but the vision tower gives embeddings of width "
+                f"{from_tower}. Leave `clip_embed_dim` out, or choose the tower that the mapping network was made for "
+                "(ViT-B/32 gives 512, RN50x4 640)."
+            )
+
+    def _check_language_model(self):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        text_config = self.text_config.get_text_config()
+        if not hasattr(text_config, "vocab_size"):
+            raise ValueError(f"A `{text_config.model_type}` is no causal language model: it has no vocabulary.")
+        # Encoders such as BERT see the words that they are to write, unless they are told to be decoders.
+        is_encoder = text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if is_encoder and getattr(text_config, "is_decoder", True) is False:
+            raise ValueError(
+                f"A `{text_config.model_type}` is an encoder, which sees the words that it is to write: choose a causal "
+                "language model, or load it with `is_decoder=True` and pass the model itself."
+            )
+        context = getattr(text_config, "max_position_embeddings", None) or 0
+        if 0 < context <= self.prefix_length:  # -1: without bounds
+            raise ValueError(
+                f"`prefix_length` is {self.prefix_length}, but the language model's context is {context} and must hold "
+                "a caption too: choose a shorter prefix."
+            )
+        embedding_width = getattr(text_config, "word_embed_proj_dim", None)
+        if embedding_width not in (None, text_config.hidden_size):
+            raise ValueError(
+                f"The embeddings of this `{text_config.model_type}` (`word_embed_proj_dim` {embedding_width}) are not as "
+                f"wide as its layers (`hidden_size` {text_config.hidden_size}), which the mapping networks need: choose "
+                "another language model."
+            )
+        if self.mapping_type == "transformer" and text_config.hidden_size % self.mapping_num_heads:
+            raise ValueError(
+                f"The language model's hidden size {text_config.hidden_size} is not divisible by "
+                f"`mapping_num_heads` = {self.mapping_num_heads}: choose a number of heads that divides it."
+            )
+
+
+if _IS_REMOTE_CODE and OpenClipVisionConfig.model_type not in CONFIG_MAPPING:
+    # `auto_map` of a repository names the captioner's classes only, not its tower's.
+    AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
+
+
+__all__ = ["ClipCapConfig", "OpenClipVisionConfig"]

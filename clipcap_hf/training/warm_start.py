@@ -1,0 +1,120 @@
+"""A start for the mapping network where the language model is frozen: the prefix as words that the model knows."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from ..model.modeling_clipcap import ClipCapForConditionalGeneration
+from ..model.processing_clipcap import ClipCapProcessor
+
+
+def warm_start_mapper(
+    model: ClipCapForConditionalGeneration,
+    processor: ClipCapProcessor,
+    clip_embeds: torch.Tensor,
+    captions: Sequence[str],
+    steps: int = 500,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    common: float = 0.1,
+    seed: int = 0,
+) -> list[float]:
+    r"""
+    Regress the prefix onto the language model's own embeddings of words of the caption, before training.
+
+    A frozen language model makes nothing of prefix vectors unlike its token embeddings, and its gradient tells a mapping
+    network little until they are like them. This takes the language model's embedding table only, so a step costs a
+    small part of one of training. The targets of an image are the first `prefix_length` tokens of its caption that say
+    something, the last one repeated where there are fewer, weighted by their rarity in the captions (the logarithm of the
+    inverse document frequency): no language is assumed, nor that words are set apart by spaces. Only the mapping network
+    is changed. Its first layer is scaled to the embeddings and its last to the deviation of the token embeddings, where
+    it has such layers (`"mlp"`, `"linear"`).
+
+    Args:
+        model ([`ClipCapForConditionalGeneration`]): The captioner, with a new mapping network.
+        processor ([`ClipCapProcessor`]): Its processor.
+        clip_embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Embeddings of the images, or of patches
+            `(images, patches, clip_embed_dim)`, see [`~ClipCapForConditionalGeneration.get_clip_embeds`].
+        captions (`Sequence[str]`): A caption of each image.
+        steps (`int`): Number of regression steps.
+        batch_size (`int`): Images a step.
+        learning_rate (`float`): Of AdamW, falling linearly to 0.
+        common (`float`): Tokens in more than this share of captions (articles, the full stop) say nothing and are left
+            out, unless a caption has no others.
+        seed (`int`): For drawing the batches.
+
+    Returns:
+        `list[float]`: The loss of each step: the squared error over the variance of the token embeddings. A prefix that
+        is the same for all images has one of about 1.
+
+    Raises:
+        ValueError: If there are not as many captions as embeddings, or none, or a caption is empty.
+    """
+    if len(captions) != len(clip_embeds) or not len(captions):
+        raise ValueError(f"Each embedding needs one caption: got {len(clip_embeds)} and {len(captions)}.")
+    token_ids, weights = _targets(processor.tokenizer, captions, model.config.prefix_length, common)
+    mapper = model.mapping_network
+    device = next(mapper.parameters()).device
+    table = model.get_input_embeddings().weight.detach().float()
+    used = table[token_ids.unique().to(table.device)]
+    variance = used.var().to(device)
+
+    _scale_layers(model, clip_embeds[:1024], used.std().item())
+    optimizer = torch.optim.AdamW(mapper.parameters(), lr=learning_rate, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        rows = torch.randint(len(captions), (batch_size,), generator=generator)
+        target = table[token_ids[rows].to(table.device)].to(device)
+        weight = weights[rows].to(device)
+        error = (model._map(clip_embeds[rows]).float() - target).square().mean(-1)
+        loss = (weight * error).sum() / weight.sum() / variance
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _targets(tokenizer, captions: Sequence[str], length: int, common: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and weights (captions, length) that the prefix of each caption is to be like."""
+    tokenized = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    if not all(tokenized):
+        raise ValueError(f"Caption {tokenized.index([])} is empty.")
+    frequency = Counter(token for ids in tokenized for token in set(ids))
+    targets = []
+    for ids in tokenized:
+        telling = [token for token in ids if frequency[token] <= common * len(captions)]
+        telling = (telling or [min(ids, key=frequency.get)])[:length]
+        targets.append(telling + telling[-1:] * (length - len(telling)))
+    token_ids = torch.tensor(targets)
+    counts = torch.zeros(int(token_ids.max()) + 1)
+    for token, count in frequency.items():
+        if token < len(counts):
+            counts[token] = count
+    # 1 + : in a data set of one caption all tokens are in all captions.
+    return token_ids, 1 + torch.log(len(captions) / counts[token_ids])
+
+
+@torch.no_grad()
+def _scale_layers(model: ClipCapForConditionalGeneration, clip_embeds: torch.Tensor, deviation: float):
+    """Let the hidden layer begin with a deviation of about 1, and the prefix with that of token embeddings."""
+    mapper, mapping_type = model.mapping_network, model.config.mapping_type
+    if mapping_type == "mlp":
+        if model.config.normalize_clip_embeds:
+            clip_embeds = F.normalize(clip_embeds, dim=-1)
+        hidden = mapper.fc1(clip_embeds.to(mapper.fc1.weight.device, mapper.fc1.weight.dtype))
+        if len(hidden) > 1:
+            mapper.fc1.weight /= hidden.std(0).mean().clamp(min=1e-6)
+    last = {"mlp": "fc2", "linear": "linear"}.get(mapping_type)
+    if last is not None:
+        scale = deviation / model._map(clip_embeds).std().clamp(min=1e-6)
+        getattr(mapper, last).weight *= scale
+        getattr(mapper, last).bias *= scale
+
+
+__all__ = ["warm_start_mapper"]

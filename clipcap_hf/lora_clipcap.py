@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .versions_clipcap import keep_weights
+
 
 def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
     """Put new LoRA adapters, which change nothing yet, on a language model and freeze all the rest of it.
@@ -17,7 +19,7 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
         ValueError: If the arguments are wrong for PEFT or for this language model.
     """
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("This captioner has LoRA adapters (`config.lora`): `pip install peft`.") from error
     for name in ("modules_to_save", "trainable_token_indices"):
@@ -32,7 +34,7 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
         )
     before = set(language_model.modules())
     try:
-        language_model.add_adapter(LoraConfig(**lora))
+        inject_adapter_in_model(LoraConfig(**lora), language_model)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`lora` does not suit a `{language_model.config.model_type}`: {error} It holds arguments of peft.LoraConfig."
@@ -44,7 +46,7 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
             "them: leave both out of `target_modules`."
         )
     for module in set(language_model.modules()) - before:
-        module._is_hf_initialized = True  # the model's own rules would draw the second matrix, which begins with zeros
+        keep_weights(module)  # the model's own rules would draw the second matrix, which begins with zeros
     freeze_beside_lora(language_model)
 
 
@@ -66,5 +68,4 @@ def merge_lora(language_model: PreTrainedModel):
         layer = language_model.get_submodule(name)
         layer.merge(safe_merge=True)
         language_model.set_submodule(name, layer.get_base_layer())
-    language_model._hf_peft_config_loaded = False
     del language_model.peft_config

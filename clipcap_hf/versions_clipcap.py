@@ -30,3 +30,12 @@ def keep_weights(module):
     """
     for submodule in module.modules():
         submodule._is_hf_initialized = True
+
+
+def mark_adapted(language_model, adapted: bool):
+    """Tell transformers whether PEFT has put adapters in, so that `save_pretrained` of the language model saves those alone.
+
+    Its public `add_adapter` does so, but that of 5.24 wants PEFT 0.22, which is not out. Without the mark the adapters are
+    saved together with the language model.
+    """
+    language_model._hf_peft_config_loaded = adapted

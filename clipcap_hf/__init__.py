@@ -1,5 +1,6 @@
 """Hugging Face-native ClipCap: image captioning by a CLIP prefix (Mokady et al. 2021)."""
 
+from .model import versions_clipcap  # noqa: F401, I001  (first: it refuses releases that would fail further on)
 from ._torchvision import ensure_torchvision_imports
 
 

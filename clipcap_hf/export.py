@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 from .model.configuration_clipcap import ClipCapConfig
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.processing_clipcap import ClipCapProcessor
+from .model.versions_clipcap import CACHE
 
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
@@ -57,12 +58,12 @@ class _Decoder(nn.Module):
             inputs_embeds=embeds,
             attention_mask=mask[None, None].expand(embeds.shape[0], -1, -1, -1),
             position_ids=positions.unsqueeze(0).expand(embeds.shape[0], -1),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
+            **{CACHE: cache},
         )
-        present = [tensor for layer in outputs.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        present = [tensor for layer in outputs[CACHE].layers for tensor in (layer.keys, layer.values)]
         return outputs.logits[:, -1].float(), *present
 
 
@@ -145,7 +146,7 @@ def _export_graphs(model: ClipCapForConditionalGeneration, processor: ClipCapPro
     # Lengths in the sample that are all different, so that none is taken for another.
     prefix = torch.randn(2, 3, config.text_config.get_text_config().hidden_size)
     cache = DynamicCache()
-    model.language_model(inputs_embeds=torch.cat([prefix, prefix[:, :2]], 1), past_key_values=cache, use_cache=True)
+    model.language_model(inputs_embeds=torch.cat([prefix, prefix[:, :2]], 1), use_cache=True, **{CACHE: cache})
     layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if not layers or any(tensor is None for layer in layers for tensor in layer):
         raise ValueError(

@@ -28,6 +28,7 @@ from clipcap_hf import (
 from clipcap_hf.captioning import caption_embeds
 from clipcap_hf.data import load_emoji
 from clipcap_hf.model.modeling_conse import embed_by_classes
+from clipcap_hf.model.versions_clipcap import CACHE
 from clipcap_hf.training.warm_start import warm_start_mapper
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -221,7 +222,7 @@ def train_through_language_model(
         tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in TEMPLATE.split("<image>")
     )
     with torch.no_grad():
-        layers = language_model.model(before, use_cache=True).past_key_values.layers
+        layers = language_model.model(before, use_cache=True)[CACHE].layers
     table = language_model.get_input_embeddings()
     tokenized = [torch.tensor(tokenizer(" " + caption, add_special_tokens=False).input_ids) for caption in captions]
     optimizer = torch.optim.AdamW(model.mapping_network.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -235,7 +236,7 @@ def train_through_language_model(
         for index, layer in enumerate(layers):
             cache.update(*(part.expand(batch_size, -1, -1, -1) for part in (layer.keys, layer.values)), index)
         hidden = language_model.model(
-            inputs_embeds=torch.cat([prefix, table(following)], dim=1), past_key_values=cache
+            inputs_embeds=torch.cat([prefix, table(following)], dim=1), **{CACHE: cache}
         ).last_hidden_state[:, -labels.shape[1] :]
         real = labels != -100
         loss = F.cross_entropy(language_model.lm_head(hidden[real]), labels[real])

@@ -1,5 +1,7 @@
 """Configuration of ClipCap captioners and of open_clip image towers."""
 
+from .versions_clipcap import CACHE  # noqa: I001  (first: it refuses releases that the rest would fail with)
+
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -143,7 +145,7 @@ class ClipCapConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
     }
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [CACHE, "image_hidden_states"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateBeamDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerationMode
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+
+from .versions_clipcap import CACHE
 
 
 def official_beam_search(
@@ -54,16 +57,14 @@ def official_beam_search(
     ... )  # doctest: +SKIP
 
     ```"""
-    _check_settings(model, generation_config)
+    _check_settings(model, generation_config, model_kwargs)
     num_beams = generation_config.num_beams
     input_ids, model_kwargs = _one_row_per_image(model, input_ids, num_beams, model_kwargs)
-    pad_token = generation_config._pad_token_tensor
-    beams = _Beams.start(input_ids, num_beams, pad_token=0 if pad_token is None else int(pad_token))
+    beams = _Beams.start(input_ids, num_beams, _padding_token(generation_config) or 0)
 
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    model_kwargs.pop("mm_encoder_outputs", None)  # the prefixes are in the cache now
+    outputs = _read_prompts(model, input_ids, model_kwargs)
     while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        _add_token(model_kwargs, outputs)
         log_probs, tokens = _best_tokens(outputs.logits[:, -1], beams, logits_processor)
         del outputs  # the first logits may be large
         parent_rows = beams.extend(log_probs, tokens, stopping_criteria)
@@ -187,23 +188,49 @@ class _Beams:
         return table.unflatten(0, self.stopped.shape)
 
 
-def can_search_fast(
+class CannotSearchFast(Exception):
+    """[`fast_beam_search`] does not cover the settings, as `generate()` has worked them out: search as transformers does."""
+
+
+def setting(model: PreTrainedModel, name: str, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
+    """What `generate()` will take for a setting: of its arguments, of the config given to it, or of the model's own."""
+    for value in (kwargs.get(name), getattr(generation_config, name, None)):
+        if value is not None:
+            return value
+    return getattr(model.generation_config, name, None)
+
+
+def may_search_fast(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
+    """Whether to try [`fast_beam_search`], by the arguments of `generate()`."""
+    # `generate()` hands these to its own searches only.
+    if any(
+        kwargs.get(name) for name in ("custom_generate", "assistant_model", "streamer", "tokenizer", "synced_gpus")
+    ):
+        return False
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)):
+        return False  # all processes have to take as many steps
+    wanted = {
+        name: setting(model, name, generation_config, kwargs) for name in ("num_beams", "do_sample", "use_cache")
+    }
+    return (wanted["num_beams"] or 1) > 1 and not wanted["do_sample"] and wanted["use_cache"] is not False
+
+
+def _covers(
     model: PreTrainedModel,
     input_ids: torch.LongTensor,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
-    synced_gpus: bool,
     model_kwargs: dict[str, Any],
 ) -> bool:
-    """Whether [`fast_beam_search`] covers these settings."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     placeholders = (input_ids == model.config.image_token_id).sum(1)
     return not (
-        generation_config.do_sample
+        generation_config.get_generation_mode() != GenerationMode.BEAM_SEARCH
         or generation_config.return_dict_in_generate
         or not generation_config.use_cache
         or generation_config.low_memory
-        or synced_gpus
+        or generation_config.prefill_chunk_size is not None
         or len(logits_processor)  # some count on `num_beams` rows an image, always
         or not isinstance(cache, DynamicCache)
         or cache.get_seq_length() > 0
@@ -214,8 +241,8 @@ def can_search_fast(
 
 def _num_candidates(generation_config: GenerationConfig) -> int:
     # So many that, even if all beams could stop at each end token, there are beams left to go on with.
-    stop_tokens = generation_config._eos_token_tensor
-    return max(2, 1 + (0 if stop_tokens is None else len(stop_tokens))) * generation_config.num_beams
+    stop_tokens = _stop_tokens(generation_config)
+    return max(2, 1 + len(stop_tokens)) * generation_config.num_beams
 
 
 def fast_beam_search(
@@ -231,16 +258,20 @@ def fast_beam_search(
     best tokens are looked for in each row and not among all beams' vocabularies, and an image whose search has ended
     leaves the batch.
 
-    Takes and returns what `GenerationMixin._beam_search` does, for the settings of [`can_search_fast`].
+    Takes and returns what a function for the argument `custom_generate` of `generate()` does.
+
+    Raises:
+        CannotSearchFast: If the settings are others than it is made for, before any work.
     """
+    if not _covers(model, input_ids, logits_processor, generation_config, model_kwargs):
+        raise CannotSearchFast
     num_beams, device = generation_config.num_beams, input_ids.device
     early_stopping, penalty = generation_config.early_stopping, generation_config.length_penalty
-    stop_tokens = generation_config._eos_token_tensor
+    stop_tokens = _stop_tokens(generation_config)
     num_candidates = _num_candidates(generation_config)
     input_ids, model_kwargs = _one_row_per_image(model, input_ids, num_beams, model_kwargs)
     num_images, prompt_length = input_ids.shape
-    pad_token = generation_config._pad_token_tensor
-    fill = (pad_token or stop_tokens[0]) if stop_tokens is not None else -1
+    fill = (_padding_token(generation_config) or stop_tokens[0]) if stop_tokens else -1
 
     images = torch.arange(num_images, device=device)  # those that are still searched, in the rows' order
     running = input_ids.unsqueeze(1)  # (images, beams, tokens); a single beam until the first step
@@ -250,10 +281,9 @@ def fast_beam_search(
     found_scores = torch.full((num_images, num_beams), -1e9, device=device)
     found_lengths = torch.zeros(num_images, num_beams, dtype=torch.long, device=device)
 
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    model_kwargs.pop("mm_encoder_outputs", None)  # the prefixes are in the cache now
+    outputs = _read_prompts(model, input_ids, model_kwargs)
     while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        _add_token(model_kwargs, outputs)
         logits = outputs.logits[:, -1].to(device, torch.float32)
         del outputs  # the first logits may be large
         log_probs, tokens = logits.topk(num_candidates)
@@ -359,13 +389,43 @@ def _one_row_per_image(
 
 def _select_rows(model_kwargs: dict[str, Any], rows: torch.LongTensor):
     """Make the cache and the other inputs those of the given rows (repeated or left out as need be), in place."""
-    model_kwargs["past_key_values"].reorder_cache(rows)
+    model_kwargs[CACHE].reorder_cache(rows)
     for name, value in model_kwargs.items():
         if isinstance(value, torch.Tensor) and value.ndim:
             model_kwargs[name] = value[rows.to(value.device)]
 
 
-def _check_settings(model: PreTrainedModel, generation_config: GenerationConfig):
+def _stop_tokens(generation_config: GenerationConfig) -> list[int]:
+    ends = generation_config.eos_token_id
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+
+def _padding_token(generation_config: GenerationConfig) -> int | None:
+    # Where none is set, `generate()` pads with the first end token.
+    if generation_config.pad_token_id is not None:
+        return int(generation_config.pad_token_id)
+    return next(iter(_stop_tokens(generation_config)), None)
+
+
+def _read_prompts(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> Any:
+    """The model's outputs for whole prompts; their images are in the cache then and are taken out of the inputs."""
+    model_inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    outputs = model(**model_inputs, return_dict=True)
+    for name in ("mm_encoder_outputs", "pixel_values", "clip_embeds"):
+        model_kwargs.pop(name, None)
+    return outputs
+
+
+def _add_token(model_kwargs: dict[str, Any], outputs: Any):
+    """Make the inputs those of the next token, in place."""
+    model_kwargs[CACHE] = outputs[CACHE]
+    for name, step in (("attention_mask", None), ("position_ids", 1), ("token_type_ids", 0)):
+        if (values := model_kwargs.get(name)) is not None:
+            last = torch.ones_like(values[..., -1:]) if step is None else values[..., -1:] + step
+            model_kwargs[name] = torch.cat([values, last], dim=-1)
+
+
+def _check_settings(model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
     if model.config.is_encoder_decoder:
         raise ValueError("official_beam_search is for decoder-only models.")
     if generation_config.do_sample:
@@ -377,6 +437,8 @@ def _check_settings(model: PreTrainedModel, generation_config: GenerationConfig)
         )
     if not generation_config.use_cache:
         raise ValueError("official_beam_search needs the cache: pass `use_cache=True`.")
+    if (cache := model_kwargs.get(CACHE)) is not None and cache.get_seq_length() > 0:
+        raise ValueError(f"official_beam_search reads the prompts itself: leave `{CACHE}` out.")
 
 
 __all__ = ["fast_beam_search", "mean_log_probs", "official_beam_search"]

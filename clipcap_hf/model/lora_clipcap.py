@@ -1,8 +1,13 @@
 """LoRA adapters on the language model (Hu et al. 2021, arXiv 2106.09685), by way of PEFT."""
 
+import os
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
+
+from .versions_clipcap import keep_weights, mark_adapted
 
 
 def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
@@ -17,7 +22,7 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
         ValueError: If the arguments are wrong for PEFT or for this language model.
     """
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("This captioner has LoRA adapters (`config.lora`): `pip install peft`.") from error
     for name in ("modules_to_save", "trainable_token_indices"):
@@ -32,7 +37,7 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
         )
     before = set(language_model.modules())
     try:
-        language_model.add_adapter(LoraConfig(**lora))
+        inject_adapter_in_model(LoraConfig(**lora), language_model)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`lora` does not suit a `{language_model.config.model_type}`: {error} It holds arguments of peft.LoraConfig."
@@ -44,8 +49,26 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
             "them: leave both out of `target_modules`."
         )
     for module in set(language_model.modules()) - before:
-        module._is_hf_initialized = True  # the model's own rules would draw the second matrix, which begins with zeros
+        keep_weights(module)  # the model's own rules would draw the second matrix, which begins with zeros
+    mark_adapted(language_model, True)
     freeze_beside_lora(language_model)
+
+
+def save_lora(language_model: PreTrainedModel, folder: str | os.PathLike):
+    """Save the adapters alone, in PEFT's format, for `peft.PeftModel.from_pretrained`.
+
+    `language_model.save_pretrained(folder)` does the same, but from transformers 5.24 on it wants PEFT 0.22.
+    """
+    try:  # as in `merge_lora`
+        from peft import get_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError("This captioner has LoRA adapters: `pip install peft`.") from error
+
+    (config,) = language_model.peft_config.values()
+    config.save_pretrained(folder)
+    weights = get_peft_model_state_dict(language_model)
+    named = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(named, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def freeze_beside_lora(language_model: PreTrainedModel):
@@ -66,5 +89,5 @@ def merge_lora(language_model: PreTrainedModel):
         layer = language_model.get_submodule(name)
         layer.merge(safe_merge=True)
         language_model.set_submodule(name, layer.get_base_layer())
-    language_model._hf_peft_config_loaded = False
+    mark_adapted(language_model, False)
     del language_model.peft_config

@@ -3,13 +3,12 @@
 import copy
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 from dataclasses import dataclass
 
 import torch
-import transformers
-from packaging import version
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
@@ -23,12 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_clipcap import ClipCapConfig
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
-from .generation_clipcap import can_search_fast, fast_beam_search
+from .generation_clipcap import CannotSearchFast, fast_beam_search, may_search_fast, setting
 from .interpretation_clipcap import PrefixInterpretation, nearest_tokens
 from .lora_clipcap import add_lora, freeze_beside_lora, merge_lora
 from .model_card_clipcap import PushesModelCard
@@ -41,27 +40,24 @@ from .modeling_vision import (
     load_vision_tower,
     vision_feature_dim,
 )
+from .versions_clipcap import CACHE, READS_IN_CHUNKS, keep_weights
 
 
 @dataclass
-class ClipCapCausalLMOutputWithPast(ModelOutput):
+class ClipCapCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     Output of [`ClipCapForConditionalGeneration`].
 
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*): Next-token cross entropy over the positions with a label.
         logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Scores before softmax.
-        past_key_values ([`~transformers.Cache`], *optional*): The language model's keys and values.
+        cache ([`~transformers.Cache`], *optional*): The language model's keys and values; before transformers 5.24 it is
+            `past_key_values`.
         hidden_states (`tuple(torch.Tensor)`, *optional*): Of the language model, `(batch, sequence, hidden)` each.
         attentions (`tuple(torch.Tensor)`, *optional*): Of the language model.
         image_hidden_states (`torch.Tensor` of shape `(batch, prefix_length, hidden)`, *optional*): The prefix.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -71,7 +67,7 @@ class ClipCapPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ClipCapMappingLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -310,12 +306,13 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         clip_embeds: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple | ClipCapCausalLMOutputWithPast:
         r"""
@@ -327,12 +324,21 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
             clip_embeds (`torch.FloatTensor` of shape `(images, clip_embed_dim)`, *optional*): Embeddings of the images,
                 in place of their pixels; or patch tokens, `(images, patches, clip_embed_dim)`.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 where there is padding.
+            cache ([`~transformers.Cache`], *optional*): The language model's keys and values of what came before.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Like `input_ids`, with -100 where no
                 loss is wanted: on the prefix and on padding (by `attention_mask`: the padding token may be a real one).
             logits_to_keep (`int` or `torch.Tensor`): Compute logits only for the last so many positions, or for these.
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}`, in place of both pixels
                 and embeddings.
+            past_key_values ([`~transformers.Cache`], *optional*): The older name of `cache`.
+            kwargs: Further arguments of the language model and of the loss.
+
+        Raises:
+            TypeError: If neither this model nor its language model has such an argument.
         """
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`past_key_values` is the older name of `cache`: pass one of them.")
+        self._check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         image_outputs = (mm_encoder_outputs or {}).get("image")
@@ -358,10 +364,10 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **{CACHE: cache if cache is not None else past_key_values},
             **kwargs,
         )
 
@@ -377,11 +383,22 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         return ClipCapCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=prefix,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
+
+    def _check_arguments(self, kwargs: dict):
+        # Language models take any argument without a word, and do nothing with those that they do not know.
+        if not kwargs or torch.compiler.is_compiling():
+            return
+        known = {*inspect.signature(self.language_model.forward).parameters, *TransformersKwargs.__optional_keys__}
+        if unknown := [name for name, value in kwargs.items() if value is not None and name not in known]:
+            raise TypeError(
+                f"Neither the captioner nor its language model, a `{self.config.text_config.model_type}`, has the argument "
+                f"`{unknown[0]}`: leave it out."
+            )
 
     def _check_placeholders(self, placeholders: torch.Tensor, prefix: torch.Tensor):
         if torch.compiler.is_compiling():
@@ -448,34 +465,34 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
             image_outputs = self.get_image_features(clip_embeds=clip_embeds, return_dict=True)
             _check_finite(clip_embeds)
             kwargs["mm_encoder_outputs"] = {"image": image_outputs}
-        chunk_size = kwargs.get("prefill_chunk_size")
-        if chunk_size is None:
-            chunk_size = getattr(generation_config or self.generation_config, "prefill_chunk_size", None)
-        if chunk_size is not None and version.parse(transformers.__version__) < version.parse("5.23.0"):
+        if not READS_IN_CHUNKS and setting(self, "prefill_chunk_size", generation_config, kwargs) is not None:
             raise ValueError(
-                f"`prefill_chunk_size` needs transformers 5.23: {transformers.__version__} loses the image. Leave it out."
+                "`prefill_chunk_size` needs transformers 5.23: earlier releases lose the image. Leave it out."
             )
         if input_ids is not None:
-            has_images = images is not None or kwargs.get("mm_encoder_outputs") or kwargs.get("past_key_values")
+            given = ("mm_encoder_outputs", "cache", "past_key_values")
+            has_images = images is not None or any(kwargs.get(name) for name in given)
             if not has_images and (input_ids == self.config.image_token_id).any():
                 raise ValueError(
                     "The prompt has image placeholders, but no image: pass `pixel_values` or `clip_embeds`."
                 )
             self._check_context(input_ids.shape[1], generation_config, kwargs)
+        if "cache" in kwargs:  # as in `forward`, both names serve
+            kwargs[CACHE] = kwargs.pop("cache")
+        elif "past_key_values" in kwargs:
+            kwargs[CACHE] = kwargs.pop("past_key_values")
+        if may_search_fast(self, generation_config, kwargs):
+            if kwargs.get("pixel_values") is not None:  # encoded once, whichever search it will be
+                pixel_values = kwargs.pop("pixel_values")
+                kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, return_dict=True)}
+            fast = {**kwargs, "custom_generate": fast_beam_search}
+            if images := kwargs.get("mm_encoder_outputs"):  # copied, for generate() repeats them in place
+                fast["mm_encoder_outputs"] = {name: copy.copy(image) for name, image in images.items()}
+            try:
+                return super().generate(input_ids, generation_config=generation_config, **fast)
+            except CannotSearchFast:
+                pass  # the settings, once worked out, want transformers' own
         return super().generate(input_ids, generation_config=generation_config, **kwargs)
-
-    def _beam_search(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
-    ):
-        settings = (logits_processor, generation_config, synced_gpus, model_kwargs)
-        if not can_search_fast(self, input_ids, *settings):
-            search = super()._beam_search
-            return search(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
-            )
-        return fast_beam_search(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-        )
 
     def _check_context(self, input_length: int, generation_config: GenerationConfig | None, kwargs: dict):
         context = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
@@ -660,8 +677,7 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
             **config_kwargs,
         )
         for part in filter(None, (vision, text)):
-            for module in part.modules():
-                module._is_hf_initialized = True  # post_init() must not draw these weights anew
+            keep_weights(part)
         model = cls(config, vision_tower=vision, language_model=text)
         model.mapping_network.to(next(text.parameters()).dtype)
         model.generation_config = caption_generation_config(text, config, tokenizer)

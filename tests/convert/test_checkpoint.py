@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration
-from clipcap_hf.convert.checkpoint import convert_official_checkpoint, convert_official_embeddings
+from clipcap_hf.convert import convert_official_checkpoint, convert_official_embeddings
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config, T5Config
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration
-from clipcap_hf.convert.checkpoint import convert_official_checkpoint
+from clipcap_hf.convert import convert_official_checkpoint
 from clipcap_hf.model.generation_clipcap import official_beam_search
 from safetensors.torch import load_file
 from transformers import GPT2Config

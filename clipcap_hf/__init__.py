@@ -30,7 +30,7 @@ from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
 from .training.warm_start import warm_start_mapper  # noqa: E402
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
+from .extras import install_hint
 from .model.configuration_clipcap import ClipCapConfig
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.processing_clipcap import ClipCapProcessor
@@ -80,7 +81,7 @@ def export_onnx(
     `clip_embeds` (batch, clip_embed_dim) where the captioner has no tower. `decoder.onnx` takes `prefix`, `input_ids`
     (batch, tokens) and `past.0` ... (batch, heads, past, head size), keys and values in turn, and gives the `logits`
     (batch, vocabulary) of the next token and `present.0` ... for the next call. A first call has a past of length 0,
-    later ones have a prefix of length 0. Needs `pip install 'clipcap-hf[onnx]'`.
+    later ones have a prefix of length 0. Needs `pip install onnx onnx_ir onnxscript onnxruntime`.
 
     Args:
         model ([`ClipCapForConditionalGeneration`]): In `torch.float32`; it is exported on the CPU, without dropout.
@@ -129,7 +130,7 @@ def _require_onnx():
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"ONNX export needs {error.name}: pip install 'clipcap-hf[onnx]'") from error
+        raise ImportError(f"ONNX export needs {error.name}: {install_hint('onnx')}") from error
 
 
 def _export_graphs(model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, folder: Path):

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from .captioning import CaptionedImage, caption_pixels
+from .extras import install_hint
 from .model.processing_clipcap import load_image
 
 
@@ -220,7 +221,7 @@ def build_app(model, processor, title: str = "ClipCap", max_pixels: int = 40_000
     try:
         import gradio as gr
     except ImportError as error:
-        raise ImportError("The page needs gradio: pip install 'clipcap-hf[serve]'") from error
+        raise ImportError(f"The page needs gradio: {install_hint('serve')}") from error
 
     captioner = BatchedCaptioner(model, processor, max_pixels, batch_size)
 

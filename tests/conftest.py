@@ -1,7 +1,16 @@
 """Tiny random models, tokenizers and images; nothing here is downloaded."""
 
 import os
+import sys
+import sysconfig
+from pathlib import Path
 
+
+# What is tested is what is installed: `python -m pytest` puts the clone before the standard library on the path. A clone
+# that is installed editable comes after it, and stays.
+_clone = Path(__file__).parents[1]
+_installed = sys.path.index(sysconfig.get_path("stdlib"))
+sys.path[:_installed] = [entry for entry in sys.path[:_installed] if Path(entry).resolve() != _clone]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,7 +23,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, PreTrainedTokenizerFast  # noqa: E402
 
-from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionConfig
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, ClipCapProcessor, OpenClipVisionConfig  # noqa: E402
 
 
 CAPTIONS = [
@@ -51,6 +60,15 @@ def pytest_configure(config):
         "torch_compile_test",
     ):
         config.addinivalue_line("markers", f"{name}: of transformers' own tests")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Work in an empty folder: a process that a test starts there imports the installed package, and not the clone."""
+    start = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(start)
 
 
 @pytest.fixture(autouse=True)

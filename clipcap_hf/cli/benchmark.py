@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ..extras import install_hint
 from .arguments import not_negative, pick_device, positive
 
 
@@ -69,5 +70,5 @@ def run(arguments) -> int:
     (out / "benchmark.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     print(report_table(report))
     if not draw_report(out / "benchmark.png", report):
-        print("clipcap: no picture without matplotlib: pip install 'clipcap-hf[train]'", file=sys.stderr)
+        print(f"clipcap: no picture without matplotlib: {install_hint('train')}", file=sys.stderr)
     return 0

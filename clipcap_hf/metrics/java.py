@@ -12,6 +12,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..extras import install_hint
+
 
 # The JVM's default charset follows the locale; without this, captions turn to "?" under LANG=C.
 ENCODING_FLAGS = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
@@ -46,7 +48,7 @@ def find_jar(relative_path: str, purpose: str) -> Path:
         if jar.is_file():
             return jar
     raise JavaError(
-        f"{purpose} needs {relative_path} of the package pycocoevalcap: pip install 'pycocoevalcap>=1.2'. Without it, "
+        f"{purpose} needs {relative_path} of the package pycocoevalcap: {install_hint('metrics')}. Without it, "
         'BLEU, ROUGE-L and CIDEr run with tokenizer="python", whose scores are close to the standard but not exact.'
     )
 

@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..extras import install_hint
 from .java import JavaError, find_jar, run_java
 
 
@@ -154,7 +155,7 @@ def _japanese_tagger():
         import ipadic
     except ImportError as error:
         raise ImportError(
-            'tokenizer="ja" needs fugashi and ipadic: pip install fugashi ipadic. '
+            f'tokenizer="ja" needs fugashi and ipadic: {install_hint("japanese")}. '
             'Without them, tokenizer="characters" scores Japanese by characters.'
         ) from error
     return fugashi.GenericTagger(ipadic.MECAB_ARGS)

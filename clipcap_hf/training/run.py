@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from ..assets import EMOJI_MINI
 from ..data.schema import CaptionCleaner
+from ..extras import install_hint
 from ..memory import keep_freed_memory
 from ..metrics import score_captions
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
@@ -489,7 +490,7 @@ def _save(trainer: ClipCapTrainer, scores: dict):
     if trainer.is_world_process_zero():
         _write(out / "scores.json", json.dumps(scores, indent=2))
         if not draw_curve(out / "curve.png", trainer.state.log_history):
-            logger.warning("curve.png is not drawn without matplotlib: pip install 'clipcap-hf[train]'.")
+            logger.warning(f"curve.png is not drawn without matplotlib: {install_hint('train')}.")
 
 
 def _save_samples(trainer: ClipCapTrainer, evaluation, columns: dict):

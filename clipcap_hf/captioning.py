@@ -1,17 +1,13 @@
 """Captioning many images: files are read in workers, images go through the model in batches, bad files are reported."""
 
-import glob
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -37,36 +33,6 @@ class CaptionedImage:
     error: str | None = None
     scores: list[float] | None = None
     prefix_tokens: list[list[tuple[str, float]]] | None = None
-
-
-def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
-    """The image files that paths, folders (with all below them) and glob patterns name, in order, each once.
-
-    Returns:
-        `(paths, errors)`: an error says which argument names nothing.
-    """
-    Image.init()
-    # Some formats can be written alone (PDF), or are known by name only (MPEG).
-    formats = Image.OPEN.keys() - {"MPEG", "HDF5", "GRIB", "BUFR"}
-    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in formats}
-    paths, errors = [], []
-    for argument in map(str, arguments):
-        if os.path.isdir(argument):
-            below = sorted(path for path in Path(argument).rglob("*") if path.is_file() or path.is_symlink())
-            found = [str(path) for path in below if path.suffix.lower() in extensions]
-            if not found:
-                errors.append(f"{argument}: the folder holds no image files")
-        elif os.path.exists(argument):
-            found = [argument]
-        elif glob.has_magic(argument):
-            found = sorted(path for path in glob.glob(argument, recursive=True) if os.path.isfile(path))
-            if not found:
-                errors.append(f"{argument}: no file matches")
-        else:
-            found = []
-            errors.append(f"{argument}: no such file or folder")
-        paths.extend(found)
-    return list(dict.fromkeys(paths)), errors
 
 
 class _Images(Dataset):

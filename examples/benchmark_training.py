@@ -10,7 +10,7 @@ of those. The steps of both take turns, each with a product of matrices that tel
 moment.
 
 On a CPU everything is measured twice: with the C library's memory as it is, and then keeping what is freed, as `clipcap train`
-does for itself and a script of one's own can (`clipcap_hf.memory.keep_freed_memory`). The official way gains the most by that.
+does for itself and a script of one's own can (`clipcap_hf.processes.keep_freed_memory`). The official way gains the most by that.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 import clipcap_hf  # noqa: F401  (before transformers)
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor, ClipCapTrainer
-from clipcap_hf.memory import keep_freed_memory
+from clipcap_hf.processes import keep_freed_memory
 from clipcap_hf.training.arguments import CaptioningArguments
 from clipcap_hf.training.rows import EpochRows
 from datasets import Dataset

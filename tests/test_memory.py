@@ -6,7 +6,7 @@ import pytest
 
 SCRIPT = """
 import resource, sys, torch
-from clipcap_hf.memory import keep_freed_memory
+from clipcap_hf.processes import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

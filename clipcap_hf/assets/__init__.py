@@ -12,3 +12,18 @@ EMOJI_MINI = str(ASSETS / "emoji-mini")
 PHOTO_MINI = str(ASSETS / "photo-mini")
 #: A font with the glyphs of the embedded captions, Japanese ones included.
 FONT = ASSETS / "font" / "mplus1-subset.otf"
+
+
+def resolve(name: str) -> str:
+    """Return the folder of an embedded captioner for its short name, and any other name unchanged.
+
+    ```python
+    >>> from clipcap_hf.assets import EMOJI_MINI, resolve
+    >>> resolve("emoji-mini") == EMOJI_MINI
+    True
+    >>> resolve("me/my-captioner")
+    'me/my-captioner'
+
+    ```
+    """
+    return {"emoji-mini": EMOJI_MINI, "photo-mini": PHOTO_MINI}.get(name, name)

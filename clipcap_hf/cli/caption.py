@@ -58,7 +58,8 @@ def _number_of_tokens(text: str) -> int:
 
 
 def run(arguments) -> int:
-    from ..captioning import caption_files, find_images
+    from ..captioning import caption_files
+    from ..files import find_images
     from ..processes import process_state
 
     paths, errors = find_images(arguments.paths)

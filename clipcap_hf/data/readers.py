@@ -302,7 +302,7 @@ def _check_caption_beside(image: str, caption: str, number: int, path: Path):
 
 
 def _files_by_number(root: Path) -> dict[int, str]:
-    from ..captioning import find_images
+    from ..files import find_images
 
     files = {}
     for path in find_images([root])[0]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..captioning import caption_images
+from ..files import listed
 from ..processes import process_state
 from .coco_files import digest
-from .protocol import EvaluationSet, Subset, listed
+from .protocol import EvaluationSet, Subset
 from .record import decoding_record, model_record
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 
-from .coco_files import write_text
+from ..files import write_text
 from .paper import ENTIRE
 from .report import difference_lines, diversity_line, parts, score_table
 from .run import DIVERSITY, METRIC_TITLES

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .protocol import EvaluationSet, listed, repeated_ids
+from ..files import listed, write_text
+from .protocol import EvaluationSet, repeated_ids
 
 
 RESULTS_FORM = '[{"image_id": 42, "caption": "a cat"}, ...]'
@@ -100,23 +99,6 @@ def _read_json(path: str | Path) -> Any:
 
 def _kind(content: Any) -> str:
     return f"a dict with {listed(list(content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def digest(content: Any) -> str:

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .coco_files import digest, write_text
+from ..files import write_text
+from .coco_files import digest
 from .protocol import EvaluationSet
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..files import listed
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -219,9 +221,3 @@ def repeated_ids(ids: Sequence) -> list:
             repeated.append(image)
         seen.add(str(image))
     return repeated
-
-
-def listed(ids: Sequence, most: int = 5) -> str:
-    """The first few of some ids, and how many more there are."""
-    more = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return ", ".join(map(str, ids[:most])) + more

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .coco_files import write_results, write_text
+from ..files import write_text
+from .coco_files import write_results
 from .page import write_page
 from .paper import ENTIRE, paper_rows
 from .protocol import EvaluationSet

@@ -5,10 +5,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..files import listed
 from ..metrics import score_captions
 from .coco_files import digest
 from .paper import ENTIRE, UNVERIFIED, rows_to_compare
-from .protocol import Benchmark, EvaluationSet, listed, match
+from .protocol import Benchmark, EvaluationSet, match
 from .record import data_record, versions
 
 

@@ -16,12 +16,11 @@ from transformers.trainer_utils import has_length
 from ..assets import EMOJI_MINI
 from ..data.schema import CaptionCleaner
 from ..extras import install_hint
-from ..memory import keep_freed_memory
 from ..metrics import score_captions
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
 from ..pictures import draw_captions, draw_curve
-from ..processes import leave_at_exit
+from ..processes import keep_freed_memory, leave_at_exit
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
 from .checkpoints import check_writable, last_checkpoint
 from .embed_once import embed_once, pays_to_embed

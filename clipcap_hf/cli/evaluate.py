@@ -1,7 +1,10 @@
-"""`clipcap evaluate`"""
+"""The command `clipcap evaluate`."""
 
+import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .arguments import add_device_arguments, load_captioner, not_negative, positive
@@ -10,64 +13,25 @@ from .arguments import add_device_arguments, load_captioner, not_negative, posit
 def add_parser(commands):
     evaluate = commands.add_parser(
         "evaluate",
-        help="score a captioner, or a file of captions, by the field's benchmarks",
-        description="Captions the images of a benchmark and scores the captions beside the paper's, or scores a results "
-        "file. Writes results.json (for the leaderboards), scores.json (with all that made the numbers) and index.html "
-        "(the worst, median and best images). Interrupted, it goes on where it was; torchrun spreads it over processes.",
+        help="score a captioner, or a file of captions, on your own images or a benchmark",
+        description="Captions the images of a benchmark, or your own, and scores the captions against what people "
+        "wrote; or scores an existing results file. Writes results.json (for the leaderboards), scores.json (with "
+        "everything that made the numbers) and index.html (the worst, median and best images). An interrupted run "
+        "goes on where it stopped; torchrun spreads it over processes.",
     )
-    what = evaluate.add_argument_group("what is scored")
-    what.add_argument("--model", help="a captioner: a folder, a Hub id or emoji-mini")
-    what.add_argument("--results", metavar="FILE", help='ready captions: [{"image_id": 42, "caption": "a cat"}, ...]')
-    what.add_argument(
-        "--benchmark",
-        metavar="NAME",
-        help="coco-karpathy, conceptual-captions, nocaps, flickr8k, flickr30k, stair, emoji or emoji-ja; its number of "
-        "images, its ids and its tokenizer hold",
-    )
-    what.add_argument("--data", metavar="ROOT", help="folder with the benchmark's published files and images")
-    what.add_argument(
-        "--split", nargs="+", metavar="NAME", help="of the benchmark (default: those that papers report)"
-    )
-    what.add_argument("--references", metavar="FILE", help="references in COCO's annotation format")
-    what.add_argument(
-        "--allow-subset", action="store_true", help="score what is there where images or captions are missing"
-    )
-    what.add_argument("--limit", type=positive, metavar="N", help="caption the first N images only, for a quick look")
-
-    decoding = evaluate.add_argument_group("captions of a model")
-    decoding.add_argument("--beams", type=positive, default=5, metavar="N", help="beam search (default: %(default)s)")
-    decoding.add_argument(
-        "--official-beam-search", action="store_true", help="with the rule of the official ClipCap code"
-    )
-    decoding.add_argument("--prompt", help="a beginning that every caption continues")
-    decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
-    decoding.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(default: %(default)s)")
-    decoding.add_argument("--workers", type=not_negative, metavar="N", help="processes that read images")
-    add_device_arguments(decoding)
-
-    scoring = evaluate.add_argument_group("scores")
-    scoring.add_argument(
-        "--metrics",
-        nargs="+",
-        metavar="NAME",
-        help="bleu, meteor, rouge_l, cider, spice, exact_match, diversity, clip_score (default: what the benchmark and "
-        "this machine have)",
-    )
-    scoring.add_argument(
-        "--tokenizer",
-        choices=["ptb", "python", "ja", "characters", "none"],
-        help="ptb, the standard for English, needs Java; python does not and is not exact (default: the benchmark's)",
-    )
-    scoring.add_argument(
-        "--empty-references", choices=["error", "drop", "keep"], help="references without text (default: error)"
-    )
-    scoring.add_argument("--spice-home", metavar="DIR", help="folder with the jars of SPICE")
-    scoring.add_argument("--clip-model", metavar="NAME", help="CLIP for clip_score (default: ViT-B/32, the paper's)")
-
-    evaluate.add_argument(
+    _add_source_arguments(evaluate.add_argument_group("what is scored"))
+    _add_decoding_arguments(evaluate.add_argument_group("captions of a model"))
+    _add_scoring_arguments(evaluate.add_argument_group("scores"))
+    output = evaluate.add_argument_group("output")
+    output.add_argument(
         "--out", default="clipcap-evaluation", metavar="DIR", help="folder for the files (default: %(default)s)"
     )
-    evaluate.add_argument(
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="also replace files in --out that clipcap evaluate did not write (never those it reads)",
+    )
+    output.add_argument(
         "--update-card",
         nargs="?",
         const="",
@@ -77,21 +41,101 @@ def add_parser(commands):
     evaluate.set_defaults(run=run)
 
 
+def _add_source_arguments(what: argparse._ArgumentGroup):
+    what.add_argument("--model", help="a captioner: a folder, a Hub id, emoji-mini or photo-mini")
+    what.add_argument(
+        "--results", metavar="FILE", help='existing captions: [{"image_id": 42, "caption": "a cat"}, ...]'
+    )
+    what.add_argument(
+        "--benchmark",
+        metavar="NAME",
+        help="coco-karpathy, conceptual-captions, nocaps, flickr8k, flickr30k, stair, emoji or emoji-ja; missing or "
+        "duplicate images, ids or captions are errors",
+    )
+    what.add_argument(
+        "--data",
+        metavar="DATA",
+        help="with --benchmark the folder of its published files and images; without, your own images and captions: a "
+        "folder, an annotation file, shards or a Hub id",
+    )
+    what.add_argument(
+        "--data-format",
+        metavar="FORMAT",
+        help="form of your own --data: imagefolder, karpathy, coco, stair, nocaps, official, conceptual, webdataset "
+        "or hub (default: imagefolder for a folder, else hub)",
+    )
+    what.add_argument("--images", metavar="DIR", help="folder of your own images (default: that of --data)")
+    what.add_argument(
+        "--missing", choices=["error", "skip"], help="what to do with your own images that are listed but missing"
+    )
+    for name, whose in (("image", "images"), ("caption", "captions"), ("id", "image ids")):
+        what.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {whose} in your own --data")
+    what.add_argument(
+        "--split",
+        nargs="+",
+        metavar="NAME",
+        help="of the benchmark (default: those that papers report), or of your own --data",
+    )
+    what.add_argument("--references", metavar="FILE", help="references in COCO's annotation format")
+    what.add_argument(
+        "--allow-subset", action="store_true", help="score a part where images or captions are missing, and say so"
+    )
+    what.add_argument("--limit", type=positive, metavar="N", help="caption the first N images only, for a quick look")
+
+
+def _add_decoding_arguments(decoding: argparse._ArgumentGroup):
+    decoding.add_argument("--beams", type=positive, default=5, metavar="N", help="beam search (default: %(default)s)")
+    decoding.add_argument(
+        "--official-beam-search", action="store_true", help="use the rule of the official ClipCap code"
+    )
+    decoding.add_argument("--prompt", help="a beginning that every caption continues")
+    decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
+    decoding.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
+    )
+    decoding.add_argument(
+        "--workers", type=not_negative, metavar="N", help="processes that read images (default: by their number)"
+    )
+    add_device_arguments(decoding)
+
+
+def _add_scoring_arguments(scoring: argparse._ArgumentGroup):
+    scoring.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="bleu, meteor, rouge_l, cider, spice, exact_match, diversity, clip_score (default: what fits the "
+        "benchmark and is installed)",
+    )
+    scoring.add_argument(
+        "--tokenizer",
+        choices=["ptb", "python", "ja", "characters", "none"],
+        help="ptb, the standard for English, needs Java; python needs nothing and is not exact (default: the "
+        "benchmark's; for your own images ptb if it is installed, else python)",
+    )
+    scoring.add_argument(
+        "--empty-references", choices=["error", "drop", "keep"], help="references without text (default: error)"
+    )
+    scoring.add_argument("--spice-home", metavar="DIR", help="folder with the jars of SPICE")
+    scoring.add_argument("--clip-model", metavar="NAME", help="CLIP for clip_score (default: ViT-B/32, the paper's)")
+
+
 def run(arguments) -> int:
     from ..evaluation import get_benchmark
     from ..metrics import JavaError
 
     _check(arguments)
     benchmark = get_benchmark(arguments.benchmark) if arguments.benchmark else None
-    splits = arguments.split or (benchmark.default_splits if benchmark else [None])
-    if len(splits) > 1 and (arguments.results or arguments.references):
-        raise ValueError(f"--results and --references are of one split: add --split and one of {', '.join(splits)}")
+    folders = _folders(arguments, benchmark)
     card = _card_folder(arguments)
     try:
-        captioner = _prepare(arguments, benchmark)
-        for split in splits:
-            folder = Path(arguments.out) / f"{benchmark.name}-{split}" if benchmark else Path(arguments.out)
-            _evaluate(arguments, benchmark, split, captioner, folder, card)
+        _check_before_work(arguments, benchmark, folders)
+        captioner = None
+        if arguments.model is not None:
+            captioner = load_captioner(arguments.model, arguments.device, arguments.dtype)
+        for split, folder in folders.items():
+            with _alone_in(folder):
+                _evaluate(arguments, benchmark, split, captioner, folder, card)
     except JavaError as error:
         raise ValueError(error) from error
     return 0
@@ -100,18 +144,38 @@ def run(arguments) -> int:
 def _check(arguments):
     if (arguments.model is None) == (arguments.results is None):
         raise ValueError("give --model, whose captions are scored, or --results, a file of captions")
-    if arguments.benchmark is None and arguments.references is None:
-        raise ValueError("give --benchmark, or --references for a results file")
-    if arguments.model and arguments.benchmark is None:
-        raise ValueError("--model captions the images of a --benchmark")
     if arguments.model and arguments.references:
-        raise ValueError("--references goes with --results; a benchmark's images and references are in --data")
-    if arguments.split and arguments.benchmark is None:
-        raise ValueError("--split is one of a --benchmark's")
+        raise ValueError("--references goes with --results; a model's images and references are in --data")
+    if arguments.benchmark is None and arguments.data is None and arguments.references is None:
+        if arguments.model:
+            raise ValueError("give the images that --model captions: --data FOLDER for your own, or --benchmark")
+        raise ValueError("give the references of the results file: --data FOLDER, --benchmark, or --references")
+    if arguments.data is not None and arguments.references:
+        raise ValueError("--references and --data both name references: give one of them")
+    if arguments.split and arguments.benchmark is None and arguments.data is None:
+        raise ValueError("--split goes with --benchmark or --data")
     if arguments.limit and arguments.results:
-        raise ValueError("--limit is for captions of a --model; a results file with fewer takes --allow-subset")
+        raise ValueError("--limit is for captions of a --model; for a results file with fewer, use --allow-subset")
     if arguments.official_beam_search and arguments.beams < 2:
         raise ValueError("--official-beam-search needs --beams of 2 or more")
+    own = [name for name in ("data_format", "images", "missing", *COLUMNS) if getattr(arguments, name) is not None]
+    if own and (arguments.benchmark or arguments.data is None):
+        option = own[0].replace("_", "-")
+        raise ValueError(f"--{option} describes your own images: it goes with --data and without --benchmark")
+
+
+COLUMNS = ("image_column", "caption_column", "id_column")
+
+
+def _folders(arguments, benchmark) -> dict[str | None, Path]:
+    """Choose the splits to score, each with the folder for its files."""
+    splits = arguments.split or (benchmark.default_splits if benchmark else [None])
+    if len(splits) > 1 and (arguments.results or arguments.references):
+        raise ValueError(f"--results and --references are of one split: add --split and one of {', '.join(splits)}")
+    out = Path(arguments.out)
+    if benchmark:
+        return {split: out / f"{benchmark.name}-{split}" for split in splits}
+    return {split: out / split if len(splits) > 1 else out for split in splits}
 
 
 def _card_folder(arguments) -> Path | None:
@@ -125,40 +189,65 @@ def _card_folder(arguments) -> Path | None:
     return folder
 
 
-def _prepare(arguments, benchmark):
-    """Finds out what is missing before an hour is spent on captions, and loads the captioner."""
-    from ..evaluation import default_metrics
-    from ..metrics import METRICS, check_requirements
+def _check_before_work(arguments, benchmark, folders: dict[str | None, Path]):
+    """Find out what is missing, or in the way, before an hour is spent on captions."""
+    from ..evaluation import check_folder, default_metrics
+    from ..metrics import check_metrics, check_requirements
 
+    if arguments.metrics:
+        check_metrics(arguments.metrics)
+        if "clip_score" in arguments.metrics and (arguments.references or not _has_images(arguments, benchmark)):
+            raise ValueError("clip_score needs the images: give --data, and no --references")
+    for folder in folders.values():
+        check_folder(folder, _inputs(arguments), arguments.overwrite)
+    if arguments.tokenizer is None and benchmark is None and arguments.data is not None:
+        arguments.tokenizer = _installed_tokenizer()
     tokenizer = arguments.tokenizer or (benchmark.tokenizer if benchmark else "ptb")
     arguments.metrics = arguments.metrics or default_metrics(benchmark, tokenizer, arguments.spice_home)
-    if unknown := set(arguments.metrics) - set(METRICS):
-        raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
     check_requirements(arguments.metrics, tokenizer, arguments.spice_home)
-    if arguments.model is None:
-        return None
-    return load_captioner(arguments.model, arguments.device, arguments.dtype)
+
+
+def _has_images(arguments, benchmark) -> bool:
+    return arguments.data is not None or benchmark.name.startswith("emoji")
+
+
+def _inputs(arguments) -> list[str]:
+    files = [arguments.results, arguments.references, arguments.data]
+    return [os.path.expanduser(file) for file in files if file is not None]
+
+
+def _installed_tokenizer() -> str:
+    from ..metrics import JavaError, check_requirements
+
+    try:
+        check_requirements(["bleu"], "ptb")
+    except JavaError as error:
+        print(
+            f"clipcap: scored with --tokenizer python, which is not exact and leaves METEOR out: {error}",
+            file=sys.stderr,
+        )
+        return "python"
+    return "ptb"
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Work in the folder as the only evaluation; under torchrun the first process stands for all."""
+    from ..evaluation import only_process
+    from ..processes import process_state
+
+    if not process_state().is_main_process:
+        yield
+        return
+    with only_process(folder):
+        yield
 
 
 def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path | None):
-    from ..evaluation import (
-        evaluate_captions,
-        load_evaluation_set,
-        plain_summary,
-        read_references,
-        read_results,
-        remove_progress,
-        write_report,
-    )
+    from ..evaluation import evaluate_captions, read_results, remove_progress, write_report
     from ..processes import process_state
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if arguments.references:
-        data = read_references(arguments.references)
-    elif captioner is None and arguments.data is None and not benchmark.name.startswith("emoji"):
-        raise ValueError(f"the references of {benchmark.title} are missing: --references FILE or --data ROOT")
-    else:
-        data = load_evaluation_set(benchmark, arguments.data, split)
+    data = _load_data(arguments, benchmark, split)
     if captioner is None:
         captions = read_results(arguments.results)
         record = {"captions_file": os.path.basename(arguments.results)}
@@ -182,17 +271,27 @@ def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path |
         config=captioner[0].config if captioner else None,
     )
     report = {**record, **report}
-    write_report(folder, report, data)
+    written = write_report(folder, report, data, _inputs(arguments), arguments.overwrite)
     if captioner is not None:
         remove_progress(folder, record["settings_sha256"])
-    print(plain_summary(report))
-    print(f"\nScores: {folder / 'scores.json'}\nPage: {folder / 'index.html'}\nCaptions: {folder / 'results.json'}")
-    if card is not None:
-        from ..evaluation.card import update_card
+    _print_report(report, written, card)
 
-        changed = update_card(card, report)
-        print(f"Model card: {', '.join(map(str, changed)) if changed else 'unchanged'}")
-    print()
+
+def _load_data(arguments, benchmark, split):
+    from ..evaluation import load_evaluation_set, load_own_images, read_references
+
+    if arguments.references:
+        return read_references(arguments.references)
+    if benchmark is None:
+        columns = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name) is not None}
+        if "caption_column" in columns:
+            columns["caption_column"] = columns["caption_column"].split(",")
+        return load_own_images(
+            arguments.data, arguments.data_format, split, arguments.images, arguments.missing, **columns
+        )
+    if arguments.data is None and arguments.results and not benchmark.name.startswith("emoji"):
+        raise ValueError(f"the references of {benchmark.title} are missing: --references FILE or --data ROOT")
+    return load_evaluation_set(benchmark, arguments.data, split)
 
 
 def _captions(arguments, captioner, data, folder: Path):
@@ -209,9 +308,10 @@ def _captions(arguments, captioner, data, folder: Path):
     if workers is None:
         # Starting a process costs as much as reading some dozens of images.
         workers = 0 if len(data) < 64 else min(4, os.cpu_count() or 1)
+    model = os.path.expanduser(arguments.model)
     return caption_benchmark(
         *captioner,
-        os.path.basename(os.path.normpath(arguments.model)) if os.path.isdir(arguments.model) else arguments.model,
+        os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model,
         data,
         folder,
         prompt=arguments.prompt,
@@ -221,3 +321,18 @@ def _captions(arguments, captioner, data, folder: Path):
         allow_subset=arguments.allow_subset,
         **generate_kwargs,
     )
+
+
+def _print_report(report: dict, written: list[Path], card: Path | None):
+    from ..evaluation import plain_summary
+
+    titles = {"scores.json": "Scores", "index.html": "Page", "results.json": "Captions"}
+    print(plain_summary(report) + "\n")
+    for path in written:
+        print(f"{titles[path.name]}: {path}")
+    if card is not None:
+        from ..evaluation.card import update_card
+
+        changed = update_card(card, report)
+        print(f"Model card: {', '.join(map(str, changed)) if changed else 'unchanged'}")
+    print()

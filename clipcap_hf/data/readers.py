@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .coco import read_coco
 from .columns import load_columns
 from .schema import CaptionCleaner, caption_features, check_unique, select_split, split_name, warn_of_overlap
 
@@ -222,25 +223,16 @@ def _read_karpathy(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
 
 
 def _read_coco(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
-    data = _read_json(path, ["images"], "COCO's captions (captions_val2014.json)")
     split = _split_of_name(path)
-    records = {}
-    listed = [_field(image, "id", path, number) for number, image in enumerate(data["images"])]
-    check_unique(listed, str(path))
-    for number, image in enumerate(data["images"]):
-        paths = _coco_paths(_field(image, "file_name", path, number))
-        records[image["id"]] = CaptionedRecord(image["id"], paths, split=split, domain=image.get("domain"))
     strangers = 0
-    for number, annotation in enumerate(data.get("annotations", [])):
-        record = records.get(_field(annotation, "image_id", path, number))
-        caption = _field(annotation, "caption", path, number)
-        if record is None:
-            strangers += 1
-        else:
-            record.captions.append(caption)
+    for number, image in enumerate(read_coco(path)):
+        if not image.entry:
+            strangers += len(image.captions)
+            continue
+        paths = _coco_paths(_field(image.entry, "file_name", path, number))
+        yield CaptionedRecord(image.image_id, paths, image.captions, split, image.domain)
     if strangers:
         logger.warning(f"{path}: {strangers} captions are of images that it does not list; they were left out.")
-    yield from records.values()
 
 
 def _coco_paths(file_name: str) -> list[str]:

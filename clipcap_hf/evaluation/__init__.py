@@ -1,4 +1,4 @@
-"""Scoring captions by the field's benchmarks: protocol, paper's table, files, page.
+"""Score captions by the field's benchmarks: protocol, paper's table, files, page.
 
     from clipcap_hf.evaluation import BENCHMARKS, evaluate_captions, read_references, read_results, write_report
 
@@ -6,17 +6,19 @@
     report, data = evaluate_captions(captions, data, BENCHMARKS["coco-karpathy"], "test")
     write_report("evaluation", report, data)
 
-`clipcap evaluate` is this on the command line, with captions of a model.
+`clipcap evaluate` does this on the command line, with a model's captions or a results file.
 """
 
 from .captions import caption_benchmark, caption_evaluation_set, remove_progress
 from .coco_files import read_references, read_results, write_results
+from .evaluation_set import EvaluationSet
+from .folder import check_folder, only_process
 from .paper import PAPER_ROWS, PaperRow, paper_rows, rows_to_compare
-from .protocol import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark
+from .protocol import BENCHMARKS, Benchmark, get_benchmark
 from .record import decoding_record, model_record
 from .report import difference_lines, plain_summary, score_table, write_report
 from .run import default_metrics, evaluate_captions
-from .sets import load_evaluation_set
+from .sets import load_evaluation_set, load_own_images
 
 
 __all__ = [
@@ -27,13 +29,16 @@ __all__ = [
     "PaperRow",
     "caption_benchmark",
     "caption_evaluation_set",
+    "check_folder",
     "decoding_record",
     "default_metrics",
     "difference_lines",
     "evaluate_captions",
     "get_benchmark",
     "load_evaluation_set",
+    "load_own_images",
     "model_record",
+    "only_process",
     "paper_rows",
     "plain_summary",
     "read_references",

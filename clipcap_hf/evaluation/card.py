@@ -1,6 +1,6 @@
 """Scores in a model's repository: `model-index` and a table in README.md, and `.eval_results/*.yaml`.
 
-Only what is named here changes, the rest of the card stays byte for byte. Writing the same scores again changes nothing.
+Only these change, the rest of the card stays byte for byte. Writing the same scores again changes nothing.
 """
 
 import re
@@ -25,22 +25,22 @@ FRONT_MATTER = re.compile(r"\A(\ufeff?---[ \t]*\r?\n)(.*?)(^---[ \t]*\r?$)", re.
 
 
 def update_card(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
-    """Writes a report of `clipcap_hf.evaluation.evaluate_captions` into a model's folder.
+    """Write a report of `clipcap_hf.evaluation.evaluate_captions` into a model's folder.
 
-    README.md (made if there is none) gets the scores as `model-index` metadata, and a table in its text; a new file
+    README.md (created if missing) gets the scores as `model-index` metadata, and a table in its text; a new file
     `.eval_results/clipcap-BENCHMARK-SPLIT.yaml` gets them in the Hub's newer form. An earlier report on the same
     benchmark and split is replaced, all other results stay.
 
     Args:
-        folder: of the model, as `save_pretrained` writes it, or a clone of its repository.
-        report: with a benchmark.
+        folder: Of the model, as `save_pretrained` writes it, or a clone of its repository.
+        report: With a benchmark.
 
     Returns:
-        The files that changed; none when these scores stood there already.
+        The files that changed; none if these scores were there already.
 
     Raises:
-        ValueError: a report without a benchmark, or a card whose metadata cannot be read.
-        FileNotFoundError: no such folder.
+        ValueError: A report without a benchmark, or a card whose metadata cannot be read.
+        FileNotFoundError: No such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -60,7 +60,7 @@ def update_card(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
 
 
 def _values(report: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """(domain, metric, value in percent to two digits) of every score."""
+    """List (domain, metric, value in percent to two digits) of every score."""
     return [
         (part, metric, round(value, 2))
         for part, scores in report["scores"].items()
@@ -126,7 +126,7 @@ def _updated_card(text: str | None, report: Mapping[str, Any], folder: Path) -> 
 
 
 def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_break: str) -> str:
-    """Replaces the block `model-index:` of the metadata, or adds one at its end; other lines stay as they are."""
+    """Replace the block `model-index:` of the metadata, or add one at its end; other lines stay as they are."""
     opening, metadata, closing = FRONT_MATTER.match(text).groups()
     try:
         known = yaml.safe_load(metadata) or {}
@@ -134,7 +134,9 @@ def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_b
         own_name = report.get("model", {}).get("name") or folder.resolve().name
         name, results = model_index_to_eval_results(index) if index else (own_name, [])
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"The metadata of {folder / 'README.md'} cannot be read; mend it first: {error}") from error
+        raise ValueError(
+            f"The metadata of {folder / 'README.md'} cannot be read; fix it and try again: {error}"
+        ) from error
     new = _eval_results(report)
     replaced = {(result.dataset_type, result.dataset_split) for result in new}
     # Others' results on the same data have a source, or a metric that is not ours, and stay.
@@ -163,7 +165,7 @@ def _markers(report: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _section(report: Mapping[str, Any]) -> str:
-    """The scores as Markdown between markers."""
+    """Write the scores as Markdown between markers."""
     begin, end = _markers(report)
     lines = [begin, f"### {report['title']}, {report['split']}", ""]
     for part, title in parts(report):
@@ -196,7 +198,7 @@ def _with_section(text: str, section: str, report: Mapping[str, Any], line_break
         return text[:start] + section + text[stop + len(end) :]
     if start >= 0 or stop >= 0:
         raise ValueError(
-            f"The model card has one of the lines {begin!r} and {end!r} without the other; mend it first."
+            f"The model card has one of the lines {begin!r} and {end!r} without the other; fix it and try again."
         )
     lines = text.split(line_break)
     if HEADING in lines:  # under the heading, before the next one of its level

@@ -1,4 +1,4 @@
-"""A report as one HTML file: the scores, and the worst, the median and the best images with all that was said of them."""
+"""A report as one HTML file: the scores, and the worst, median and best images with their captions and references."""
 
 import base64
 import io
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from .coco_files import digest
-from .protocol import EvaluationSet
+from .digests import digest
+from .evaluation_set import EvaluationSet
+from .folder import GENERATOR
 
 
 SHOWN = 12  # images of each kind
@@ -58,52 +59,70 @@ def write_page(
     tables: Sequence[tuple[str, list[list[str]]]],
     remarks: Sequence[str] = (),
 ) -> None:
-    """Writes the page. It holds its images and loads nothing.
+    """Write the page. It holds its images and loads nothing.
 
     Args:
-        path: of the HTML file.
-        report: of `evaluate_captions`.
-        data: what was scored, in the report's order; without images, the page shows text alone.
-        tables: titles and tables of the scores.
-        remarks: what stands below them.
+        path: Of the HTML file.
+        report: Of `evaluate_captions`.
+        data: What was scored, in the report's order; without images, the page shows text alone.
+        tables: Titles and tables of the scores.
+        remarks: Lines below the tables.
     """
-    per_image = report["per_image"]
-    ranked_by = next((name for name in RANKED_BY if name in per_image[0]), None)
+    title = _title_of(report)
+    body = [*_heading(title, report), *_scores(report, tables, remarks), *_images(report, data), _record(report)]
+    write_text(path, _document(title, "\n".join(body)))
+
+
+def _title_of(report: Mapping[str, Any]) -> str:
+    return ", ".join(filter(None, (report["title"] or "Captions", report["split"])))
+
+
+def _heading(title: str, report: Mapping[str, Any]) -> list[str]:
     model = report.get("model", {}).get("name")
-    title = f"{report['title']}, {report['split']}" if report["benchmark"] else "Captions"
-    body = [f"<h1>{escape(title)}</h1>"]
     origin = f"Captions by {model}" if model else f"Captions of {report.get('captions_file', 'a results file')}"
-    body.append(
+    return [
+        f"<h1>{escape(title)}</h1>",
         f'<p class="dim">{escape(origin)}. {report["data"]["images"]:,} images, '
-        f"{report['data']['references']:,} references, tokenizer {escape(report['protocol']['tokenizer'])}.</p>"
-    )
-    for note in (*report["protocol"]["deviations"], *report["notes"]):
-        body.append(f'<p class="note">{escape(note)}</p>')
-    body.append("<h2>Scores, in percent</h2>")
+        f"{report['data']['references']:,} references, tokenizer {escape(report['protocol']['tokenizer'])}.</p>",
+        *(f'<p class="note">{escape(note)}</p>' for note in (*report["protocol"]["deviations"], *report["notes"])),
+    ]
+
+
+def _scores(report: Mapping[str, Any], tables: Sequence, remarks: Sequence[str]) -> list[str]:
+    body = ["<h2>Scores, in percent</h2>"]
     for heading, table in tables:
         body.append((f"<h3>{escape(heading)}</h3>" if len(tables) > 1 else "") + _table(table))
-    body += [f'<p class="dim">{escape(remark)}</p>' for remark in remarks if remark]
-    if "paper" in report:
-        body.append(f'<p class="dim">{escape(report["paper"]["unverified"])}</p>')
-    if ranked_by:
-        values = [image[ranked_by] for image in per_image]
-        body += _histogram(values, ranked_by)
-        # Many images may have the same score: those shown are spread over all of them, not the first in the data.
-        order = sorted(range(len(values)), key=lambda place: (values[place], digest(str(data.ids[place]))))
-        for heading, places in _picked(order):
-            cards = "\n".join(_card(report, data, place, ranked_by) for place in places)
-            body.append(f'<h2>{heading}</h2>\n<div class="cards">\n{cards}\n</div>')
+    below = [*remarks, report.get("paper", {}).get("unverified")]
+    return body + [f'<p class="dim">{escape(remark)}</p>' for remark in below if remark]
+
+
+def _images(report: Mapping[str, Any], data: EvaluationSet) -> list[str]:
+    """Draw how the scores are distributed, and show the worst, median and best images."""
+    per_image = report["per_image"]
+    metric = next((name for name in RANKED_BY if name in per_image[0]), None)
+    if metric is None:
+        return []
+    values = [image[metric] for image in per_image]
+    # Many images may have the same score: those shown are spread over all of them, not the first in the data.
+    order = sorted(range(len(values)), key=lambda place: (values[place], digest(str(data.ids[place]))))
+    body = _histogram(values, metric)
+    for heading, places in _picked(order):
+        cards = "\n".join(_card(report, data, place, metric) for place in places)
+        body.append(f'<h2>{heading}</h2>\n<div class="cards">\n{cards}\n</div>')
+    return body
+
+
+def _record(report: Mapping[str, Any]) -> str:
     record = {name: value for name, value in report.items() if name not in ("per_image", "scores", "paper", "notes")}
-    record = escape(json.dumps(record, ensure_ascii=False, indent=2))
-    body.append(f"<details><summary>What made these numbers</summary><pre>{record}</pre></details>")
-    write_text(path, _document(title, report["language"], "\n".join(body)))
+    text = escape(json.dumps(record, ensure_ascii=False, indent=2))
+    return f"<details><summary>What made these numbers</summary><pre>{text}</pre></details>"
 
 
-def _document(title: str, language: str, body: str) -> str:
+def _document(title: str, body: str) -> str:
     # The page speaks English; captions have their own language.
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'{GENERATOR}\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -121,7 +140,7 @@ def _table(table: list[list[str]]) -> str:
 
 
 def _picked(order: list[int]) -> list[tuple[str, list[int]]]:
-    """The worst, the middle and the best of the images in ascending order; all of them once where there are few."""
+    """Pick the worst, the middle and the best images of an ascending order; all of them once if there are few."""
     if len(order) <= 3 * SHOWN:
         return [("All images, the worst first", order)]
     middle = (len(order) - SHOWN) // 2
@@ -170,7 +189,7 @@ def _picture(data: EvaluationSet, place: int) -> str:
 
 
 def _histogram(values: Sequence[float], metric: str) -> list[str]:
-    """How many images have which score, in bars of equal width."""
+    """Draw how many images have which score, in bars of equal width."""
     top = max(values)
     if not top:
         return []
@@ -187,5 +206,6 @@ def _histogram(values: Sequence[float], metric: str) -> list[str]:
         f"<h2>{_title(metric)} by image</h2>",
         f'<div class="histogram" role="img" aria-label="Number of images by {_title(metric)}">{drawn}</div>',
         f'<div class="axis dim"><span>0</span><span>{100 * top:.0f}</span></div>',
-        f'<p class="dim">The highest bar is {max(counts):,} images; {sum(100 * value < 0.05 for value in values):,} have 0.0.</p>',
+        f'<p class="dim">The highest bar is {max(counts):,} images; '
+        f"{sum(100 * value < 0.05 for value in values):,} have 0.0.</p>",
     ]

@@ -7,11 +7,11 @@ the paper's: in percent (CIDEr 113.08 is 1.1308), with the decoding not stated t
 from dataclasses import dataclass
 
 
-# Of an evaluation as a whole; nocaps has domains beside it.
+# An evaluation as a whole; nocaps has domains as well.
 ENTIRE = "entire"
 UNVERIFIED = (
     "The paper's figures are copied from its Table 1. They were never reproduced with this package, which was made "
-    "without the data sets and the weights that they are of; the paper does not state its decoding either."
+    "without the paper's data sets and weights; the paper does not state its decoding either."
 )
 
 
@@ -20,16 +20,16 @@ class PaperRow:
     """A row of the paper's Table 1.
 
     Attributes:
-        benchmark: a name of `clipcap_hf.evaluation.BENCHMARKS`.
-        split: of the benchmark.
-        method: as the paper calls it.
-        scores: for each domain ("entire" is all images), scores in percent by the metrics' names here.
-        trainable_parameters: in millions.
-        training_hours: as the paper gives them.
-        training_device: what they were measured on; None where the table does not say.
-        mapping_type: of a ClipCap variant, "mlp" or "transformer"; None for other methods.
-        freeze_language_model: of a ClipCap variant.
-        ablation: whether the paper shows it as an ablation.
+        benchmark: A name of `clipcap_hf.evaluation.BENCHMARKS`.
+        split: Of the benchmark.
+        method: As the paper calls it.
+        scores: For each domain ("entire" is all images), scores in percent by the metrics' names here.
+        trainable_parameters: In millions.
+        training_hours: As the paper gives them.
+        training_device: The GPU; None where the table does not say.
+        mapping_type: Of a ClipCap variant, "mlp" or "transformer"; None for other methods.
+        freeze_language_model: Of a ClipCap variant.
+        ablation: Whether the paper shows it as an ablation.
     """
 
     benchmark: str
@@ -97,17 +97,17 @@ PAPER_ROWS = (
 
 
 def paper_rows(benchmark: str, split: str | None = None) -> list[PaperRow]:
-    """The paper's rows for a benchmark; none where the paper does not report on it, or not on the split."""
+    """Return the paper's rows for a benchmark; none where the paper does not report on it, or not on the split."""
     return [row for row in PAPER_ROWS if row.benchmark == benchmark and split in (None, row.split)]
 
 
 def rows_to_compare(benchmark: str, split: str, config=None) -> list[PaperRow]:
-    """The paper's rows that a model is to be held against.
+    """Return the paper's rows to compare a model with.
 
     Args:
-        benchmark, split: what was scored.
-        config ([`ClipCapConfig`], *optional*): of the model; its variant's row is given. Without it, or for a variant
-            that the paper does not have, both of the paper's main variants are.
+        benchmark, split: What was scored.
+        config ([`ClipCapConfig`], *optional*): Of the model, to find its variant's row. Without it, or for a variant
+            that the paper does not have, the rows are those of the paper's two main variants.
     """
     rows = [row for row in paper_rows(benchmark, split) if row.is_clipcap]
     same = [

@@ -1,27 +1,27 @@
-"""The benchmarks: which split, how many images, which tokenizer, and the checks that a score is by the protocol."""
+"""The benchmarks: their splits, numbers of images and tokenizers, and the checks that a score follows the protocol."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..files import listed
+from .evaluation_set import EvaluationSet
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's protocol.
+    """The protocol of a benchmark.
 
     Attributes:
-        name: what `clipcap evaluate --benchmark` takes.
-        title: as tables and pages call it.
-        splits: the number of images of each split; None where the publisher's list changes.
-        default_splits: those scored unless others are named.
-        tokenizer: of `clipcap_hf.metrics.tokenization`.
-        language: of the captions.
-        empty_references: what to do with references without text, see `clipcap_hf.metrics.score_captions`.
-        domains: names of the parts that are scored beside the whole, in order.
-        dataset_id: the data set's id on the Hub, which model cards name.
-        extra_metrics: scores that make sense here beside the usual ones.
+        name: What `clipcap evaluate --benchmark` takes.
+        title: As tables and pages call it.
+        splits: The number of images of each split; None where the publisher's list changes.
+        default_splits: Scored unless others are named.
+        tokenizer: Of `clipcap_hf.metrics.tokenization`.
+        language: Of the captions.
+        empty_references: What to do with references without text, see `clipcap_hf.metrics.score_captions`.
+        domains: Names of the parts that are scored in addition to the whole, in order.
+        dataset_id: The data set's id on the Hub, which model cards name.
+        extra_metrics: Scores that make sense here in addition to the usual ones.
     """
 
     name: str
@@ -87,66 +87,15 @@ BENCHMARKS = {
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """The benchmark of a name, or a ValueError that lists the names."""
+    """Return the benchmark of a name, or raise a ValueError that lists the names."""
     if name not in BENCHMARKS:
-        raise ValueError(f"There is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}.")
+        raise ValueError(f"There is no benchmark {name!r:.80}; choose one of {', '.join(BENCHMARKS)}.")
     return BENCHMARKS[name]
 
 
 @dataclass
-class EvaluationSet:
-    """Images and their reference captions, in order.
-
-    Attributes:
-        ids: of the images.
-        references: the reference captions of each image.
-        domains: the domain of each image, or None.
-        images: paths or PIL images, read when asked for by index; None where there are only captions.
-        source: where they are from, for the record.
-    """
-
-    ids: list[int | str]
-    references: list[list[str]]
-    domains: list[str] | None = None
-    images: Sequence[Any] | None = None
-    source: str = ""
-
-    def __post_init__(self):
-        if repeated := repeated_ids(self.ids):
-            raise ValueError(f"{self.source}: images stand there more than once: {listed(repeated)}.")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, positions: Sequence[int]) -> "EvaluationSet":
-        """The images at some positions."""
-
-        def pick(values):
-            return None if values is None else [values[position] for position in positions]
-
-        images = self.images
-        if images is not None:
-            images = images.select(positions) if hasattr(images, "select") else Subset(images, positions)
-        return EvaluationSet(pick(self.ids), pick(self.references), pick(self.domains), images, self.source)
-
-
-@dataclass
-class Subset(Sequence):
-    """Items of a sequence by position, fetched when asked for."""
-
-    items: Sequence
-    positions: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int):
-        return self.items[self.positions[index]]
-
-
-@dataclass
 class Protocol:
-    """What was checked before scoring, for the record: `complete` says whether it is the benchmark's own number."""
+    """What was checked before scoring, for the record; `complete` is False for a part of the benchmark."""
 
     images: int
     expected_images: int | None
@@ -164,20 +113,20 @@ def match(
     split: str | None = None,
     allow_subset: bool = False,
 ) -> tuple[list[str], EvaluationSet, Protocol]:
-    """Gives each image its caption by id, and asserts the protocol.
+    """Give each image its caption by id, and assert the protocol.
 
     Args:
-        captions: a caption by image id; `42` and `"42"` are the same id.
-        data: images and references.
-        benchmark, split: whose number of images is asserted.
-        allow_subset: score the images that have a caption and references, and record that it was a part, where
+        captions: A caption by image id; `42` and `"42"` are the same id.
+        data: Images and references.
+        benchmark, split: Assert that there are as many images as the split has.
+        allow_subset: Score the images that have a caption and references, and record that they are a part;
             otherwise any difference is an error.
 
     Returns:
         `(captions, data, protocol)`: in the order of `data`, of the images that are scored.
 
     Raises:
-        ValueError: nothing to score, ids that do not match, images without references, or another number of images
+        ValueError: Nothing to score, ids that do not match, images without references, or another number of images
             than the benchmark has.
     """
     if not captions:
@@ -204,20 +153,10 @@ def match(
         raise ValueError(f"No image has both a caption and references: {'; '.join(faults)}.")
     if faults and not allow_subset:
         raise ValueError(
-            f"{'; '.join(faults)}. Published scores are of all images; to score what is there, say --allow-subset "
-            "(allow_subset=True), and it will be recorded."
+            f"{'; '.join(faults)}. Published scores are of all images; to score a part, pass "
+            "--allow-subset (allow_subset=True); the report will say so."
         )
     keep = [place for place, image in enumerate(data.ids) if str(image) in by_id and data.references[place]]
     if len(keep) < len(data):
         data = data.take(keep)
     return [by_id[str(image)] for image in data.ids], data, Protocol(scored, expected, faults)
-
-
-def repeated_ids(ids: Sequence) -> list:
-    """Ids that stand there more than once; `42` and `"42"` are the same."""
-    seen, repeated = set(), []
-    for image in ids:
-        if str(image) in seen:
-            repeated.append(image)
-        seen.add(str(image))
-    return repeated

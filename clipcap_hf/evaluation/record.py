@@ -1,18 +1,21 @@
-"""What made a number: the model and its weights, decoding, data, versions."""
+"""Record what made a number: the model and its weights, the processor, decoding, data, versions."""
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .coco_files import digest
-from .protocol import EvaluationSet
+from .digests import digest
+from .evaluation_set import EvaluationSet
 
 
 PACKAGES = ("clipcap-hf", "torch", "transformers", "open_clip_torch", "pillow", "numpy", "pycocoevalcap", "fugashi")
+# Where a configuration came from; none of it changes a caption.
+ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 def model_record(model, name: str) -> dict[str, Any]:
-    """A model's name, revision on the Hub, variant, weights (wherever they were loaded from) and precision."""
+    """Record a model's name, revision on the Hub, variant, weights and settings by their digests, and precision."""
     from ..model.donors_clipcap import weights_hash
 
     config = model.config
@@ -20,7 +23,9 @@ def model_record(model, name: str) -> dict[str, Any]:
         "name": name,
         "revision": getattr(config, "_commit_hash", None),
         "weights_sha256": weights_hash(model.state_dict().values()),
+        "config_sha256": digest(_without_origin(config.to_dict())),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "mapping_type": config.mapping_type,
         "prefix_length": config.prefix_length,
         "freeze_language_model": config.freeze_language_model,
@@ -28,15 +33,53 @@ def model_record(model, name: str) -> dict[str, Any]:
     }
 
 
+def processor_record(processor) -> dict[str, Any]:
+    """Record the image transform, the prompt template, and the tokenizer by its digest."""
+    image_processor = processor.image_processor
+    return {
+        "image_transform": None if image_processor is None else _plain(image_processor.to_dict()),
+        "prompt_template": processor.prompt_template,
+        "prefix_length": processor.prefix_length,
+        "tokenizer_sha256": digest(_tokenizer_settings(processor.tokenizer)),
+    }
+
+
+def _tokenizer_settings(tokenizer) -> dict[str, Any]:
+    """Everything that turns text into tokens and back."""
+    settings = {
+        "class": type(tokenizer).__name__,
+        "special_tokens": tokenizer.special_tokens_map,
+        "padding_side": tokenizer.padding_side,
+        "vocabulary": tokenizer.get_vocab(),
+        "clean_up": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+    }
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Padding and truncation are set by each call.
+        settings["backend"] = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
+    return _plain(settings)
+
+
+def _without_origin(settings: Any) -> Any:
+    if isinstance(settings, dict):
+        return {str(name): _without_origin(value) for name, value in settings.items() if name not in ORIGIN}
+    return _plain(settings)
+
+
+def _plain(content: Any) -> Any:
+    """Bring settings to what JSON can hold."""
+    return json.loads(json.dumps(content, default=str))
+
+
 def decoding_record(model, generate_kwargs: dict) -> dict[str, Any]:
-    """What the model's generation config sets, and what was asked for beside it."""
+    """Record what the model's generation config sets, and what was asked for in its place."""
     settings = {**model.generation_config.to_diff_dict(), **generate_kwargs}
     settings.pop("transformers_version", None)
     return {name: getattr(value, "__name__", value) for name, value in sorted(settings.items())}
 
 
 def data_record(data: EvaluationSet) -> dict[str, Any]:
-    """Where the references are from, how many, and a digest of ids, references and domains."""
+    """Record where the references are from, how many, and a digest of ids, references and domains."""
     domains = data.domains or [None] * len(data)
     content = sorted(zip(map(str, data.ids), data.references, domains), key=lambda image: image[0])
     return {
@@ -48,7 +91,7 @@ def data_record(data: EvaluationSet) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that have a say in a score."""
+    """Find the versions of Python and of the packages that affect a score."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,40 +1,65 @@
 """A report as tables, for the terminal, the page and the model card, and its files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text
 from .coco_files import write_results
+from .evaluation_set import EvaluationSet
+from .folder import PAGE, RESULTS, SCORES, check_folder, is_one_of
 from .page import write_page
 from .paper import ENTIRE, paper_rows
-from .protocol import EvaluationSet
 from .run import DIVERSITY, METRIC_TITLES
 
 
 HERE = "here"
 
 
-def write_report(folder: str | Path, report: Mapping[str, Any], data: EvaluationSet) -> None:
-    """Writes `results.json` (the leaderboards' form), `scores.json` (the report) and `index.html` (the page)."""
+def write_report(
+    folder: str | Path,
+    report: Mapping[str, Any],
+    data: EvaluationSet,
+    inputs: Sequence[str | Path] = (),
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write `results.json` (the leaderboards' form), `scores.json` (the report) and `index.html` (the page).
+
+    Args:
+        folder: Where to write; it is made if there is none.
+        report, data: Of `evaluate_captions`.
+        inputs, overwrite: What must not be replaced, see [`check_folder`].
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: The folder has files that `clipcap evaluate` did not write, or that were read.
+    """
     folder = Path(folder)
-    write_results(folder / "results.json", {image["image_id"]: image["caption"] for image in report["per_image"]})
+    check_folder(folder, inputs, overwrite)
+    page, scores, results = (folder / name for name in (PAGE, SCORES, RESULTS))
     tables = [(title, score_table(report, part)) for part, title in parts(report)]
-    write_page(folder / "index.html", report, data, tables, [diversity_line(report), *difference_lines(report)])
-    write_text(folder / "scores.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    write_page(page, report, data, tables, [diversity_line(report), *difference_lines(report)])
+    # The scores before the captions: they tell that the captions beside them are ours.
+    write_text(scores, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    if is_one_of(results, inputs):
+        return [scores, page]
+    write_results(results, {image["image_id"]: image["caption"] for image in report["per_image"]})
+    return [scores, page, results]
 
 
 def parts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The domains that were scored, and all images, each with its title."""
+    """List the domains that were scored, and all images, each with its title."""
     names = [name for name in report["scores"] if name != ENTIRE] + [ENTIRE]
     return [(name, f"{name}, {report['images'][name]:,} images") for name in names]
 
 
 def score_table(report: Mapping[str, Any], part: str = ENTIRE) -> list[list[str]]:
-    """Header and rows: the paper's methods where it has the benchmark, and the scores here as the last row.
+    """Build header and rows: the paper's methods where it has the benchmark, and the scores here as the last row.
 
-    Beside the paper's stand the millions of trained parameters.
+    Rows of the paper come with the millions of trained parameters.
     """
     rows = paper_rows(report["benchmark"], report["split"]) if report["benchmark"] else []
     trained = bool(rows)
@@ -50,24 +75,24 @@ def score_table(report: Mapping[str, Any], part: str = ENTIRE) -> list[list[str]
 
 
 def _millions(report: Mapping[str, Any]) -> int | None:
-    """Trainable parameters of the model that was scored, in millions."""
+    """Count the trainable parameters of the model that was scored, in millions."""
     parameters = report.get("model", {}).get("trainable_parameters")
     return None if parameters is None else round(parameters / 1e6)
 
 
 def diversity_line(report: Mapping[str, Any]) -> str:
-    """How varied the captions are, or nothing where that was not computed."""
+    """Say how varied the captions are, or nothing where that was not computed."""
     scores = report["scores"][ENTIRE]
     if not all(name in scores for name in DIVERSITY):
         return ""
     return (
-        f"{scores['vocabulary_size']:.0f} different words, {scores['mean_length']:.1f} words a caption, "
+        f"{scores['vocabulary_size']:.0f} different words, {scores['mean_length']:.1f} words per caption, "
         f"distinct-1 {scores['distinct_1']:.2f} %, distinct-2 {scores['distinct_2']:.2f} %."
     )
 
 
 def difference_lines(report: Mapping[str, Any]) -> list[str]:
-    """`CIDEr: paper 113.08 (ClipCap; Transformer), here 53.99, difference -59.09`, a line for each score of the paper."""
+    """Compare with each score of the paper: `CIDEr: paper 113.08 (...), here 53.99, difference -59.09`."""
     lines = []
     for entry in report.get("paper", {}).get("differences", ()):
         domain = "" if entry["domain"] == ENTIRE else f", {entry['domain']}"
@@ -79,7 +104,7 @@ def difference_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def plain_summary(report: Mapping[str, Any]) -> str:
-    """What the terminal shows of a report."""
+    """Summarize a report for the terminal."""
     name = f"{report['title']}, {report['split']}" if report["benchmark"] else report["data"]["source"]
     lines = [f"{name}: {report['data']['images']:,} images, {report['data']['references']:,} references"]
     for part, title in parts(report):

@@ -1,4 +1,4 @@
-"""Captions and references in, a report out: the scores, all that made them, and the paper's row beside them."""
+"""Score captions by a benchmark's protocol: a report of the scores, all that made them, and the paper's row."""
 
 import os
 import warnings
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files import listed
-from ..metrics import score_captions
-from .coco_files import digest
-from .paper import ENTIRE, UNVERIFIED, rows_to_compare
-from .protocol import Benchmark, EvaluationSet, match
+from ..metrics import check_metrics, score_captions
+from .evaluation_set import EvaluationSet
+from .folder import WRITTEN_BY, captions_digest
+from .paper import ENTIRE, UNVERIFIED, PaperRow, rows_to_compare
+from .protocol import Benchmark, match
 from .record import data_record, versions
 
 
@@ -37,7 +38,10 @@ DIVERSITY = ("distinct_1", "distinct_2", *NOT_IN_PERCENT)  # describes captions,
 def default_metrics(
     benchmark: Benchmark | None, tokenizer: str, spice_home: str | os.PathLike | None = None
 ) -> list[str]:
-    """The field's metrics that can be computed: METEOR and SPICE are for English and need Java, SPICE also its jars."""
+    """List the field's metrics that can be computed: METEOR and SPICE are for English and need Java.
+
+    SPICE is among them only where its jars are.
+    """
     metrics = ["bleu", "rouge_l", "cider", "diversity"]
     if tokenizer == "ptb":
         metrics.append("meteor")
@@ -60,65 +64,41 @@ def evaluate_captions(
     allow_subset: bool = False,
     config=None,
 ) -> tuple[dict[str, Any], EvaluationSet]:
-    """Scores captions by a benchmark's protocol.
+    """Score captions by a benchmark's protocol.
 
     Args:
-        captions: a caption by image id, for example from [`read_results`].
-        data: the images' references, for example from [`read_references`].
-        benchmark: one of `BENCHMARKS`, whose number of images is asserted; None scores any captions.
-        split: of the benchmark.
-        metrics, tokenizer, empty_references, spice_home, clip_model: see `clipcap_hf.metrics.score_captions`; by default
-            those of the benchmark, and of English without one.
-        allow_subset: score what is there, and record that it is a part.
-        config ([`ClipCapConfig`], *optional*): of the model, to find the paper's row for its variant.
+        captions: A caption by image id, for example from [`read_results`].
+        data: The images' references, for example from [`read_references`].
+        benchmark: One of `BENCHMARKS`, whose number of images is asserted; None scores any captions.
+        split: Of the benchmark.
+        metrics, tokenizer, empty_references, spice_home, clip_model: See `clipcap_hf.metrics.score_captions`; by
+            default those of the benchmark, and of English without one.
+        allow_subset: Score the images that have a caption, and record that they are a part.
+        config ([`ClipCapConfig`], *optional*): Of the model, to find the paper's row for its variant.
 
     Returns:
         `(report, data)`: the report can be written as JSON (its `per_image` holds the captions and the scores of each
         image), and the data is what was scored, in the same order. Scores are in percent, as papers print them.
 
     Raises:
-        ValueError: bad input, or a set of images that is not the benchmark's.
+        ValueError: Bad input, or a set of images that is not the benchmark's.
         JavaError: Java or a jar is missing, or Java failed or hung.
     """
     tokenizer = tokenizer or (benchmark.tokenizer if benchmark else "ptb")
     empty_references = empty_references or (benchmark.empty_references if benchmark else "error")
     metrics = list(metrics or default_metrics(benchmark, tokenizer, spice_home))
+    check_metrics(metrics)
     predictions, data, protocol = match(captions, data, benchmark, split, allow_subset)
     if empty_references == "error":
         _refuse_empty_references(data)
-    notes = []
-    if empty := sum(not caption.strip() for caption in predictions):
-        notes.append(f"{empty} captions are empty and score 0.")
-    options = {"images": list(data.images)} if "clip_score" in metrics and data.images is not None else {}
-    if clip_model:
-        options["clip_model"] = clip_model
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scores = score_captions(
-            predictions,
-            data.references,
-            metrics,
-            tokenizer,
-            empty_references=empty_references,
-            spice_home=spice_home,
-            groups=data.domains,
-            **options,
-        )
-    notes += list(dict.fromkeys(str(warning.message) for warning in caught))
-    groups = scores.pop("groups", {})
-    order = [domain for domain in benchmark.domains if domain in groups] if benchmark else []
-    groups = {domain: groups[domain] for domain in [*order, *(domain for domain in groups if domain not in order)]}
-    if benchmark and benchmark.domains and not groups:
-        notes.append(f"The data names no domains, so that {', '.join(benchmark.domains)} were not scored.")
-
+    options = {"tokenizer": tokenizer, "empty_references": empty_references, "spice_home": spice_home}
+    scores, notes = _score(predictions, data, metrics, clip_model, **options)
+    by_part = {ENTIRE: scores, **_in_order(scores.pop("groups", {}), benchmark)}
     report = {
-        "benchmark": benchmark.name if benchmark else None,
-        "title": benchmark.title if benchmark else None,
-        "language": benchmark.language if benchmark else ("ja" if tokenizer == "ja" else "en"),
-        "split": split,
-        "dataset_id": benchmark.dataset_id if benchmark else None,
-        "scores": {name: _percent(part) for name, part in {ENTIRE: scores, **groups}.items()},
-        "images": {name: part["num_images"] for name, part in {ENTIRE: scores, **groups}.items()},
+        "written_by": WRITTEN_BY,
+        **_title(benchmark, split, tokenizer, data),
+        "scores": {part: _percent(found) for part, found in by_part.items()},
+        "images": {part: found["num_images"] for part, found in by_part.items()},
         "protocol": {
             "complete": protocol.complete,
             "expected_images": protocol.expected_images,
@@ -128,9 +108,9 @@ def evaluate_captions(
             "empty_references": empty_references,
             **{name: scores[name] for name in ("clip_model", "clip_dtype") if name in scores},
         },
-        "notes": notes,
+        "notes": [*_notes(predictions, benchmark, by_part), *notes],
         "data": data_record(data),
-        "captions_sha256": digest(sorted(zip(map(str, data.ids), predictions))),
+        "captions_sha256": captions_digest(dict(zip(data.ids, predictions))),
         "versions": versions(),
     }
     if benchmark and (rows := rows_to_compare(benchmark.name, split, config)):
@@ -138,16 +118,7 @@ def evaluate_captions(
             "differences": [difference for row in rows for difference in _differences(row, report["scores"])],
             "unverified": UNVERIFIED,
         }
-    each = {name.removesuffix("_per_image"): values for name, values in scores.items() if name.endswith("_per_image")}
-    report["per_image"] = [
-        {
-            "image_id": image,
-            "caption": caption,
-            **({"domain": data.domains[place]} if data.domains else {}),
-            **{name: round(float(values[place]), 10) for name, values in each.items() if len(values) == len(data)},
-        }
-        for place, (image, caption) in enumerate(zip(data.ids, predictions))
-    ]
+    report["per_image"] = _per_image(scores, data, predictions)
     return report, data
 
 
@@ -161,12 +132,65 @@ def _refuse_empty_references(data: EvaluationSet) -> None:
         )
 
 
+def _score(
+    predictions: list[str], data: EvaluationSet, metrics: list[str], clip_model: str | None, **options
+) -> tuple[dict[str, Any], list[str]]:
+    """Compute the scores, and collect the metrics' warnings as notes."""
+    if "clip_score" in metrics and data.images is not None:
+        options["images"] = data.images
+    if clip_model:
+        options["clip_model"] = clip_model
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = score_captions(predictions, data.references, metrics, groups=data.domains, **options)
+    return scores, list(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _in_order(groups: Mapping[str, Any], benchmark: Benchmark | None) -> dict[str, Any]:
+    """Order the domains as the benchmark names them; others come after."""
+    order = [domain for domain in benchmark.domains if domain in groups] if benchmark else []
+    return {domain: groups[domain] for domain in dict.fromkeys([*order, *groups])}
+
+
+def _title(benchmark: Benchmark | None, split: str | None, tokenizer: str, data: EvaluationSet) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark.name if benchmark else None,
+        "title": benchmark.title if benchmark else (data.title or None),
+        "language": benchmark.language if benchmark else ("ja" if tokenizer == "ja" else "en"),
+        "split": split,
+        "dataset_id": benchmark.dataset_id if benchmark else None,
+    }
+
+
+def _notes(predictions: list[str], benchmark: Benchmark | None, parts: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if empty := sum(not caption.strip() for caption in predictions):
+        notes.append(f"{empty} captions are empty and score 0.")
+    if benchmark and benchmark.domains and len(parts) == 1:
+        notes.append(f"The data names no domains, so that {', '.join(benchmark.domains)} were not scored.")
+    return notes
+
+
+def _per_image(scores: Mapping[str, Any], data: EvaluationSet, predictions: list[str]) -> list[dict[str, Any]]:
+    """Give for each image its caption and its scores as fractions."""
+    each = {name.removesuffix("_per_image"): values for name, values in scores.items() if name.endswith("_per_image")}
+    return [
+        {
+            "image_id": image,
+            "caption": caption,
+            **({"domain": data.domains[place]} if data.domains else {}),
+            **{name: round(float(values[place]), 10) for name, values in each.items() if len(values) == len(data)},
+        }
+        for place, (image, caption) in enumerate(zip(data.ids, predictions))
+    ]
+
+
 def _percent(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: scores[name] * (1 if name in NOT_IN_PERCENT else 100) for name in METRIC_TITLES if name in scores}
 
 
-def _differences(row, scores: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """The paper's figures of a row beside those here, where both have the score."""
+def _differences(row: PaperRow, scores: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Compare the paper's figures of a row with those here, where both have the score."""
     return [
         {
             "method": row.method,

@@ -1,12 +1,14 @@
-"""The benchmarks' images and references, from the publishers' files in a folder."""
+"""Images and references to score: a benchmark's, from the publisher's files in a folder, or one's own."""
 
 from pathlib import Path
 
 from .coco_files import read_references
-from .protocol import Benchmark, EvaluationSet
+from .evaluation_set import EvaluationSet
+from .protocol import Benchmark
 
 
-# For each benchmark: the reader, patterns of the file's name ({split} is the split), and folders that may hold the images.
+# For each benchmark: the reader, patterns of the file's name ({split} is the split), and folders that may hold the
+# images.
 LAYOUTS = {
     "coco-karpathy": ("karpathy", ("dataset_coco.json",), (".", "images")),
     "flickr8k": ("karpathy", ("dataset_flickr8k.json",), ("Flicker8k_Dataset", "images", "Images", ".")),
@@ -15,6 +17,7 @@ LAYOUTS = {
     "stair": ("stair", ("stair_captions_*_{split}.json",), (".", "images")),
     "conceptual-captions": ("conceptual", ("*{split}*.tsv", "*{Split}*.tsv"), ("{split}", "images", ".")),
 }
+SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 
 
 def load_evaluation_set(
@@ -22,20 +25,20 @@ def load_evaluation_set(
     root: str | Path | None = None,
     split: str | None = None,
 ) -> EvaluationSet:
-    """Images and references of a benchmark's split.
+    """Load images and references of a benchmark's split.
 
     Args:
-        benchmark: one of `BENCHMARKS`.
-        root: the folder with the publisher's files; the emoji are part of the package.
-        split: of the benchmark, the first of its default splits unless named.
+        benchmark: One of `BENCHMARKS`.
+        root: The folder with the publisher's files; the emoji are part of the package.
+        split: Of the benchmark; the first of its default splits unless named.
 
     Raises:
-        ValueError: no such split, or no folder.
-        FileNotFoundError: a file that is not there; the message names what was looked for.
+        ValueError: No such split, or no folder.
+        FileNotFoundError: A file is missing; the message names what was looked for.
     """
     split = split or benchmark.default_splits[0]
     if split not in benchmark.splits:
-        raise ValueError(f"{benchmark.title} has no split {split!r}; choose one of {', '.join(benchmark.splits)}.")
+        raise ValueError(f"{benchmark.title} has no split {split!r:.80}; choose one of {', '.join(benchmark.splits)}.")
     if benchmark.name.startswith("emoji"):
         return _load_emoji(split, benchmark.language)
     if root is None:
@@ -50,16 +53,70 @@ def load_evaluation_set(
     annotations = _find(root, [pattern.format(**spellings) for pattern in patterns], benchmark.title)
     folders = [annotations.parent / folder.format(**spellings) for folder in image_folders]
     images = next((folder for folder in folders if folder.is_dir()), root)
-    if kind in ("nocaps", "stair"):
-        # The references as they are published, empty ones included; the reader would leave those out.
-        rows = load_captions(kind, {split: annotations}, images=images, split=split)
-        data = read_references(annotations)
-        place = {image: number for number, image in enumerate(data.ids)}
-        found = data.take([place[image] for image in rows["image_id"]])
-        return EvaluationSet(found.ids, found.references, found.domains, rows["image"], str(annotations))
-    source = {split: annotations} if kind == "conceptual" else annotations
+    source = {split: annotations} if kind in ("conceptual", "nocaps", "stair") else annotations
     rows = load_captions(kind, source, images=images, split=split)
-    return EvaluationSet(list(rows["image_id"]), list(rows["captions"]), images=rows["image"], source=str(annotations))
+    if kind in ("nocaps", "stair"):
+        # The references as they are published, empty ones included; the reader leaves those out.
+        data = read_references(annotations)
+        place = {str(image): number for number, image in enumerate(data.ids)}
+        found = data.take([place[str(image)] for image in rows["image_id"]])
+        return EvaluationSet(found.ids, found.references, found.domains, rows["image"], str(annotations))
+    return _of_rows(rows, str(annotations))
+
+
+def load_own_images(
+    path: str | Path,
+    kind: str | None = None,
+    split: str | None = None,
+    images: str | Path | None = None,
+    missing: str | None = None,
+    **columns,
+) -> EvaluationSet:
+    """Load one's own images and the captions that people wrote for them, in any form that training reads.
+
+    Args:
+        path: A folder of images with their captions, an annotation file, shards, or a data set of the Hub.
+        kind: The format, see `clipcap_hf.data.load_captions`; by default `"imagefolder"` for a folder, else `"hub"`.
+        split: Which split; needed only where there are several.
+        images, missing: See `clipcap_hf.data.load_captions`.
+        columns: `image_column`, `caption_column` and `id_column`, where the data has named columns.
+
+    Raises:
+        ValueError: No captions, several splits and none named, or data that is not of the format.
+        FileNotFoundError: The data or an image is missing.
+    """
+    from ..data import load_captions
+
+    kind = kind or _kind_of(path)
+    if kind == "webdataset":
+        columns["streaming"] = False  # images are looked at more than once
+    path = str(path) if "://" in str(path) else str(Path(path).expanduser())
+    rows = load_captions(kind, path, images=images, split=split, missing=missing, **columns)
+    if isinstance(rows, dict):
+        if len(rows) > 1:
+            raise ValueError(f"{path} has the splits {', '.join(rows)}: name the one to score by --split.")
+        rows = next(iter(rows.values()))
+    data = _of_rows(rows, path)
+    data.title = Path(path).resolve().name if Path(path).exists() else path
+    if not any(data.references):
+        raise ValueError(f"{path} has no captions to compare with; `clipcap caption` only writes captions.")
+    return data
+
+
+def _kind_of(path: str | Path) -> str:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.is_file():
+            raise ValueError(
+                f"{path} is a file: name its form by --data-format, such as karpathy or coco, or name the folder of "
+                "the images."
+            )
+        return "hub"
+    return "hub" if any((folder / name).is_file() for name in SAVED_BY_DATASETS) else "imagefolder"
+
+
+def _of_rows(rows, source: str) -> EvaluationSet:
+    return EvaluationSet(list(rows["image_id"]), list(rows["captions"]), images=rows["image"], source=source)
 
 
 def _load_emoji(split: str, language: str) -> EvaluationSet:
@@ -71,7 +128,7 @@ def _load_emoji(split: str, language: str) -> EvaluationSet:
 
 
 def _find(root: Path, patterns: list[str], title: str) -> Path:
-    """The one file of these patterns in the folder, or in one of its own folders."""
+    """Find the one file of these patterns in the folder, or in one of its own folders."""
     if root.is_file():
         return root
     if not root.is_dir():
@@ -80,6 +137,6 @@ def _find(root: Path, patterns: list[str], title: str) -> Path:
         if found := sorted({*root.glob(pattern), *root.glob(f"*/{pattern}")}):
             if len(found) > 1:
                 names = ", ".join(str(path.relative_to(root)) for path in found)
-                raise ValueError(f"{root} has several files for {title}: {names}. Name the one as --data.")
+                raise ValueError(f"{root} has several files for {title}: {names}. Pass one of them as --data.")
             return found[0]
-    raise FileNotFoundError(f"{root} has no {' or '.join(patterns)}, which {title} is read from.")
+    raise FileNotFoundError(f"{root} has no {' or '.join(patterns)}, the annotations of {title}.")

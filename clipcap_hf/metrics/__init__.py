@@ -6,8 +6,9 @@ it without a network. `score_captions` computes several at once, with a single t
 
 from pathlib import Path
 
+from .checks import METRICS, check_metrics, check_requirements
 from .java import JavaError
-from .scoring import METRICS, check_requirements, document_frequencies, score_captions
+from .scoring import document_frequencies, score_captions
 from .tokenization import TOKENIZERS, tokenize
 
 
@@ -15,6 +16,7 @@ __all__ = [
     "METRICS",
     "TOKENIZERS",
     "JavaError",
+    "check_metrics",
     "check_requirements",
     "document_frequencies",
     "load",
@@ -24,15 +26,15 @@ __all__ = [
 
 
 def load(name: str, **init_kwargs):
-    """Loads a metric of this package as an `evaluate.Metric`, without a network.
+    """Load a metric of this package as an `evaluate.Metric`, without a network.
 
     Args:
-        name: one of `METRICS`.
-        **init_kwargs: for the metric, such as `tokenizer="python"`, and for `evaluate.load`, such as
+        name: One of `METRICS`.
+        **init_kwargs: For the metric, such as `tokenizer="python"`, and for `evaluate.load`, such as
             `num_process`, `process_id`, `experiment_id`, `keep_in_memory`.
 
     Raises:
-        ValueError: there is no such metric.
+        ValueError: There is no such metric.
     """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; choose one of {', '.join(METRICS)}.")

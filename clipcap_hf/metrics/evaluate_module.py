@@ -7,12 +7,13 @@ import this module by its full name.
 import datasets
 import evaluate
 
-from .scoring import check_predictions, check_references, score_captions
+from .checks import check_predictions, check_references
+from .scoring import score_captions
 
 
 INPUTS = """
 Args:
-    predictions (`list[str]`): one caption an image; an empty one is legal and scores 0.
+    predictions (`list[str]`): one caption per image; an empty one is legal and scores 0.
     references (`list[list[str]]` or `list[str]`): the reference captions of each image, at least one.
     tokenizer (`str`): "ptb" (the standard, needs Java), "python" (close to it, not exact), "ja", "characters" or
         "none"; when loading the metric or when computing it.
@@ -52,7 +53,7 @@ class CaptionMetric(evaluate.Metric):
         )
 
     def _check(self, batch: dict) -> dict:
-        """A batch of checked inputs in one form, so that a column never mixes strings and lists."""
+        """Bring a batch of checked inputs to one form, so that a column never mixes strings and lists."""
         predictions = check_predictions(batch["predictions"])
         # Empty references are judged when computing, where the option for them may be given.
         return {
@@ -61,11 +62,11 @@ class CaptionMetric(evaluate.Metric):
         }
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
-        """Adds a batch of captions and their references."""
+        """Add a batch of captions and their references."""
         super().add_batch(**self._check({"predictions": predictions, "references": references, **kwargs}))
 
     def add(self, *, prediction=None, reference=None, **kwargs):
-        """Adds one caption and its references."""
+        """Add one caption and its references."""
         batch = {"predictions": prediction, "references": reference, **kwargs}
         self.add_batch(**{name: [value] for name, value in batch.items()})
 

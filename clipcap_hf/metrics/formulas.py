@@ -18,12 +18,12 @@ Scores = dict[str, tuple[float, np.ndarray]]
 
 
 def _sums(index: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    """Sums of values by index, shape (size,). As floats always: bincount gives integers where there are no values."""
+    """Sum values by index, shape (size,). As floats always: bincount gives integers where there are no values."""
     return np.bincount(index, values, size).astype(float)
 
 
 def bleu(corpus: Corpus) -> Scores:
-    """BLEU-1 to BLEU-4 of the corpus and of each image (Papineni et al., 2002), in 0..1.
+    """Compute BLEU-1 to BLEU-4 of the corpus and of each image (Papineni et al., 2002), in 0..1.
 
     The brevity penalty uses, for each image, the length of the reference that is closest to the caption's (the
     shorter one of two equally close). The corpus score is made of summed counts, it is not the mean over images.
@@ -59,7 +59,7 @@ def bleu(corpus: Corpus) -> Scores:
 
 
 def _common_subsequence(positions: Mapping[str, int], size: int, words: Sequence[str]) -> int:
-    """Length of the longest common subsequence, bit-parallel (Hyyrö, 2004).
+    """Measure the longest common subsequence, bit-parallel (Hyyrö, 2004).
 
     `positions` maps each word of the first text, of `size` words, to a number with a bit set at each of its places.
     A zero bit in `row` marks where the subsequence grows; one addition does a whole row of the usual table.
@@ -75,7 +75,7 @@ def _common_subsequence(positions: Mapping[str, int], size: int, words: Sequence
 
 
 def rouge_l(corpus: Corpus) -> Scores:
-    """ROUGE-L of the corpus, the mean over images, and of each image (Lin, 2004), in 0..1.
+    """Compute ROUGE-L of the corpus, the mean over images, and of each image (Lin, 2004), in 0..1.
 
     F-measure with beta 1.2 of the best precision and the best recall over the references, as the COCO evaluation
     has it: the two may come from different references. An empty caption scores 0.
@@ -101,7 +101,7 @@ def rouge_l(corpus: Corpus) -> Scores:
 
 
 def document_frequencies(references: Sequence[Sequence[str]]) -> dict:
-    """In how many images' references each n-gram stands: what CIDEr weighs n-grams with.
+    """Count in how many images' references each n-gram occurs: CIDEr weighs n-grams by it.
 
     Args:
         references: tokenized references of each image of a corpus, for example of a training set.
@@ -130,7 +130,7 @@ def _ngram_names(corpus: Corpus, order, n: int) -> list[str]:
 
 
 def cider(corpus: Corpus, frequencies: Mapping | None = None) -> Scores:
-    """CIDEr-D of the corpus, the mean over images, and of each image (Vedantam et al., 2015), in 0..10.
+    """Compute CIDEr-D of the corpus, the mean over images, and of each image (Vedantam et al., 2015), in 0..10.
 
     This is the variant that the field reports as "CIDEr": n-grams of 1 to 4 words weighted by tf-idf, caption counts
     clipped to the reference's, and a Gaussian penalty (sigma 6) on the difference in length.
@@ -172,7 +172,7 @@ def cider(corpus: Corpus, frequencies: Mapping | None = None) -> Scores:
 
 
 def _documents(corpus: Corpus, frequencies: Mapping | None) -> float:
-    """The number of documents that the frequencies were counted over, checked."""
+    """Check the frequencies and return the number of documents they were counted over."""
     if frequencies is None:
         if len(corpus) == 1:
             warnings.warn(
@@ -195,13 +195,13 @@ def _documents(corpus: Corpus, frequencies: Mapping | None) -> float:
 
 
 def normalize(text: str) -> str:
-    """Text as `exact_match` compares it: NFKC, case folded, punctuation and white space as single spaces."""
+    """Bring text to the form of `exact_match`: NFKC, case folded, punctuation and white space as single spaces."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(" " if unicodedata.category(c)[0] == "P" else c for c in folded).split())
 
 
 def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Share of the images whose caption equals one of the references after `normalize`, in 0..1, and 0 or 1 for each.
+    """Compute the share of images whose caption equals a reference after `normalize`, in 0..1, and 0 or 1 for each.
 
     Works on the texts as they are, not on tokens. A caption without letters, digits or symbols matches nothing.
     """
@@ -213,11 +213,11 @@ def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
 
 
 def diversity(captions: Sequence[str]) -> Scores:
-    """How varied the captions are (Li et al., 2016): it needs no references.
+    """Measure how varied the captions are (Li et al., 2016), without references.
 
     Returns:
         `distinct_1`, `distinct_2`: different words or word pairs over the number of all words, in 0..1;
-        `vocabulary_size`: different words; `mean_length`: words a caption. For each image: the same of its caption.
+        `vocabulary_size`: different words; `mean_length`: words per caption. For each image: the same of its caption.
     """
     split = [caption.split() for caption in captions]
 

@@ -1,6 +1,7 @@
-"""Running the Java tools of the field (PTB tokenizer, METEOR, SPICE) so that they can neither hang nor litter.
+"""Run the Java tools of the field (PTB tokenizer, METEOR, SPICE) so that they can neither hang nor leave files.
 
-Every process has a deadline, works in a temporary folder, is told its text encoding, and is ended with all its children.
+Every process has a deadline, works in a temporary folder, gets its text encoding by a flag, and is ended with all its
+children.
 """
 
 import importlib.util
@@ -25,12 +26,12 @@ class JavaError(RuntimeError):
 
 
 def java_timeout() -> float:
-    """Seconds that one Java process may take: the environment variable `CLIPCAP_JAVA_TIMEOUT`, else 900."""
+    """Return the seconds that one Java process may take: the environment variable `CLIPCAP_JAVA_TIMEOUT`, else 900."""
     return float(os.environ.get("CLIPCAP_JAVA_TIMEOUT", DEFAULT_TIMEOUT))
 
 
 def find_java(purpose: str) -> str:
-    """Path of the `java` program; `purpose` is what the error says it is needed for."""
+    """Find the `java` program; `purpose` is what the error says it is needed for."""
     java = shutil.which("java")
     if java is None:
         raise JavaError(
@@ -41,7 +42,7 @@ def find_java(purpose: str) -> str:
 
 
 def find_jar(relative_path: str, purpose: str) -> Path:
-    """Path of a jar inside pycocoevalcap. The package is found, not imported: importing it is not needed."""
+    """Find a jar inside pycocoevalcap, without importing the package."""
     spec = importlib.util.find_spec("pycocoevalcap")
     for root in (spec.submodule_search_locations or ()) if spec else ():
         jar = Path(root, relative_path)
@@ -54,7 +55,7 @@ def find_jar(relative_path: str, purpose: str) -> Path:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends the process and its children: a `java` that is a wrapper script would leave the real one behind."""
+    """End the process and its children: a `java` that is a wrapper script would leave the real one behind."""
     if process.returncode is not None:
         return  # its number may be another process's by now
     try:
@@ -69,7 +70,7 @@ def end(process: subprocess.Popen) -> None:
 
 @contextmanager
 def java_process(arguments, purpose: str, cwd, **streams):
-    """Starts `java arguments` in the folder `cwd` and ends it on leaving, whatever happens. Yields (process, failed).
+    """Start `java arguments` in the folder `cwd`, yield (process, failed), and end it on leaving, whatever happens.
 
     `failed(reason)` builds the `JavaError` to raise, with the last lines that Java wrote to its error stream.
     """
@@ -104,7 +105,7 @@ def timeout_reason(timeout: float) -> str:
 
 
 def run_java(arguments, purpose: str, cwd) -> None:
-    """Runs `java arguments` in `cwd` to its end. Results go through files: pipes held by grandchildren could hang."""
+    """Run `java arguments` in `cwd` to its end. Results go through files: pipes held by grandchildren could hang."""
     timeout = java_timeout()
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     with java_process(arguments, purpose, cwd, **streams) as (process, failed):

@@ -14,8 +14,11 @@ from .formulas import Scores
 from .java import JavaError, end, find_jar, java_process, java_timeout, run_java, timeout_reason
 
 
+METEOR_JAR = "meteor/meteor-1.5.jar"
+
+
 def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[np.ndarray]) -> list[Scores]:
-    """METEOR 1.5 of groups of images and of each image (Denkowski and Lavie, 2014), in 0..1, for English.
+    """Compute METEOR 1.5 of groups of images and of each image (Denkowski and Lavie, 2014), in 0..1, for English.
 
     A group's score is computed from summed statistics; it is not the mean over images. All groups are scored by one
     start of Java.
@@ -28,7 +31,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups:
     Raises:
         JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
     """
-    jar = find_jar("meteor/meteor-1.5.jar", "METEOR")
+    jar = find_jar(METEOR_JAR, "METEOR")
     timeout = java_timeout()
     command = ("-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
 
@@ -89,7 +92,7 @@ _SPICE_JARS = ("spice-1.0.jar", "stanford-corenlp-3.6.0.jar", "stanford-corenlp-
 
 
 def spice_class_path(home: str | os.PathLike | None) -> str:
-    """The jars in `home` and `home/lib`, and pycocoevalcap's for what is missing there."""
+    """Return a class path of the jars in `home` and `home/lib`, and of pycocoevalcap's for what is missing there."""
     home = home or os.environ.get("CLIPCAP_SPICE_HOME")
     remedy = (
         "SPICE's jars are not shipped. Download SPICE-1.0 (https://panderson.me/spice) and Stanford CoreNLP 3.6.0 "
@@ -112,7 +115,7 @@ def spice_class_path(home: str | os.PathLike | None) -> str:
 
 
 def spice(captions: Sequence[str], references: Sequence[Sequence[str]], home=None) -> Scores:
-    """SPICE, the mean over images, and of each image (Anderson et al., 2016), in 0..1, for English.
+    """Compute SPICE, the mean over images, and of each image (Anderson et al., 2016), in 0..1, for English.
 
     F-score of scene-graph tuples. An image for which SPICE has no number counts as the COCO evaluation's NaN.
 

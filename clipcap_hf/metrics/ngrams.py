@@ -38,7 +38,7 @@ class Corpus:
     """Tokenized captions and their references.
 
     Args:
-        captions: one tokenized caption (space-separated) an image, n in all.
+        captions: n tokenized captions (space-separated), one per image.
         references: n lists of one or more tokenized references.
     """
 

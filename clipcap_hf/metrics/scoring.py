@@ -1,91 +1,211 @@
-"""Captions and references in, scores out: checks, one tokenization, then every metric asked for."""
+"""Captions and references in, scores out: check, tokenize once, then compute every metric."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from . import formulas
-from .java import find_jar, find_java
+from .checks import NEED_NO_REFERENCES, UNTOKENIZED, check_metrics, check_predictions, check_references
+from .clip import DEFAULT_CLIP, clip_scores
+from .formulas import Scores
 from .ngrams import Corpus
-from .tokenization import PTB_JAR, check_tokenizer, tokenize, tokenize_streams, tokenizer_record
+from .tokenization import tokenize, tokenize_streams, tokenizer_record
 
 
-# The metrics of text alone, in the order in which results list them; clip_score also needs the images.
-TEXT_METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice", "exact_match", "diversity")
-METRICS = (*TEXT_METRICS, "clip_score")
-EMPTY_REFERENCES = ("error", "drop", "keep")
-UNTOKENIZED = ("exact_match", "clip_score")  # work on the text as it is
+def score_captions(
+    predictions: Sequence[str],
+    references: Sequence | None = None,
+    metrics: str | Sequence[str] = ("bleu", "meteor", "rouge_l", "cider"),
+    tokenizer: str | None = "ptb",
+    *,
+    per_image: bool = True,
+    empty_references: str = "error",
+    document_frequencies: Mapping | str | os.PathLike | None = None,
+    spice_home: str | os.PathLike | None = None,
+    images: Sequence | None = None,
+    clip_model: str = DEFAULT_CLIP,
+    groups: Sequence | None = None,
+) -> dict[str, Any]:
+    """Score captions by several metrics with one tokenization, so that Java starts once for it.
 
+    Args:
+        predictions: n captions. An empty one is legal and scores 0.
+        references: n lists of one or more captions, or n strings. Only `diversity` and `clip_score` go without.
+        metrics: Names out of `METRICS`.
+        tokenizer: See `clipcap_hf.metrics.tokenization`; `"ptb"` is the standard for English.
+        per_image: Also return each score for each image.
+        empty_references: What to do with references without text: "error", "drop" them, or "keep" them as captions
+            of no words, as the published scores on STAIR (whose data has some) do.
+        document_frequencies: For CIDEr, what the function of that name returned, or the path of a JSON file of it.
+        spice_home: For SPICE, the folder with the jars; by default the environment variable CLIPCAP_SPICE_HOME.
+        images: For CLIPScore, n images: paths, PIL images or bytes, or a sequence that reads them by index.
+        clip_model: For CLIPScore, a CLIP by Hub id, folder or open_clip name.
+        groups: The group of each image, such as its domain in nocaps. Each group is also scored as an evaluation of
+            its own (with its own document frequencies), without starting Java again.
 
-def _listed(values):
-    """NumPy arrays and pandas columns as lists; anything else as it is."""
-    return values.tolist() if hasattr(values, "tolist") else values
+    Returns:
+        A flat dict: each score under its name (`bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `cider`, `spice`,
+        `exact_match`, `distinct_1`, `distinct_2`, `vocabulary_size`, `mean_length`, `clip_score`,
+        `ref_clip_score`), as a float; with `per_image`, `NAME_per_image` as an array of shape (n,); then
+        `num_images`, `tokenizer` (`"python (not exact)"` for the approximation), and for CLIPScore `clip_model`
+        and `clip_dtype`; with `groups`, `groups`: such a dict for each group. Scores are fractions, CIDEr goes up to
+        10; papers print them times 100.
 
-
-def check_predictions(predictions: Sequence[str]) -> list[str]:
-    """The captions as a list, or a ValueError saying which one is no string. An empty caption is legal."""
-    predictions = _listed(predictions)
-    if isinstance(predictions, str) or not isinstance(predictions, Sequence):
-        raise ValueError(f"predictions must be a list of strings, one caption an image, not {predictions!r}.")
-    for image, caption in enumerate(predictions):
-        if not isinstance(caption, str):
-            raise ValueError(f"predictions[{image}] must be a string (one caption an image), not {caption!r}.")
-        _check_unicode(caption, f"predictions[{image}]")
-    return list(predictions)
-
-
-def _check_unicode(text: str, place: str):
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place} is not valid Unicode (a lone surrogate): {text!r}.") from error
-
-
-def check_references(references: Sequence, images: int, empty: str = "error") -> list[list[str]]:
-    """The references as a list of lists, or a ValueError saying what is wrong with which. One string stands for [it].
-
-    `empty` says what to do with empty reference strings: "error", "drop" or "keep".
+    Raises:
+        ValueError: Bad input; the message says which caption and what to do.
+        JavaError: Java or a jar is missing, or Java failed or hung.
     """
-    if empty not in EMPTY_REFERENCES:
-        raise ValueError(f"empty_references must be one of {', '.join(EMPTY_REFERENCES)}, not {empty!r}.")
-    references = _listed(references)
-    if isinstance(references, str) or not isinstance(references, Sequence):
-        raise ValueError(f"references must be a list with the reference captions of each image, not {references!r}.")
-    if len(references) != images:
-        raise ValueError(
-            f"There are {images} predictions and {len(references)} references; each prediction needs the list of its "
-            "image's reference captions, in the same order."
-        )
-    checked = []
-    for image, group in enumerate(references):
-        group = [group] if isinstance(group, str) else _listed(group)
-        if not isinstance(group, Sequence):
-            raise ValueError(f"references[{image}] must be a string or a list of strings, not {group!r}.")
-        if not len(group):
-            raise ValueError(f"Image {image} has no references; leave it out of the predictions or give it some.")
-        for number, reference in enumerate(group):
-            if not isinstance(reference, str):
-                raise ValueError(f"references[{image}][{number}] must be a string, not {reference!r}.")
-            if not reference.strip() and empty == "error":
-                raise ValueError(
-                    f'references[{image}][{number}] is empty. Pass empty_references="drop" to leave such references '
-                    'out, or "keep" to count them as captions of no words, as published scores on STAIR do.'
-                )
-        group = [reference for reference in group if empty != "drop" or reference.strip()]
-        if not group:
-            raise ValueError(f"Image {image} has only empty references; leave it out of the predictions.")
-        checked.append(group)
-    return checked
+    metrics = check_metrics(metrics)
+    record = tokenizer_record(tokenizer)
+    predictions = check_predictions(predictions)
+    if not predictions:
+        raise ValueError("There are no predictions to score; pass at least one caption.")
+    if references is not None:
+        references = check_references(references, len(predictions), empty_references)
+    elif set(metrics) - set(NEED_NO_REFERENCES):
+        raise ValueError("references is missing; only diversity and clip_score can be computed without references.")
+    places = {} if groups is None else _places_by_group(groups, len(predictions))
+    inputs = _Inputs(
+        predictions,
+        references,
+        parts=[np.arange(len(predictions)), *places.values()],
+        frequencies=_load_frequencies(document_frequencies) if "cider" in metrics else None,
+        spice_home=spice_home,
+        images=images,
+        clip_model=clip_model,
+    )
+    tokenized = bool(set(metrics) - set(UNTOKENIZED))
+    if tokenized:
+        inputs.tokenize(tokenizer)
+    scores = [SCORERS[name](inputs) for name in metrics]
+    results = [
+        _flat(of_part, len(part), record if tokenized else None, per_image)
+        for part, of_part in zip(inputs.parts, zip(*scores))
+    ]
+    if groups is not None:
+        results[0]["groups"] = dict(zip(places, results[1:]))
+    return results[0]
+
+
+@dataclass
+class _Inputs:
+    """What the metrics read: checked texts, their tokens, and which images are scored together.
+
+    `parts` are indices of images: first those of all images, then those of each group.
+    """
+
+    predictions: list[str]
+    references: list[list[str]] | None
+    parts: list[np.ndarray]
+    frequencies: Mapping | None
+    spice_home: str | os.PathLike | None
+    images: Sequence | None
+    clip_model: str
+    captions: list[str] = field(default_factory=list)  # the predictions, tokenized
+    tokens: list[list[str]] = field(default_factory=list)  # the references, tokenized
+
+    def tokenize(self, tokenizer: str | None) -> None:
+        """Tokenize references and captions as two streams, as the COCO evaluation does."""
+        flat = [reference for group in self.references or () for reference in group]
+        flat, self.captions = tokenize_streams((flat, self.predictions), tokenizer)
+        rest = iter(flat)
+        self.tokens = [[next(rest) for _ in group] for group in self.references or ()]
+
+    @cached_property
+    def corpora(self) -> list[Corpus]:
+        """The counted n-grams of each part, which several metrics share."""
+        return [Corpus(_take(self.captions, part), _take(self.tokens, part)) for part in self.parts]
+
+
+def _meteor(inputs: _Inputs) -> list[Scores]:
+    from .java_scores import meteor
+
+    return meteor(inputs.captions, inputs.tokens, inputs.parts)
+
+
+def _spice(inputs: _Inputs) -> list[Scores]:
+    from .java_scores import spice
+
+    return _means(spice(inputs.captions, inputs.tokens, inputs.spice_home), inputs.parts)
+
+
+def _clip_score(inputs: _Inputs) -> list[dict[str, Any]]:
+    return _means(clip_scores(inputs.predictions, inputs.images, inputs.references, inputs.clip_model), inputs.parts)
+
+
+def _exact_match(inputs: _Inputs) -> list[Scores]:
+    return _means(formulas.exact_match(inputs.predictions, inputs.references), inputs.parts)
+
+
+def _diversity(inputs: _Inputs) -> list[Scores]:
+    return [formulas.diversity(_take(inputs.captions, part)) for part in inputs.parts]
+
+
+# For each metric, a function that returns its scores of every part.
+SCORERS: dict[str, Callable[[_Inputs], list]] = {
+    "bleu": lambda inputs: [formulas.bleu(corpus) for corpus in inputs.corpora],
+    "meteor": _meteor,
+    "rouge_l": lambda inputs: [formulas.rouge_l(corpus) for corpus in inputs.corpora],
+    "cider": lambda inputs: [formulas.cider(corpus, inputs.frequencies) for corpus in inputs.corpora],
+    "spice": _spice,
+    "exact_match": _exact_match,
+    "diversity": _diversity,
+    "clip_score": _clip_score,
+}
+
+
+def _means(scores: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Split scores that are means over images into those of each part; text that a metric records stays."""
+    return [
+        {
+            name: value if isinstance(value, str) else (float(value[1][part].mean()), value[1][part])
+            for name, value in scores.items()
+        }
+        for part in parts
+    ]
+
+
+def _flat(scores: Sequence[Mapping[str, Any]], images: int, record: str | None, per_image: bool) -> dict[str, Any]:
+    """Put the scores of one part by all metrics into the flat dict that `score_captions` returns."""
+    result: dict[str, Any] = {}
+    for name, value in ((name, value) for of_metric in scores for name, value in of_metric.items()):
+        if isinstance(value, str):  # what a metric records of itself
+            result[name] = value
+            continue
+        result[name] = value[0]
+        if per_image:
+            result[f"{name}_per_image"] = value[1]
+    result["num_images"] = images
+    if record is not None:
+        result["tokenizer"] = record
+    return result
+
+
+def _places_by_group(groups: Sequence, images: int) -> dict[Any, np.ndarray]:
+    """For each group, in order of appearance, the indices of its images."""
+    if len(groups) != images:
+        raise ValueError(f"There are {images} predictions and {len(groups)} groups; name the group of each image.")
+    places: dict[Any, list[int]] = {}
+    for image, group in enumerate(groups):
+        places.setdefault(group, []).append(image)
+    return {group: np.array(found) for group, found in places.items()}
+
+
+def _take(values: list, places: np.ndarray) -> list:
+    return [values[place] for place in places]
 
 
 def document_frequencies(references: Sequence, tokenizer: str | None = "ptb", empty_references: str = "error") -> dict:
-    """Document frequencies of a corpus for CIDEr, to weigh n-grams by it instead of by the references scored.
+    """Count the document frequencies of a corpus, for CIDEr to weigh n-grams by it and not by the references scored.
 
     Args:
-        references: one string, or a list of strings, an image of the corpus.
-        tokenizer, empty_references: as in `score_captions`; use the same ones there.
+        references: For each image of the corpus one string, or a list of strings.
+        tokenizer, empty_references: As in `score_captions`; use the same ones there.
 
     Returns:
         `{"num_documents": images, "document_frequency": {"a cat": 12, ...}}`, which can be stored as JSON.
@@ -98,184 +218,8 @@ def document_frequencies(references: Sequence, tokenizer: str | None = "ptb", em
 def _load_frequencies(source: Mapping | str | os.PathLike | None) -> Mapping | None:
     if source is None or isinstance(source, Mapping):
         return source
-    with open(source, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def check_requirements(
-    metrics: Sequence[str], tokenizer: str | None, spice_home: str | os.PathLike | None = None
-) -> None:
-    """Raises what `score_captions` would raise without Java, the jars or the Japanese tokenizer.
-
-    For those who first spend an hour on captions.
-    """
-    from .java_scores import spice_class_path
-
-    name = check_tokenizer(tokenizer)
-    if name == "ptb" and set(metrics) - set(UNTOKENIZED):
-        find_java("The PTB tokenizer")
-        find_jar(PTB_JAR, "The PTB tokenizer")
-    if name == "ja":
-        tokenize(["あ"], name)
-    if "meteor" in metrics:
-        find_java("METEOR")
-        find_jar("meteor/meteor-1.5.jar", "METEOR")
-    if "spice" in metrics:
-        find_java("SPICE")
-        spice_class_path(spice_home)
-
-
-def score_captions(
-    predictions: Sequence[str],
-    references: Sequence | None = None,
-    metrics: Sequence[str] = ("bleu", "meteor", "rouge_l", "cider"),
-    tokenizer: str | None = "ptb",
-    *,
-    per_image: bool = True,
-    empty_references: str = "error",
-    document_frequencies: Mapping | str | os.PathLike | None = None,
-    spice_home: str | os.PathLike | None = None,
-    images: Sequence | None = None,
-    clip_model: str = "openai/clip-vit-base-patch32",
-    groups: Sequence | None = None,
-) -> dict:
-    """Scores captions by several metrics with one tokenization, so that Java starts once for it.
-
-    Args:
-        predictions: n captions. An empty one is legal and scores 0.
-        references: n lists of one or more captions, or n strings. Only `diversity` and `clip_score` go without.
-        metrics: names out of `METRICS`.
-        tokenizer: see `clipcap_hf.metrics.tokenization`; `"ptb"` is the standard for English.
-        per_image: also return each score for each image.
-        empty_references: what to do with references without text: "error", "drop" them, or "keep" them as captions
-            of no words, as the published scores on STAIR (whose data has some) do.
-        document_frequencies: for CIDEr, what the function of that name returned, or the path of a JSON file of it.
-        spice_home: for SPICE, the folder with the jars; by default the environment variable CLIPCAP_SPICE_HOME.
-        images: for CLIPScore, n images: paths, PIL images or bytes.
-        clip_model: for CLIPScore, a CLIP by Hub id, folder or open_clip name.
-        groups: the group of each image, such as its domain in nocaps. Each group is also scored as an evaluation of
-            its own (with its own document frequencies), without starting Java again.
-
-    Returns:
-        A flat dict: each score under its name (`bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `cider`, `spice`,
-        `exact_match`, `distinct_1`, `distinct_2`, `vocabulary_size`, `mean_length`, `clip_score`,
-        `ref_clip_score`), as a float; with `per_image`, `NAME_per_image` as an array of shape (n,); then
-        `num_images`, `tokenizer` (`"python (not exact)"` for the approximation), and for CLIPScore `clip_model`
-        and `clip_dtype`; with `groups`, `groups`: such a dict for each group. Scores are fractions, CIDEr goes up to 10; papers print them times 100.
-
-    Raises:
-        ValueError: bad input; the message says which caption and what to do.
-        JavaError: Java or a jar is missing, or Java failed or hung.
-    """
-    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"Unknown metrics {unknown}; choose from {', '.join(METRICS)}.")
-    record = tokenizer_record(tokenizer)
-    predictions = check_predictions(predictions)
-    if not predictions:
-        raise ValueError("There are no predictions to score; pass at least one caption.")
-    if references is not None:
-        references = check_references(references, len(predictions), empty_references)
-    elif set(metrics) - {"diversity", "clip_score"}:
-        raise ValueError("references is missing; only diversity and clip_score can be computed without references.")
-
-    groups = None if groups is None else _group_indices(groups, len(predictions))
-    everything = np.arange(len(predictions))
-    tokenized = _tokenize_corpus(predictions, references, tokenizer) if set(metrics) - set(UNTOKENIZED) else {}
-    options = {
-        "frequencies": _load_frequencies(document_frequencies) if "cider" in metrics else None,
-        "spice_home": spice_home,
-        "images": images,
-        "clip_model": clip_model,
-    }
-    subsets = [everything, *(groups or {}).values()]
-    results = [{} for _ in subsets]
-    for name in (name for name in METRICS if name in metrics):
-        for result, found in zip(results, _score(name, predictions, references, tokenized, subsets, options)):
-            for key, value in found.items():
-                if isinstance(value, str):  # what a metric records of itself
-                    result[key] = value
-                    continue
-                result[key] = value[0]
-                if per_image:
-                    result[f"{key}_per_image"] = value[1]
-    for subset, result in zip(subsets, results):
-        result["num_images"] = len(subset)
-        if tokenized:
-            result["tokenizer"] = record
-    if groups is not None:
-        results[0]["groups"] = dict(zip(groups, results[1:]))
-    return results[0]
-
-
-def _group_indices(groups: Sequence, images: int) -> dict:
-    """For each group, in order of appearance, the indices of its images."""
-    if len(groups) != images:
-        raise ValueError(f"There are {images} predictions and {len(groups)} groups; name the group of each image.")
-    indices = {}
-    for image, group in enumerate(groups):
-        indices.setdefault(group, []).append(image)
-    return {group: np.array(found) for group, found in indices.items()}
-
-
-def _score(
-    name: str, predictions, references, tokenized: dict, subsets: list[np.ndarray], options: dict
-) -> list[dict]:
-    """The scores by one metric of subsets of the images, the first of which is all of them."""
-    captions, tokens = tokenized.get("captions"), tokenized.get("references")
-    if name == "meteor":
-        from .java_scores import meteor
-
-        return meteor(captions, tokens, subsets)
-    if name in ("spice", "clip_score"):  # slow, and the mean over images: computed once
-        if name == "spice":
-            from .java_scores import spice
-
-            found = spice(captions, tokens, options["spice_home"])
-        else:
-            from .clip import clip_scores
-
-            found = clip_scores(predictions, options["images"], references, options["clip_model"])
-        return [
-            {
-                key: value if isinstance(value, str) else (float(value[1][subset].mean()), value[1][subset])
-                for key, value in found.items()
-            }
-            for subset in subsets
-        ]
-    results = []
-    for subset in subsets:
-        if name == "exact_match":
-            found = formulas.exact_match(_take(predictions, subset), _take(references, subset))
-        elif name == "diversity":
-            found = formulas.diversity(_take(captions, subset))
-        else:
-            corpora = tokenized["corpora"]
-            key = subset.tobytes()
-            if key not in corpora:
-                corpora[key] = Corpus(_take(captions, subset), _take(tokens, subset))
-            if name == "cider":
-                found = formulas.cider(corpora[key], options["frequencies"])
-            else:
-                found = {"bleu": formulas.bleu, "rouge_l": formulas.rouge_l}[name](corpora[key])
-        results.append(found)
-    return results
-
-
-def _take(values: list, indices: np.ndarray) -> list:
-    return [values[index] for index in indices]
-
-
-def _tokenize_corpus(predictions: list[str], references: list[list[str]] | None, tokenizer: str | None) -> dict:
-    """Tokenizes references and captions as two streams, as the COCO evaluation does, and groups them again.
-
-    `corpora` takes the counted n-grams of each subset of images, which several metrics share.
-    """
-    flat = [reference for group in references or () for reference in group]
-    flat, captions = tokenize_streams((flat, predictions), tokenizer)
-    if references is None:
-        return {"captions": captions}
-    flat = iter(flat)
-    references = [[next(flat) for _ in group] for group in references]
-    return {"captions": captions, "references": references, "corpora": {}}
+    try:
+        with open(source, encoding="utf-8") as file:
+            return json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: document frequencies must be a JSON file: {error}") from error

@@ -26,41 +26,41 @@ from .java import JavaError, find_jar, run_java
 PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 TOKENIZERS = ("ptb", "python", "ja", "characters", "none")
 # Every character that Java, the PTB tokenizer or Python's str.splitlines takes for the end of a line. One of them
-# inside a caption makes the tokenizer emit a line too many and moves all later captions to the wrong image.
+# inside a caption makes the tokenizer write a line too many and moves all later captions to the wrong image.
 LINE_SEPARATORS = re.compile("[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")
 # Tokens that the COCO caption evaluation drops after PTB tokenization. Its list has "-LRB-" in capitals while the text
-# is in lower case, so brackets do stay in the captions as "-lrb-" and count; to reproduce the scores we must not fix it.
+# is in lower case, so brackets stay in the captions as "-lrb-" and count; to reproduce the scores we must not fix it.
 PTB_PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 
 
 def check_tokenizer(tokenizer: str | None) -> str:
-    """The tokenizer's name (`None` becomes `"none"`), or a ValueError that lists the names."""
+    """Return the tokenizer's name (`None` becomes `"none"`), or raise a ValueError that lists the names."""
     name = "none" if tokenizer is None else tokenizer
     if name not in TOKENIZERS:
-        raise ValueError(f"Unknown tokenizer {tokenizer!r}; choose one of {', '.join(map(repr, TOKENIZERS))}.")
+        raise ValueError(f"Unknown tokenizer {tokenizer!r:.80}; choose one of {', '.join(map(repr, TOKENIZERS))}.")
     return name
 
 
 def tokenizer_record(tokenizer: str | None) -> str:
-    """What results say about the tokenizer: its name, and that `"python"` is not the standard."""
+    """Return what results say about the tokenizer: its name, and that `"python"` is not the standard."""
     name = check_tokenizer(tokenizer)
     return "python (not exact)" if name == "python" else name
 
 
 def tokenize(texts: Sequence[str], tokenizer: str | None = "ptb") -> list[str]:
-    """Tokenizes texts, one space-separated string each.
+    """Tokenize texts, one space-separated string each.
 
     Args:
         texts: n strings.
-        tokenizer: a name of the table above.
+        tokenizer: A name of the table above.
 
     Returns:
         n strings; empty where nothing but punctuation was there.
 
     Raises:
-        ValueError: an unknown tokenizer, or text that is not valid Unicode.
+        ValueError: An unknown tokenizer, or text that is not valid Unicode.
         JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
         ImportError: `"ja"` without fugashi and ipadic.
     """
@@ -68,7 +68,7 @@ def tokenize(texts: Sequence[str], tokenizer: str | None = "ptb") -> list[str]:
 
 
 def tokenize_streams(streams: Sequence[Sequence[str]], tokenizer: str | None = "ptb") -> list[list[str]]:
-    """Tokenizes several lists of texts with a single start of the tokenizer; returns lists of the same lengths."""
+    """Tokenize several lists of texts with a single start of the tokenizer, to lists of the same lengths."""
     return [list(stream) for stream in _tokenize(tuple(map(tuple, streams)), check_tokenizer(tokenizer))]
 
 
@@ -132,7 +132,7 @@ _SYMBOLS_DROPPED = frozenset("\"'`.?!,:;-\u2010\u2013\u2014\u2018\u2019\u201c\u2
 
 
 def _split_like_ptb(text: str) -> list[str]:
-    """What PTB tokenization and punctuation removal give on nearly all English captions, without Java."""
+    """Split as PTB tokenization and punctuation removal do on nearly all English captions, without Java."""
     tokens = []
     for word in _WORD.findall(text.lower()):
         if word in _SYMBOLS_DROPPED:

@@ -149,7 +149,7 @@ def test_broken_images_end_the_evaluation_and_are_named(model_folder, tmp_path, 
         (["--results", "absent.json", "--references", "absent.json", "--tokenizer", "python"], "absent.json"),
         (["--results", "x.json", "--references", "x.json", "--update-card"], "--update-card needs a --benchmark"),
         (["--model", "emoji-mini", "--benchmark", "emoji", "--update-card"], "writes into a folder"),
-        (["--model", "emoji-mini", "--benchmark", "emoji", "--metrics", "blue"], "unknown metrics blue"),
+        (["--model", "emoji-mini", "--benchmark", "emoji", "--metrics", "blue"], "Unknown metrics blue"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):

@@ -234,7 +234,7 @@ def test_results_files_round_trip(tmp_path):
         ('[{"image_id": 1.5, "caption": "a"}]', "image_id must be"),
         ('[{"image_id": 1, "caption": null}]', "caption must be a string, not None"),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}]', "more than one caption: 1"),
-        ('[{"image_id": 1, "cap', "is no JSON"),
+        ('[{"image_id": 1, "cap', "is not a JSON file, or is incomplete"),
     ],
 )
 def test_bad_results_files_are_named(tmp_path, content, message):

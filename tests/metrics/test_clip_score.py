@@ -1,11 +1,13 @@
 """CLIPScore and RefCLIPScore, with random CLIPs of transformers and of open_clip."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from clipcap_hf import metrics
+from clipcap_hf.evaluation import EvaluationSet, evaluate_captions
 from PIL import Image
 
 
@@ -99,3 +101,43 @@ def test_clip_score_by_open_clip(tmp_path):
     expected = 2.5 * (seen * said).sum(1).clamp(min=0)
     np.testing.assert_allclose(result["clip_score_per_image"], expected, atol=1e-5)
     assert result["clip_score"] > 0 and result["clip_dtype"] == "float32"
+
+
+class CountedImages:
+    """A column of images that are decoded when asked for, as `datasets` has it; counts those alive at a time."""
+
+    def __init__(self, number):
+        self.number, self.alive, self.most, self.read = number, 0, 0, 0
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, place):
+        if place >= self.number:
+            raise IndexError(place)
+        image = Image.new("RGB", (40, 48), (place, 0, 255 - place))
+        self.read += 1
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(image, self._gone)
+        return image
+
+    def _gone(self):
+        self.alive -= 1
+
+
+def test_a_benchmark_of_images_is_never_in_memory_at_once(tiny_clip, monkeypatch):
+    """4.6 GB for COCO's Karpathy split, were they a list."""
+    monkeypatch.setattr("clipcap_hf.metrics.clip.BATCH_SIZE", 8)
+    images = CountedImages(50)
+    captions = [f"picture {place}" for place in range(50)]
+    data = EvaluationSet(list(range(50)), [[caption] for caption in captions], images=images, source="x")
+    report, _ = evaluate_captions(
+        dict(enumerate(captions)), data, metrics=["clip_score"], tokenizer="python", clip_model=tiny_clip
+    )
+    assert images.read == 50 and images.most <= 2
+    listed = [images[place] for place in range(50)]
+    expected = metrics.score_captions(
+        captions, metrics="clip_score", images=listed, clip_model=tiny_clip, per_image=False
+    )
+    assert report["scores"]["entire"]["clip_score"] == pytest.approx(100 * expected["clip_score"], abs=1e-6)

@@ -8,8 +8,8 @@ class Bleu(evaluate_module.CaptionMetric):
 
     metric = "bleu"
     description_text = """
-BLEU-1 to BLEU-4: n-gram precision of the captions over the whole corpus with a brevity penalty by the closest reference
-length, 0 to 1. It equals the BLEU of the COCO caption evaluation.
+BLEU-1 to BLEU-4: n-gram precision of the captions over the whole corpus with a brevity penalty by the closest
+reference length, 0 to 1. It equals the BLEU of the COCO caption evaluation.
 """
     citation_text = """
 @inproceedings{papineni2002bleu,

@@ -8,8 +8,8 @@ class Cider(evaluate_module.CaptionMetric):
 
     metric = "cider"
     description_text = """
-CIDEr-D: how much a caption agrees with its references in n-grams of 1 to 4 words weighted by tf-idf, 0 to 10. It equals
-the "CIDEr" of the COCO caption evaluation. The document frequencies come from all references scored, or from
+CIDEr-D: how much a caption agrees with its references in n-grams of 1 to 4 words weighted by tf-idf, 0 to 10. It
+equals the "CIDEr" of the COCO caption evaluation. The document frequencies come from all references scored, or from
 `document_frequencies`; with a single image and without them, CIDEr is 0 by definition.
 """
     citation_text = """

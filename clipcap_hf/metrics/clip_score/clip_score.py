@@ -23,7 +23,7 @@ the largest cosine of caption and references. Comparable only between runs with 
     reference_urls_list = ("https://arxiv.org/abs/2104.08718",)
     inputs_text = """
 Args:
-    predictions (`list[str]`): one caption an image; an empty one is legal and scores 0.
+    predictions (`list[str]`): one caption per image; an empty one is legal and scores 0.
     images (`list`): the images: paths, PIL images or bytes.
     references (`list[list[str]]`, *optional*): for RefCLIPScore, the reference captions of all images, or of none.
     clip_model (`str`, defaults to "openai/clip-vit-base-patch32"): a CLIP by Hub id, folder or open_clip name; when
@@ -46,7 +46,7 @@ Returns:
         return {**super()._check(batch), "images": images}
 
     def add(self, *, prediction=None, reference=None, images=None, **kwargs):
-        """Adds one caption, its image (as `images`) and perhaps its references."""
+        """Add one caption, its image (as `images`) and perhaps its references."""
         references = None if reference is None else [reference]
         self.add_batch(predictions=[prediction], references=references, images=[images], **kwargs)
 

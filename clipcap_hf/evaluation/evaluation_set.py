@@ -1,0 +1,93 @@
+"""Images and their references, in order; images are read when asked for by index."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..files import listed
+from .digests import image_digest
+
+
+@dataclass
+class EvaluationSet:
+    """Images and their reference captions, in order.
+
+    Attributes:
+        ids: Of the images.
+        references: The reference captions of each image.
+        domains: The domain of each image, or None.
+        images: Paths or PIL images, read when asked for by index; None where there are only captions.
+        source: Where they are from, for the record.
+        title: What the page calls them, for images of no benchmark.
+    """
+
+    ids: list[int | str]
+    references: list[list[str]]
+    domains: list[str] | None = None
+    images: Sequence[Any] | None = None
+    source: str = ""
+    title: str = ""
+
+    def __post_init__(self):
+        if repeated := repeated_ids(self.ids):
+            raise ValueError(f"{self.source}: duplicate images: {listed(repeated)}.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, positions: Sequence[int]) -> "EvaluationSet":
+        """Return the images at some positions."""
+
+        def pick(values):
+            return None if values is None else [values[position] for position in positions]
+
+        images = self.images
+        if images is not None:
+            images = images.select(positions) if hasattr(images, "select") else Subset(images, positions)
+        return EvaluationSet(
+            pick(self.ids), pick(self.references), pick(self.domains), images, self.source, self.title
+        )
+
+    @cached_property
+    def image_digests(self) -> list[str]:
+        """SHA-256 of each image, of the files' bytes where there are files."""
+        stored = _as_stored(self.images)
+        return [image_digest(stored[place]) for place in range(len(self))]
+
+
+@dataclass
+class Subset(Sequence):
+    """Items of a sequence by position, fetched when asked for."""
+
+    items: Sequence
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.items[position] for position in self.positions[index]]
+        return self.items[self.positions[index]]
+
+
+def _as_stored(images):
+    """Return the paths and bytes of a column of `datasets` without decoding the images; others as they are."""
+    if isinstance(images, Subset):
+        return Subset(_as_stored(images.items), images.positions)
+    if type(images).__module__.partition(".")[0] != "datasets" or not hasattr(images, "source"):
+        return images
+    from datasets import Image
+
+    return images.source.cast_column(images.column_name, Image(decode=False))[images.column_name]
+
+
+def repeated_ids(ids: Sequence) -> list:
+    """Return the ids that occur more than once; `42` and `"42"` are the same."""
+    seen, repeated = set(), []
+    for image in ids:
+        if str(image) in seen:
+            repeated.append(image)
+        seen.add(str(image))
+    return repeated

@@ -1,0 +1,129 @@
+"""The folder of an evaluation: which files may be replaced, which process works in it, what a killed one left."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .coco_files import read_results
+from .digests import digest
+
+
+RESULTS, SCORES, PAGE = "results.json", "scores.json", "index.html"
+# What shows that a file is ours: a key of scores.json, and a line of index.html.
+WRITTEN_BY = "clipcap evaluate"
+GENERATOR = f'<meta name="generator" content="{WRITTEN_BY}">'
+KEPT_FOR = 7 * 24 * 3600  # seconds that captions of an interrupted run with other settings are kept
+
+
+def check_folder(folder: str | Path, inputs: Sequence[str | Path] = (), overwrite: bool = False) -> None:
+    """Refuse to replace files of the folder that are read, or that `clipcap evaluate` did not write.
+
+    Args:
+        folder: Where `write_report` is to write; it need not exist.
+        inputs: Files that are read. A `results.json` among them is left as it is, and not written.
+        overwrite: Replace files of others too, but never what is read.
+
+    Raises:
+        ValueError: The message names the files and what to do.
+    """
+    folder = Path(folder)
+    for name in (SCORES, PAGE):
+        if is_one_of(folder / name, inputs):
+            raise ValueError(f"{folder / name} is read, and would be replaced. Name another folder by --out.")
+    if overwrite:
+        return
+    ours = {PAGE: _is_our_page, SCORES: _is_our_report, RESULTS: _are_our_results}
+    foreign = [
+        name
+        for name, is_ours in ours.items()
+        if os.path.lexists(folder / name) and not is_one_of(folder / name, inputs) and not is_ours(folder / name)
+    ]
+    if foreign:
+        raise ValueError(
+            f"{folder} has files that {WRITTEN_BY} did not write: {', '.join(foreign)}. Name another folder by --out, "
+            "or replace them with --overwrite (overwrite=True)."
+        )
+
+
+def is_one_of(path: Path, inputs: Sequence[str | Path]) -> bool:
+    """Tell whether a path is one of the files that are read, by whatever name."""
+    return path.exists() and any(os.path.exists(each) and os.path.samefile(path, each) for each in inputs)
+
+
+def _is_our_page(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return GENERATOR.encode() in file.read(1000)
+    return False
+
+
+def _is_our_report(path: Path) -> bool:
+    return _report(path).get("written_by") == WRITTEN_BY
+
+
+def _are_our_results(path: Path) -> bool:
+    """Compare the captions with those of the report: the leaderboards' form has no place for a marker."""
+    report = _report(path.with_name(SCORES))
+    try:
+        captions = read_results(path)
+    except (ValueError, OSError):
+        return False
+    return report.get("written_by") == WRITTEN_BY and report.get("captions_sha256") == captions_digest(captions)
+
+
+def _report(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def captions_digest(captions: dict) -> str:
+    """Return the SHA-256 of captions by image id, whatever their order."""
+    return digest(sorted((str(image), caption) for image, caption in captions.items()))
+
+
+@contextmanager
+def only_process(folder: str | Path) -> Iterator[None]:
+    """Work in the folder as the only evaluation, and first remove what killed ones left half-written.
+
+    Raises:
+        ValueError: Another process evaluates into this folder; the message has its number.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".evaluate.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Process {_owner(folder)} evaluates into {folder} already. Wait for it, or name another folder by --out."
+        ) from None
+    try:
+        with suppress(OSError):  # Windows lets nobody write into a locked file
+            (folder / ".evaluate.lock").write_text(str(os.getpid()))
+        _remove_leftovers(folder)
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / ".evaluate.lock").unlink()
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    with suppress(OSError, ValueError):
+        return (folder / ".evaluate.lock").read_text()[:20] or "(unknown)"
+    return "(unknown)"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove scratch files of killed runs, and old captions that nobody came back for."""
+    scratch = [path for name in (RESULTS, SCORES, PAGE) for path in folder.glob(f".{name}.*.tmp")]
+    old = [path for path in folder.glob(".captions-*.jsonl") if time.time() - path.stat().st_mtime > KEPT_FOR]
+    for path in (*scratch, *old):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""Strict checks of what `score_captions` is given, so that nothing is scored that was not meant."""
+
+import os
+from collections.abc import Sequence
+
+from .java import find_jar, find_java
+from .tokenization import PTB_JAR, check_tokenizer, tokenize
+
+
+# The metrics of text alone, in the order in which results list them; clip_score also needs the images.
+TEXT_METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice", "exact_match", "diversity")
+METRICS = (*TEXT_METRICS, "clip_score")
+EMPTY_REFERENCES = ("error", "drop", "keep")
+UNTOKENIZED = ("exact_match", "clip_score")  # work on the text as it is
+NEED_NO_REFERENCES = ("diversity", "clip_score")
+
+
+def check_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the metrics' names in the order of `METRICS`, or raise a ValueError that lists the names.
+
+    ```python
+    >>> from clipcap_hf.metrics import check_metrics
+    >>> check_metrics(["cider", "bleu"])
+    ('bleu', 'cider')
+
+    ```
+    """
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    unknown = [str(name)[:80] for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"Unknown metrics {', '.join(unknown[:5])}; choose from {', '.join(METRICS)}.")
+    if not names:
+        raise ValueError(f"No metrics were named; choose from {', '.join(METRICS)}.")
+    return tuple(name for name in METRICS if name in names)
+
+
+def check_predictions(predictions: Sequence[str]) -> list[str]:
+    """Return the captions as a list, or raise a ValueError that names the one that is no string.
+
+    An empty caption is legal.
+    """
+    predictions = _to_list(predictions)
+    if isinstance(predictions, str) or not isinstance(predictions, Sequence):
+        raise ValueError(f"predictions must be a list of strings, one caption per image, not {_short(predictions)}.")
+    for image, caption in enumerate(predictions):
+        if not isinstance(caption, str):
+            raise ValueError(f"predictions[{image}] must be a string (one caption per image), not {_short(caption)}.")
+        _check_unicode(caption, f"predictions[{image}]")
+    return list(predictions)
+
+
+def check_references(references: Sequence, images: int, empty: str = "error") -> list[list[str]]:
+    """Return the references as a list of lists, or raise a ValueError that names the faulty one.
+
+    Args:
+        references: For each image a list of captions, or one string.
+        images: How many images there are.
+        empty: What to do with references without text: "error", "drop" or "keep".
+    """
+    if empty not in EMPTY_REFERENCES:
+        raise ValueError(f"empty_references must be one of {', '.join(EMPTY_REFERENCES)}, not {_short(empty)}.")
+    references = _to_list(references)
+    if isinstance(references, str) or not isinstance(references, Sequence):
+        raise ValueError(
+            f"references must be a list with the reference captions of each image, not {_short(references)}."
+        )
+    if len(references) != images:
+        raise ValueError(
+            f"There are {images} predictions and {len(references)} references; each prediction needs the list of its "
+            "image's reference captions, in the same order."
+        )
+    return [_check_group(group, image, empty) for image, group in enumerate(references)]
+
+
+def _check_group(group, image: int, empty: str) -> list[str]:
+    group = [group] if isinstance(group, str) else _to_list(group)
+    if not isinstance(group, Sequence):
+        raise ValueError(f"references[{image}] must be a string or a list of strings, not {_short(group)}.")
+    if not len(group):
+        raise ValueError(f"Image {image} has no references; leave it out of the predictions or give it some.")
+    for number, reference in enumerate(group):
+        if not isinstance(reference, str):
+            raise ValueError(f"references[{image}][{number}] must be a string, not {_short(reference)}.")
+        _check_unicode(reference, f"references[{image}][{number}]")
+        if not reference.strip() and empty == "error":
+            raise ValueError(
+                f'references[{image}][{number}] is empty. Pass empty_references="drop" to leave such references '
+                'out, or "keep" to count them as captions of no words, as published scores on STAIR do.'
+            )
+    kept = [reference for reference in group if empty != "drop" or reference.strip()]
+    if not kept:
+        raise ValueError(f"Image {image} has only empty references; leave it out of the predictions.")
+    return kept
+
+
+def check_requirements(
+    metrics: Sequence[str], tokenizer: str | None, spice_home: str | os.PathLike | None = None
+) -> None:
+    """Raise now what `score_captions` would raise for unknown names or without Java, the jars or the tokenizer.
+
+    Call it before an hour is spent on captions.
+    """
+    from .java_scores import METEOR_JAR, spice_class_path
+
+    metrics = check_metrics(metrics)
+    name = check_tokenizer(tokenizer)
+    if name == "ptb" and set(metrics) - set(UNTOKENIZED):
+        find_java("The PTB tokenizer")
+        find_jar(PTB_JAR, "The PTB tokenizer")
+    if name == "ja":
+        tokenize(["あ"], name)
+    if "meteor" in metrics:
+        find_java("METEOR")
+        find_jar(METEOR_JAR, "METEOR")
+    if "spice" in metrics:
+        find_java("SPICE")
+        spice_class_path(spice_home)
+
+
+def _to_list(values):
+    """Turn NumPy arrays and pandas columns into lists; leave anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _check_unicode(text: str, place: str):
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} is not valid Unicode (a lone surrogate): {_short(text)}.") from error
+
+
+def _short(value) -> str:
+    """Show a value in a message, cut: it may be a whole file."""
+    text = repr(value[:80] if isinstance(value, str | bytes | list | tuple) else value)
+    return text if len(text) <= 80 else text[:80] + "..."

@@ -16,6 +16,7 @@ from .digests import digest
 RESULTS, SCORES, PAGE = "results.json", "scores.json", "index.html"
 # What shows that a file is ours: a key of scores.json, and a line of index.html.
 WRITTEN_BY = "clipcap evaluate"
+RESULTS_KEPT = "results_kept"  # says in scores.json that results.json was an input, and is somebody's own
 GENERATOR = f'<meta name="generator" content="{WRITTEN_BY}">'
 KEPT_FOR = 7 * 24 * 3600  # seconds that captions of an interrupted run with other settings are kept
 
@@ -72,7 +73,9 @@ def _are_our_results(path: Path) -> bool:
         captions = read_results(path)
     except (ValueError, OSError):
         return False
-    return report.get("written_by") == WRITTEN_BY and report.get("captions_sha256") == captions_digest(captions)
+    if report.get("written_by") != WRITTEN_BY or report.get(RESULTS_KEPT):
+        return False
+    return report.get("captions_sha256") == captions_digest(captions)
 
 
 def _report(path: Path) -> dict:

@@ -8,7 +8,7 @@ from typing import Any
 from ..files import write_text
 from .coco_files import write_results
 from .evaluation_set import EvaluationSet
-from .folder import PAGE, RESULTS, SCORES, check_folder, is_one_of
+from .folder import PAGE, RESULTS, RESULTS_KEPT, SCORES, check_folder, is_one_of
 from .page import write_page
 from .paper import ENTIRE, paper_rows
 from .run import DIVERSITY, METRIC_TITLES
@@ -42,9 +42,12 @@ def write_report(
     page, scores, results = (folder / name for name in (PAGE, SCORES, RESULTS))
     tables = [(title, score_table(report, part)) for part, title in parts(report)]
     write_page(page, report, data, tables, [diversity_line(report), *difference_lines(report)])
-    # The scores before the captions: they tell that the captions beside them are ours.
+    keep = is_one_of(results, inputs)
+    if keep:
+        report = {**report, RESULTS_KEPT: True}
+    # The scores before the captions: they tell whether the captions in the folder are ours.
     write_text(scores, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    if is_one_of(results, inputs):
+    if keep:
         return [scores, page]
     write_results(results, {image["image_id"]: image["caption"] for image in report["per_image"]})
     return [scores, page, results]

@@ -53,7 +53,7 @@ def read_coco(path: str | Path, content: Any = None) -> list[CocoImage]:
                 f"{path} lists the same image id twice: {image_id!r:.80}. Each image may have one entry with all its "
                 "captions."
             )
-        if not isinstance(entry.get("domain"), str | None):
+        if entry.get("domain") is not None and not is_name(entry["domain"]):
             raise ValueError(f"{path}: image {number}: domain must be a string, not {entry['domain']!r:.80}.")
         images[image_id] = CocoImage(image_id, entry)
     for number, entry in enumerate(_entries(content, "annotations", path)):
@@ -76,10 +76,19 @@ def _entries(content: dict, name: str, path: str | Path) -> list:
 def _image_id(entry: Any, name: str, place: str) -> int | str:
     if not isinstance(entry, dict):
         raise ValueError(f"{place} must be like {{{name!r}: 42, ...}}, not {entry!r:.80}.")
-    image_id = entry.get(name)
-    if isinstance(image_id, bool) or not isinstance(image_id, int | str):
-        raise ValueError(f"{place}: {name} must be a whole number or a string, not {image_id!r:.80}.")
+    return check_image_id(entry.get(name), f"{place}: {name}")
+
+
+def check_image_id(image_id: Any, place: str) -> int | str:
+    """Return an image id that is a whole number or a string; for others, raise a ValueError that names the place."""
+    if isinstance(image_id, bool) or not (isinstance(image_id, int) or is_name(image_id)):
+        raise ValueError(f"{place} must be a whole number or a string, not {image_id!r:.80}.")
     return image_id
+
+
+def is_name(value: Any) -> bool:
+    """Tell whether a value is text that can be written to a file: JSON can hold half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def read_json(path: str | Path) -> Any:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.coco import kind_of, read_coco, read_json
+from ..data.coco import check_image_id, kind_of, read_coco, read_json
 from ..files import listed, write_text
 from .evaluation_set import EvaluationSet, repeated_ids
 
@@ -74,8 +74,7 @@ def _coco_references(path: str | Path, content: dict) -> EvaluationSet:
 
 
 def _check_entry(entry: dict, place: str) -> None:
-    if isinstance(entry["image_id"], bool) or not isinstance(entry["image_id"], int | str):
-        raise ValueError(f"{place}: image_id must be a whole number or a string, not {entry['image_id']!r:.80}.")
+    check_image_id(entry["image_id"], f"{place}: image_id")
     if not isinstance(entry["caption"], str):
         raise ValueError(f"{place}: the caption must be a string, not {entry['caption']!r:.80}.")
 

@@ -1,4 +1,4 @@
-"""How fast captioning is at real sizes, beside a naive way and beside what the machine could do."""
+"""Measure how fast captioning is at real sizes, compared with a naive way and with the limits of the machine."""
 
 from .measure import measure_speed
 from .report import draw_report, report_table

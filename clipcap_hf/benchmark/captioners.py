@@ -27,7 +27,7 @@ def _tiny() -> tuple[PreTrainedConfig, PreTrainedConfig]:
     return vision, GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2)
 
 
-# By the name of the language model. "tiny" tries the measurement itself.
+# By the name of the language model; "tiny" is for tests.
 SHAPES = {
     "gpt2": lambda: (CLIPVisionConfig(), GPT2Config()),
     "smollm2": lambda: (
@@ -51,7 +51,7 @@ SHAPES = {
 def make_captioner(
     shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, language_model=None, **config
 ) -> tuple[ClipCapForConditionalGeneration, ClipCapProcessor]:
-    """A random captioner of ViT-B/32 and the language model of this shape, whose captions never end by themselves."""
+    """Make a random captioner of ViT-B/32 and a language model of this shape; its captions never end by themselves."""
     vision_config, text_config = SHAPES[shape]()
     torch.manual_seed(0)
     model = ClipCapForConditionalGeneration(
@@ -70,7 +70,7 @@ def make_captioner(
 
 
 def write_jpegs(folder: Path, number: int) -> list[str]:
-    """JPEG files of 640 x 480 pixels and about 90 kB, like those of COCO."""
+    """Write JPEG files of 640 x 480 pixels and about 90 kB, like those of COCO."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []

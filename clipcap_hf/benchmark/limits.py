@@ -1,18 +1,22 @@
-"""What the machine can do: how fast it multiplies matrices, and how fast it reads weights."""
+"""Measure the limits of the machine: how fast it multiplies matrices, and how fast it reads weights."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 
 
-def synchronize(device: torch.device):
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
-def seconds(function, device: torch.device) -> float:
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Measure how long a function takes, with the work that it gives the device."""
     synchronize(device)
     started = time.perf_counter()
     function()
@@ -21,7 +25,7 @@ def seconds(function, device: torch.device) -> float:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a product of matrices of a language model's size."""
+    """Measure floating-point operations per second in a product of matrices of a language model's size."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right
@@ -32,7 +36,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def read_bytes(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes of weights a second that a product of a large matrix and a vector reads."""
+    """Measure the bytes of weights per second that a product of a large matrix and a vector reads."""
     weights = torch.randn(50_000, 768, device=device, dtype=dtype)
     vector = torch.randn(768, device=device, dtype=dtype)
     weights @ vector
@@ -41,7 +45,7 @@ def read_bytes(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def weights_read(model: ClipCapForConditionalGeneration) -> int:
-    """Bytes of the language model that writing one token reads: all but embeddings that are only looked up."""
+    """Count the bytes of the language model that one token reads: all but embeddings that are only looked up."""
     language_model = model.language_model
     read = {id(p): p.numel() * p.element_size() for p in language_model.parameters()}
     head, looked_up = language_model.get_output_embeddings().weight, language_model.get_input_embeddings().weight
@@ -54,6 +58,6 @@ def weights_read(model: ClipCapForConditionalGeneration) -> int:
 
 
 def decode_flops(model: ClipCapForConditionalGeneration) -> int:
-    """Floating-point operations for one token of one caption, attention over the few tokens before left out."""
+    """Count the floating-point operations for one token of one caption, without attention to the few tokens before."""
     element = next(model.language_model.parameters()).element_size()
     return 2 * weights_read(model) // element

@@ -1,4 +1,4 @@
-"""Measurements: each stage, captioning beside the naive way, how cost grows, and a folder of files."""
+"""Measurements: each stage, captioning compared with the naive way, how cost grows, and a folder of files."""
 
 import os
 import statistics
@@ -20,6 +20,9 @@ from .limits import decode_flops, matmul_flops, read_bytes, seconds, weights_rea
 from .naive import naive_beams, naive_greedy
 
 
+WRITTEN_BY = "clipcap benchmark"
+
+
 def measure_speed(
     language_model: str = "gpt2",
     batch_sizes: Sequence[int] = (1, 64),
@@ -37,20 +40,20 @@ def measure_speed(
     """
     Measure captioning at real sizes with random weights: ViT-B/32, an MLP of 10 prefix vectors, a language model.
 
-    The alternatives take turns, so that what else the machine does hits them alike; every figure is a median with its
+    The alternatives take turns, so that other work of the machine slows them alike; every figure is a median with its
     minimum and maximum.
 
     Args:
-        language_model (`str`): Whose shape: `"gpt2"` (small) or `"smollm2"` (SmolLM2-135M).
+        language_model (`str`): Its shape: `"gpt2"` (small) or `"smollm2"` (SmolLM2-135M).
         batch_sizes (`Sequence[int]`): Images at once in greedy decoding.
         beam_batch_sizes (`Sequence[int]`): Images at once in beam search.
         num_beams (`int`): Beams of beam search.
-        new_tokens (`Sequence[int]`): Tokens that each caption has; none ends before.
-        repeats (`int`): Times that each is measured.
+        new_tokens (`Sequence[int]`): Tokens per caption; no caption ends earlier.
+        repeats (`int`): Rounds of measurement.
         device (`str`): Where the models are.
         dtype (`torch.dtype`): Of their weights.
         compile_mode (`str`, *optional*): Mode of `torch.compile` for decoding with a static cache.
-        files (`int`): JPEG files in the folder that is captioned; 0 leaves that out.
+        files (`int`): JPEG files in the folder to caption; 0 leaves this measurement out.
         scale (`bool`): Also measure how cost grows with prefix, caption, batch and beams.
         progress (`bool`): Show a progress bar on standard error.
 
@@ -64,7 +67,8 @@ def measure_speed(
         decoding = {"cache_implementation": "static", "compile_config": transformers.CompileConfig(mode=compile_mode)}
         decoding["compile_config"]._compile_all_devices = True  # else not on a CPU
     limits = {"matmul_flops": matmul_flops(place, dtype), "read_bytes": read_bytes(place, dtype)}
-    report = {
+    report: dict[str, Any] = {
+        "written_by": WRITTEN_BY,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{device}, {_cores()} cores",
         "language_model": language_model,
         "dtype": str(dtype).removeprefix("torch."),
@@ -110,7 +114,7 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 def _take_turns(
     alternatives: dict[str, Callable[[], Any]], repeats: int, place: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each alternative in each round; a first round is not counted."""
+    """Measure the seconds of each alternative in each round; a first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(repeats + 1):
         for name, run in alternatives.items():
@@ -149,49 +153,54 @@ def _stages(model, processor, paths: list[str], repeats: int, place: torch.devic
     ]
 
 
-# -- captioning beside the naive way
+# -- captioning and the naive way
 
 
 def _captioning(model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding):
-    found = []
+    rows = []
     for tokens in new_tokens:
         for beams, batches in ((1, batch_sizes), (num_beams, beam_batch_sizes)):
-            embeds = {
-                size: torch.randn(size, model.config.clip_embed_dim, device=place, dtype=model.dtype)
-                for size in batches
-            }
-            one = torch.randn(1, model.config.clip_embed_dim, device=place, dtype=model.dtype)
-            naive = (
-                (lambda: naive_greedy(model, one, tokens))
-                if beams == 1
-                else (lambda: naive_beams(model, one, tokens, beams))
-            )
-            ways = {
-                size: lambda size=size: model.generate(
-                    clip_embeds=embeds[size], max_new_tokens=tokens, num_beams=beams, **decoding
-                )
-                for size in batches
-            }
-            times = _take_turns({"naive": naive, **ways}, repeats, place)
-            for size in batches:
-                per_caption = [taken / size for taken in times[size]]
-                found.append(
-                    {
-                        "beams": beams,
-                        "new_tokens": tokens,
-                        "batch": size,
-                        "captions_per_second": _spread(1 / taken for taken in per_caption),
-                        "tokens_per_second": tokens / statistics.median(per_caption),
-                        "naive_captions_per_second": _spread(1 / taken for taken in times["naive"]),
-                        "ratio": _spread(slow / fast for slow, fast in zip(times["naive"], per_caption)),
-                        **_share_of_limit(model, limits, size, beams, tokens, statistics.median(times[size])),
-                    }
-                )
-    return found
+            ways = _ways_to_caption(model, batches, beams, tokens, place, decoding)
+            times = _take_turns(ways, repeats, place)
+            rows += [
+                _captioning_row(model, limits, size, beams, tokens, times[size], times["naive"]) for size in batches
+            ]
+    return rows
+
+
+def _ways_to_caption(model, batches, beams: int, tokens: int, place: torch.device, decoding: dict) -> dict:
+    """Prepare the naive way for one image, and ours for batches of several sizes."""
+
+    def embeds(images: int) -> torch.Tensor:
+        return torch.randn(images, model.config.clip_embed_dim, device=place, dtype=model.dtype)
+
+    def batched(clip_embeds: torch.Tensor) -> Callable[[], Any]:
+        return lambda: model.generate(clip_embeds=clip_embeds, max_new_tokens=tokens, num_beams=beams, **decoding)
+
+    def naive(one: torch.Tensor) -> Callable[[], Any]:
+        return lambda: naive_greedy(model, one, tokens) if beams == 1 else naive_beams(model, one, tokens, beams)
+
+    return {**{size: batched(embeds(size)) for size in batches}, "naive": naive(embeds(1))}
+
+
+def _captioning_row(
+    model, limits, batch: int, beams: int, tokens: int, taken: list[float], naive: list[float]
+) -> dict:
+    per_caption = [seconds / batch for seconds in taken]
+    return {
+        "beams": beams,
+        "new_tokens": tokens,
+        "batch": batch,
+        "captions_per_second": _spread(1 / seconds for seconds in per_caption),
+        "tokens_per_second": tokens / statistics.median(per_caption),
+        "naive_captions_per_second": _spread(1 / seconds for seconds in naive),
+        "ratio": _spread(slow / fast for slow, fast in zip(naive, per_caption)),
+        **_share_of_limit(model, limits, batch, beams, tokens, statistics.median(taken)),
+    }
 
 
 def _share_of_limit(model, limits: dict, batch: int, beams: int, tokens: int, taken: float) -> dict[str, Any]:
-    """How much of the time the machine would need at the least: for reading the weights, or for multiplying."""
+    """Compare the time with its lower bound, set by memory bandwidth or matmul speed."""
     reading = tokens * weights_read(model) / limits["read_bytes"]
     head = 2 * model.get_output_embeddings().weight.numel()
     prompt = batch * model.config.prefix_length * (decode_flops(model) - head) + batch * head
@@ -204,7 +213,7 @@ def _share_of_limit(model, limits: dict, batch: int, beams: int, tokens: int, ta
 
 
 def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
-    """Milliseconds a caption, one setting changed at a time."""
+    """Measure milliseconds per caption, one setting changed at a time."""
     base = {"prefix_length": 10, "new_tokens": 10, "batch": 8, "num_beams": 1}
     series = {
         "new_tokens": (5, 10, 20, 40),
@@ -253,7 +262,7 @@ def _files(model, processor, paths: list[str], tokens: int, report: dict, place:
     model_time = 1 / stages["encode, batch 32"] + 1 / stages["write 20 tokens, batch 32"] * tokens / 20
     reading_time = 1 / stages["read and decode JPEG"] + 1 / stages["resize and normalise"]
     cores = _cores()
-    # On a CPU the workers take time from the model: what the cores can do together is the bound.
+    # On a CPU the workers take time from the model: the bound is what the cores can do together.
     bound = 1 / max(model_time, reading_time / workers if workers else 0)
     shared = 1 / (model_time + reading_time / cores) if place.type == "cpu" else bound
     return {

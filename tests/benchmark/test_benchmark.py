@@ -105,3 +105,11 @@ def test_the_first_batches_are_small():
     assert [len(batch) for batch in batches] == [1, 4, 16, 32, 32, 15]
     assert [index for batch in batches for index in batch] == list(range(100))
     assert captioning._growing_batches(3, 2) == [range(0, 1), range(1, 3)]
+
+
+def test_results_of_others_stay_without_overwrite(tmp_path, capsys, monkeypatch):
+    (tmp_path / "benchmark.json").write_text('{"mine": 1}')
+    monkeypatch.setattr("clipcap_hf.benchmark.measure_speed", lambda **_: pytest.fail("measured"))
+    assert main(["benchmark", "--out", str(tmp_path)]) == 1
+    assert "did not write: benchmark.json." in capsys.readouterr().err
+    assert (tmp_path / "benchmark.json").read_text() == '{"mine": 1}'

@@ -63,9 +63,9 @@ def make_captioner(
     model.generation_config.pad_token_id = 0
     # Words "w0", "w1", ...: as many as the language model has tokens, so that every caption can be written out.
     vocabulary = {f"w{index}": index for index in range(model.config.text_config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w0")
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w0")
     return model, ClipCapProcessor(CLIPImageProcessorPil(), tokenizer, prefix_length=model.config.prefix_length)
 
 
@@ -75,7 +75,9 @@ def write_jpegs(folder: Path, number: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for _ in range(min(number, 8)):  # files with the same bytes cost as much to read
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
         noise = rng.normal(0, 12, (480, 640, 1))
         pictures.append(Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)))
     paths = []

@@ -4,7 +4,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,10 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def _take_turns(
-    alternatives: dict[str, Callable[[], Any]], repeats: int, place: torch.device
-) -> dict[str, list[float]]:
+    alternatives: Mapping[Any, Callable[[], Any]], repeats: int, place: torch.device
+) -> dict[Any, list[float]]:
     """Measure the seconds of each alternative in each round; a first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    times: dict[Any, list[float]] = {name: [] for name in alternatives}
     for turn in range(repeats + 1):
         for name, run in alternatives.items():
             taken = seconds(run, place)
@@ -224,7 +224,7 @@ def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -
     rows = []
     model, _ = make_captioner(language_model, device, dtype)
     for name, values in series.items():
-        ways = {}
+        ways: dict[int, Callable[[], Any]] = {}
         for value in values:
             setting = {**base, name: value}
             if name == "prefix_length":  # another mapping network on the same language model

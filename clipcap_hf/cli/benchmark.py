@@ -14,8 +14,8 @@ def add_parser(commands):
         "benchmark",
         help="measure how fast this machine captions",
         description="Captions at real sizes with random weights, stage by stage and as a whole, compared with a naive "
-        "way (one image at a time, no cache) and the lower bound set by memory bandwidth or matmul speed. Prints a table "
-        "and writes benchmark.json and benchmark.png.",
+        "way (one image at a time, no cache) and the lower bound set by memory bandwidth or matmul speed. Prints a "
+        "table and writes benchmark.json and benchmark.png.",
     )
     benchmark.add_argument(
         "--out", default="clipcap-benchmark", metavar="DIR", help="folder for the results (default: %(default)s)"

@@ -204,7 +204,7 @@ def _check_before_work(arguments, benchmark, folders: dict[str | None, Path]):
         arguments.tokenizer = _installed_tokenizer()
     tokenizer = arguments.tokenizer or (benchmark.tokenizer if benchmark else "ptb")
     arguments.metrics = arguments.metrics or default_metrics(benchmark, tokenizer, arguments.spice_home)
-    check_requirements(arguments.metrics, tokenizer, arguments.spice_home)
+    check_requirements(arguments.metrics, tokenizer, arguments.spice_home, arguments.clip_model)
 
 
 def _has_images(arguments, benchmark) -> bool:
@@ -308,10 +308,12 @@ def _captions(arguments, captioner, data, folder: Path):
     if workers is None:
         # Starting a process costs as much as reading some dozens of images.
         workers = 0 if len(data) < 64 else min(4, os.cpu_count() or 1)
-    model = os.path.expanduser(arguments.model)
+    model, processor = captioner
+    name = os.path.expanduser(arguments.model)
     return caption_benchmark(
-        *captioner,
-        os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model,
+        model,
+        processor,
+        os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
         data,
         folder,
         prompt=arguments.prompt,

@@ -5,6 +5,7 @@ Only these change, the rest of the card stays byte for byte. Writing the same sc
 
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,9 @@ def _updated_card(text: str | None, report: Mapping[str, Any], folder: Path) -> 
 
 def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_break: str) -> str:
     """Replace the block `model-index:` of the metadata, or add one at its end; other lines stay as they are."""
-    opening, metadata, closing = FRONT_MATTER.match(text).groups()
+    front = FRONT_MATTER.match(text)
+    assert front is not None, "the caller adds metadata where there is none"
+    opening, metadata, closing = front.groups()
     try:
         known = yaml.safe_load(metadata) or {}
         index = known.get("model-index")
@@ -156,7 +159,7 @@ def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_b
         metadata = metadata[: found.start()] + block + metadata[found.end() :]
     else:
         metadata += block
-    return opening + metadata + closing + text[FRONT_MATTER.match(text).end() :]
+    return opening + metadata + closing + text[front.end() :]
 
 
 def _markers(report: Mapping[str, Any]) -> tuple[str, str]:
@@ -170,30 +173,31 @@ def _section(report: Mapping[str, Any]) -> str:
     lines = [begin, f"### {report['title']}, {report['split']}", ""]
     for part, title in parts(report):
         head, *rows = score_table(report, part)
-        lines += [
-            title,
-            "",
-            _markdown_row(head),
-            "|---" + "|---:" * (len(head) - 1) + "|",
-            *map(_markdown_row, rows),
-            "",
-        ]
-    lines.append(f"In percent; {_settings(report)}. {diversity_line(report)}".rstrip())
+        rule = "|---" + "|---:" * (len(head) - 1) + "|"
+        lines += [_text(title), "", _markdown_row(head), rule, *map(_markdown_row, rows), ""]
+    lines.append(_text(f"In percent; {_settings(report)}. {diversity_line(report)}"))
     if differences := difference_lines(report):
-        lines += ["", *(f"- {line}" for line in differences), "", report["paper"]["unverified"]]
+        lines += ["", *(f"- {_text(line)}" for line in differences), "", report["paper"]["unverified"]]
     for note in (*report["protocol"]["deviations"], *report["notes"]):
-        lines += ["", f"Note: {note}"]
+        lines += ["", f"Note: {_text(note)}"]
     return "\n".join([*lines, end])
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_text(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _text(text: str) -> str:
+    """Escape text of prompts, domains and file names: it must not become HTML, a link, or the end of our part."""
+    return escape(" ".join(text.split()), quote=False).replace("[", "&#91;").replace("`", "&#96;")
 
 
 def _with_section(text: str, section: str, report: Mapping[str, Any], line_break: str) -> str:
     begin, end = _markers(report)
     section = section.replace("\n", line_break)
-    start, stop = text.find(begin), text.find(end)
+    front = FRONT_MATTER.match(text)
+    body = front.end() if front else 0  # the metadata may name what the data is called
+    start, stop = text.find(begin, body), text.find(end, body)
     if start >= 0 and stop > start:
         return text[:start] + section + text[stop + len(end) :]
     if start >= 0 or stop >= 0:

@@ -134,9 +134,10 @@ def _table(table: list[list[str]]) -> str:
             f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in zip(head[1:], rows[0][1:])
         )
         return f'<dl class="tiles">{tiles}</dl>'
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>'
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    drawn = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table>\n{drawn}\n</table></div>'
 
 
 def _picked(order: list[int]) -> list[tuple[str, list[int]]]:

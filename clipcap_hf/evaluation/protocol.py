@@ -138,7 +138,7 @@ def match(
     unknown = [image for image in by_id if image not in known]
     missing = [image for image in data.ids if str(image) not in by_id]
     bare = [image for image, group in zip(data.ids, data.references) if not group and str(image) in by_id]
-    expected = benchmark.splits.get(split) if benchmark else None
+    expected = benchmark.splits.get(split) if benchmark and split else None
     scored = len(data) - len(missing) - len(bare)
     faults = []
     if unknown:
@@ -147,7 +147,7 @@ def match(
         faults.append(f"{len(missing)} of {len(data)} images have no caption: {listed(missing)}")
     if bare:
         faults.append(f"{len(bare)} images have no reference captions: {listed(bare)}")
-    if expected is not None and scored != expected:
+    if benchmark and expected is not None and scored != expected:
         faults.append(f"{benchmark.title}, {split}, has {expected} images, and these are {scored}")
     if not scored:
         raise ValueError(f"No image has both a caption and references: {'; '.join(faults)}.")

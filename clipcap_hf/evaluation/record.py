@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -80,7 +81,7 @@ def decoding_record(model, generate_kwargs: dict) -> dict[str, Any]:
 
 def data_record(data: EvaluationSet) -> dict[str, Any]:
     """Record where the references are from, how many, and a digest of ids, references and domains."""
-    domains = data.domains or [None] * len(data)
+    domains: Sequence[str | None] = data.domains or [None] * len(data)
     content = sorted(zip(map(str, data.ids), data.references, domains), key=lambda image: image[0])
     return {
         "source": data.source,

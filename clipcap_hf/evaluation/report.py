@@ -64,9 +64,11 @@ def score_table(report: Mapping[str, Any], part: str = ENTIRE) -> list[list[str]
 
     Rows of the paper come with the millions of trained parameters.
     """
-    rows = paper_rows(report["benchmark"], report["split"]) if report["benchmark"] else []
-    trained = bool(rows)
-    rows = [(f"paper: {row.method}", row.trainable_parameters, row.scores[part]) for row in rows if part in row.scores]
+    paper = paper_rows(report["benchmark"], report["split"]) if report["benchmark"] else []
+    trained = bool(paper)
+    rows: list[tuple[str, int | None, Mapping[str, float]]] = [
+        (f"paper: {row.method}", row.trainable_parameters, row.scores[part]) for row in paper if part in row.scores
+    ]
     rows.append((HERE, _millions(report), report["scores"][part]))
     judging = [name for name in METRIC_TITLES if name not in DIVERSITY]
     shown = [name for name in judging if any(name in scores for *_, scores in rows)]

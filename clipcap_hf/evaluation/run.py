@@ -113,7 +113,7 @@ def evaluate_captions(
         "captions_sha256": captions_digest(dict(zip(data.ids, predictions))),
         "versions": versions(),
     }
-    if benchmark and (rows := rows_to_compare(benchmark.name, split, config)):
+    if benchmark and split and (rows := rows_to_compare(benchmark.name, split, config)):
         report["paper"] = {
             "differences": [difference for row in rows for difference in _differences(row, report["scores"])],
             "unverified": UNVERIFIED,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from .clip import DEFAULT_CLIP, check_clip
 from .java import find_jar, find_java
 from .tokenization import PTB_JAR, check_tokenizer, tokenize
 
@@ -94,9 +95,12 @@ def _check_group(group, image: int, empty: str) -> list[str]:
 
 
 def check_requirements(
-    metrics: Sequence[str], tokenizer: str | None, spice_home: str | os.PathLike | None = None
+    metrics: Sequence[str],
+    tokenizer: str | None,
+    spice_home: str | os.PathLike | None = None,
+    clip_model: str | None = None,
 ) -> None:
-    """Raise now what `score_captions` would raise for unknown names or without Java, the jars or the tokenizer.
+    """Raise now what `score_captions` would raise for unknown names or without Java, the jars, tokenizer or CLIP.
 
     Call it before an hour is spent on captions.
     """
@@ -115,6 +119,8 @@ def check_requirements(
     if "spice" in metrics:
         find_java("SPICE")
         spice_class_path(spice_home)
+    if "clip_score" in metrics:
+        check_clip(clip_model or DEFAULT_CLIP)
 
 
 def _to_list(values):

@@ -116,6 +116,21 @@ def _open(image: Any) -> Image.Image:
     return load_image(Image.open(BytesIO(image)) if isinstance(image, bytes) else image)
 
 
+def check_clip(name: str) -> None:
+    """Raise an OSError if there is no CLIP of this name, without reading its weights."""
+    from transformers import AutoConfig
+
+    from ..model.modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
+
+    try:
+        if is_open_clip_name(name):
+            load_open_clip_checkpoint(name, with_weights=False)
+        else:
+            AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise OSError(f"Could not load the CLIP {name} that clip_score needs: {error}") from error
+
+
 def _load_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
     """Functions that embed texts and PIL images, and the dtype in which they compute."""
     from ..model.modeling_open_clip import is_open_clip_name

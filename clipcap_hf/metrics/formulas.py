@@ -91,10 +91,10 @@ def rouge_l(corpus: Corpus) -> Scores:
             positions[word] = positions.get(word, 0) | 1 << place
         precision = recall = 0.0
         for reference in references:
-            reference = reference.split(" ")
-            common = _common_subsequence(positions, len(words), reference)
+            reference_words = reference.split(" ")
+            common = _common_subsequence(positions, len(words), reference_words)
             precision = max(precision, common / len(words))
-            recall = max(recall, common / len(reference))
+            recall = max(recall, common / len(reference_words))
         if precision and recall:
             scores[image] = (1 + beta2) * precision * recall / (recall + beta2 * precision)
     return {"rouge_l": (float(scores.mean()), scores)}
@@ -111,7 +111,7 @@ def document_frequencies(references: Sequence[Sequence[str]]) -> dict:
         spaces; can be stored as JSON.
     """
     corpus = Corpus([""] * len(references), references)
-    table = {}
+    table: dict[str, int] = {}
     for n, order in enumerate(corpus.orders):
         frequency = _document_frequency(corpus, order)
         table.update(zip(_ngram_names(corpus, order, n + 1), frequency.tolist()))

@@ -139,7 +139,7 @@ def _clip_score(inputs: _Inputs) -> list[dict[str, Any]]:
 
 
 def _exact_match(inputs: _Inputs) -> list[Scores]:
-    return _means(formulas.exact_match(inputs.predictions, inputs.references), inputs.parts)
+    return _means(formulas.exact_match(inputs.predictions, inputs.references or []), inputs.parts)
 
 
 def _diversity(inputs: _Inputs) -> list[Scores]:

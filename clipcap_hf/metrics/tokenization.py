@@ -16,7 +16,7 @@ import re
 import string
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..extras import install_hint
@@ -75,17 +75,20 @@ def tokenize_streams(streams: Sequence[Sequence[str]], tokenizer: str | None = "
 # `evaluate.combine` hands the same texts to each metric in turn; remembering the last ones starts Java once for all.
 @functools.lru_cache(maxsize=2)
 def _tokenize(streams: tuple[tuple[str, ...], ...], name: str) -> list[list[str]]:
-    streams = [[LINE_SEPARATORS.sub(" ", text) for text in stream] for stream in streams]
+    texts = [[LINE_SEPARATORS.sub(" ", text) for text in stream] for stream in streams]
     if name == "ptb":
-        return _tokenize_ptb(streams)
-    split = {"python": _split_like_ptb, "ja": _split_japanese, "characters": _split_characters, "none": str.split}[
-        name
-    ]
-    return [[" ".join(split(text)) for text in stream] for stream in streams]
+        return _tokenize_ptb(texts)
+    splitters: dict[str, Callable[[str], list[str]]] = {
+        "python": _split_like_ptb,
+        "ja": _split_japanese,
+        "characters": _split_characters,
+        "none": lambda text: text.split(),
+    }
+    return [[" ".join(splitters[name](text)) for text in stream] for stream in texts]
 
 
 def _tokenize_ptb(streams: list[list[str]]) -> list[list[str]]:
-    """One start of Java for all streams, each a file of one caption a line."""
+    """Start Java once for all streams, each a file with one caption per line."""
     if not all(streams):  # of an empty one, Java makes an empty line
         rest = iter(_tokenize_ptb(filled) if (filled := [stream for stream in streams if stream]) else ())
         return [next(rest) if stream else [] for stream in streams]

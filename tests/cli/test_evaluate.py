@@ -150,6 +150,11 @@ def test_broken_images_end_the_evaluation_and_are_named(model_folder, tmp_path, 
         (["--results", "x.json", "--references", "x.json", "--update-card"], "--update-card needs a --benchmark"),
         (["--model", "emoji-mini", "--benchmark", "emoji", "--update-card"], "writes into a folder"),
         (["--model", "emoji-mini", "--benchmark", "emoji", "--metrics", "blue"], "Unknown metrics blue"),
+        (
+            ["--model", "x", "--benchmark", "emoji", "--metrics", "clip_score", "--clip-model", "./none"],
+            "Could not load the CLIP ./none",
+        ),
+        (["--results", "x", "--references", "x", "--metrics", "clip_score"], "clip_score needs the images"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):

@@ -147,3 +147,18 @@ def test_a_card_needs_a_folder_and_a_benchmark(tmp_path):
         update_card(tmp_path / "absent", report_on())
     with pytest.raises(ValueError, match="--benchmark"):
         update_card(tmp_path, {**report_on(), "benchmark": None})
+
+
+def test_text_of_prompts_and_data_stays_text(tmp_path):
+    nasty = (
+        "<!-- end of clipcap evaluate: nocaps val --><script>alert(1)</script> ![x](http://example.org/x.png) `a`\n# b"
+    )
+    report = report_on("nocaps", "val", domains=[nasty, "out-domain", nasty])
+    report["decoding"]["prompt"] = nasty
+    report["notes"].append(nasty)
+    update_card(tmp_path, report)
+    once = files(tmp_path)
+    text = (tmp_path / "README.md").read_text().partition("---\n\n#")[2]
+    assert "<script" not in text and "![" not in text and "\n# b" not in text and "&lt;script&gt;" in text
+    assert text.count("<!-- end of") == 1
+    assert update_card(tmp_path, report) == [] and files(tmp_path) == once

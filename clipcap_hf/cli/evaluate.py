@@ -1,6 +1,5 @@
 """The command `clipcap evaluate`."""
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def add_parser(commands):
     evaluate.set_defaults(run=run)
 
 
-def _add_source_arguments(what: argparse._ArgumentGroup):
+def _add_source_arguments(what):
     what.add_argument("--model", help="a captioner: a folder, a Hub id, emoji-mini or photo-mini")
     what.add_argument(
         "--results", metavar="FILE", help='existing captions: [{"image_id": 42, "caption": "a cat"}, ...]'
@@ -83,7 +82,7 @@ def _add_source_arguments(what: argparse._ArgumentGroup):
     what.add_argument("--limit", type=positive, metavar="N", help="caption the first N images only, for a quick look")
 
 
-def _add_decoding_arguments(decoding: argparse._ArgumentGroup):
+def _add_decoding_arguments(decoding):
     decoding.add_argument("--beams", type=positive, default=5, metavar="N", help="beam search (default: %(default)s)")
     decoding.add_argument(
         "--official-beam-search", action="store_true", help="use the rule of the official ClipCap code"
@@ -99,7 +98,7 @@ def _add_decoding_arguments(decoding: argparse._ArgumentGroup):
     add_device_arguments(decoding)
 
 
-def _add_scoring_arguments(scoring: argparse._ArgumentGroup):
+def _add_scoring_arguments(scoring):
     scoring.add_argument(
         "--metrics",
         nargs="+",

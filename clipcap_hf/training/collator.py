@@ -135,7 +135,7 @@ class CaptioningCollator:
             index = int(torch.randint(len(captions), ()) if generator is None else generator.integers(len(captions)))
         caption = captions[index]
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"A caption must be a non-empty string, got {str(caption)[:80]!r}.")
+            raise ValueError(f"A caption must be a non-empty string, got {repr(caption)[:80]}.")
         if self.processor.image_token in caption:
             raise ValueError(f"The caption {caption[:80]!r} holds {self.processor.image_token}, which is reserved.")
         return caption

@@ -63,32 +63,45 @@ class HeldOut:
     metrics: dict[str, float]
 
 
-def look(trainer: ClipCapTrainer, rows) -> HeldOut:
-    """Caption and score rows without a trace in the log, which would be drawn as a spike at the last step."""
-    compute_metrics = trainer.compute_metrics
-    if compute_metrics is not None and len(rows) != len(trainer.eval_dataset):
-        trainer.compute_metrics = None
-    try:
-        output = trainer.predict(rows, metric_key_prefix="eval")
-    finally:
-        trainer.compute_metrics = compute_metrics
+def look(trainer: ClipCapTrainer) -> HeldOut:
+    """Caption and score the held-out images without a trace in the log, which would be drawn as a spike at the last step."""
+    output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
     captions = []
     if trainer.args.predict_with_generate:
         captions = decode_captions(trainer.processing_class, output.predictions)
     return HeldOut(captions, output.metrics)
 
 
-def look_before(trainer: ClipCapTrainer, evaluation) -> HeldOut:
+def look_before(trainer: ClipCapTrainer) -> HeldOut:
     """Caption some held-out images before training. A resumed run reads what its first start wrote."""
     path = Path(trainer.args.output_dir) / BEFORE_FILE
     if path.is_file() and trainer.args.resume:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return HeldOut(stored["captions"], stored["metrics"])
-    before = look(trainer, evenly_spread(evaluation, MOST_BEFORE))
+    before = _predict_alone(trainer, evenly_spread(trainer.eval_dataset, MOST_BEFORE))
     if trainer.is_world_process_zero():
         stored = {"captions": before.captions, "metrics": before.metrics}
         write_text(path, json.dumps(stored, indent=1, ensure_ascii=False))
     return before
+
+
+def _predict_alone(trainer: ClipCapTrainer, rows) -> HeldOut:
+    """Caption rows in each process by itself: `Trainer.predict` before training would keep the model from being wrapped
+    for distributed training."""
+    args, collate = trainer.args, trainer.data_collator.for_evaluation()
+    beams = {} if args.generation_num_beams is None else {"num_beams": args.generation_num_beams}
+    captions: list[str] = []
+    loss = 0.0
+    trainer.model.eval()
+    for start in range(0, len(rows), args.eval_batch_size):
+        batch = [rows[row] for row in range(start, min(start + args.eval_batch_size, len(rows)))]
+        batch_loss, generated, _ = trainer.prediction_step(
+            trainer.model, collate(batch), prediction_loss_only=not args.predict_with_generate, **beams
+        )
+        loss += float(batch_loss) * len(batch) / len(rows)
+        if args.predict_with_generate:
+            captions += decode_captions(trainer.processing_class, generated.cpu().numpy())
+    return HeldOut(captions, {"eval_loss": loss})
 
 
 def write_samples(args: CaptioningArguments, evaluation, captions: list[str]) -> list[str]:

@@ -132,8 +132,6 @@ def _captions_per_epoch(train, data_args: DataArguments, args: CaptioningArgumen
 
 
 def _text_only(train, model, data_args: DataArguments, args: CaptioningArguments):
-    if not model.config.normalize_clip_embeds:
-        raise ValueError("`text_only` needs a captioner with `normalize_clip_embeds`.")
     embed = load_text_tower(data_args.text_tower, args.device)
     captions = [as_list(texts) for texts in train["captions"]]
     if data_args.references == "first":
@@ -148,6 +146,8 @@ def _text_only(train, model, data_args: DataArguments, args: CaptioningArguments
 
 
 def _noise(data_args: DataArguments, model) -> float:
+    if data_args.text_only and not model.config.normalize_clip_embeds:
+        raise ValueError("`text_only` needs a captioner with `normalize_clip_embeds`.")
     if data_args.embeds_noise is None:
         return CAPDEC_NOISE if data_args.text_only else 0.0
     if data_args.embeds_noise and not model.config.normalize_clip_embeds:

@@ -66,10 +66,11 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         _warm_start(model, processor, data.train, model_args.warm_start, args.seed)
 
     trainer = _trainer(model, processor, data, data_args, args)
-    before = look_before(trainer, data.evaluation) if data.evaluation is not None else HeldOut([], {})
+    before = look_before(trainer) if data.evaluation is not None else HeldOut([], {})
+    set_seed(args.seed)  # whatever was drawn until here, training draws the same
     result = trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = True  # Trainer switches the cache off in what is saved
-    after = look(trainer, data.evaluation) if data.evaluation is not None else HeldOut([], {})
+    after = look(trainer) if data.evaluation is not None else HeldOut([], {})
     if after.metrics and not any("eval_loss" in entry for entry in trainer.state.log_history):
         trainer.log(after.metrics)  # `eval_strategy no`: the only evaluation of the run
     scores = {**result.metrics, **after.metrics}

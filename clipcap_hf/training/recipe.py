@@ -41,7 +41,9 @@ def fit_recipe(args: CaptioningArguments, model: ClipCapForConditionalGeneration
     width = model.config.text_config.get_text_config().hidden_size
     fitted = {"learning_rate": float(f"{LEARNING_RATES[part] * min(1, MEASURED_WIDTH / width):.1g}")}
     if captions is not None:
-        fitted["per_device_train_batch_size"] = next((size for most, size in BATCH_SIZES.items() if captions <= most), 40)
+        fitted["per_device_train_batch_size"] = next(
+            (size for most, size in BATCH_SIZES.items() if captions <= most), 40
+        )
         batch_size = args.per_device_train_batch_size
         if "per_device_train_batch_size" in args.left_to_recipe:
             batch_size = fitted["per_device_train_batch_size"]

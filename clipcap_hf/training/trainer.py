@@ -64,7 +64,7 @@ class ClipCapTrainer(Seq2SeqTrainer):
         self._store_loss_sum()
         if not self.state.global_step:
             return output
-        train_loss = self._loss_of_run().total / self.state.global_step
+        train_loss = self._loss_of_run().total / min(self.state.global_step, self.state.max_steps)
         if self.state.log_history and "train_loss" in self.state.log_history[-1]:
             self.state.log_history[-1]["train_loss"] = train_loss
         return TrainOutput(output.global_step, train_loss, {**output.metrics, "train_loss": train_loss})
@@ -114,7 +114,8 @@ class ClipCapTrainer(Seq2SeqTrainer):
             raise NonFiniteError(self._diverged(f"the loss is {float(loss.mean())}"))
         if self._loss_sum is None:
             self._loss_sum = torch.tensor(self._loss_of_run().total, device=loss.device, dtype=torch.float32)
-        self._loss_sum += loss.detach().float().mean()
+        if self.state.global_step < self.state.max_steps:  # Trainer does one step more when a finished run is resumed
+            self._loss_sum += loss.detach().float().mean()
         return loss
 
     def _save_checkpoint(self, model, trial):

@@ -70,7 +70,15 @@ def folder(tmp_path, images):
 @pytest.mark.parametrize("embed_once", [True, False])
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_what_cannot_be_used_is_named_and_the_run_goes_on(folder, model_folder, caplog, embed_once, epochs):
-    command = ["train", "--model", str(model_folder), "--data", str(folder / "images"), "--num_train_epochs", str(epochs)]
+    command = [
+        "train",
+        "--model",
+        str(model_folder),
+        "--data",
+        str(folder / "images"),
+        "--num_train_epochs",
+        str(epochs),
+    ]
     command += ["--output_dir", str(folder / "out"), "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
     assert main([*command, "--embed_once", str(embed_once), "--validation_share", "0"]) == 0
     assert "1 captions hold <image>, which is reserved, and were left out: row 1" in caplog.text
@@ -84,7 +92,9 @@ def test_unreadable_images_of_the_evaluation_are_left_out(folder, model_folder, 
     command = ["train", "--model", str(model_folder), "--data", str(folder / "images"), "--max_steps", "1"]
     command += ["--eval_data", str(folder / "images"), "--eval_split", "train", "--embed_once", "False"]
     assert main([*command, "--output_dir", str(folder / "out"), "--use_cpu", "--disable_tqdm", "True"]) == 0
-    assert "1 images of the evaluation data cannot be read and are left out: " in caplog.text and "5.png" in caplog.text
+    assert (
+        "1 images of the evaluation data cannot be read and are left out: " in caplog.text and "5.png" in caplog.text
+    )
 
 
 def test_a_row_that_cannot_be_read_is_replaced_and_named_once(caplog):

@@ -1,4 +1,4 @@
-"""`clipcap train`"""
+"""`clipcap train`: options from flags and recipe files, and what is shown of a run."""
 
 import logging
 import sys
@@ -45,8 +45,8 @@ def parse(rest: list[str]) -> tuple:
         (ModelArguments, DataArguments, CaptioningArguments),
         prog="clipcap train",
         usage="clipcap train [RECIPE.yaml] --data DATA --output_dir DIR [OPTION ...]",
-        description="Train a captioner and save it with its scores, a curve, sample captions and a verdict. Options come "
-        "from a YAML or JSON file, from flags, or from both; flags win.",
+        description="Train a captioner and save it with its scores, a curve, sample captions and a verdict. Options "
+        "come from a YAML or JSON file, from flags, or from both; flags win.",
     )
     if rest and rest[0].endswith((".yaml", ".yml", ".json")):
         parser.set_defaults(**_recipe(rest[0], parser))

@@ -61,20 +61,21 @@ def check_range(
 
 @dataclass
 class ModelArguments:
-    """The captioner: an existing one to train further (`model`), or a new one from a vision tower and a language model."""
+    """The captioner: an existing one (`model`), or a new one from a vision tower and a language model."""
 
     model: str | None = field(
         default=None,
         metadata={
-            "help": "Captioner to train further: a folder, a Hub id, emoji-mini or photo-mini (default: emoji-mini, unless "
-            "vision or text is given)."
+            "help": "Captioner to train further: a folder, a Hub id, emoji-mini or photo-mini (default: emoji-mini, "
+            "unless vision or text is given)."
         },
     )
     vision: str | None = field(
         default=None,
         metadata={
             "help": "Vision tower of a new captioner: a Hub id or folder of transformers, an open_clip checkpoint "
-            "(ViT-B-32/openai, hf-hub:ORG/REPO), or a captioner, whose tower is used. Leave out to train on embeddings."
+            "(ViT-B-32/openai, hf-hub:ORG/REPO), or a captioner, whose tower is used. Leave out to train on "
+            "embeddings."
         },
     )
     text: str | None = field(
@@ -111,8 +112,8 @@ class ModelArguments:
     warm_start: int = field(
         default=0,
         metadata={
-            "help": "Steps that first bring the prefix close to token embeddings (try 500). For a new captioner with a "
-            "frozen language model; needs embeddings, from the data or from embed_once."
+            "help": "Steps that first bring the prefix close to token embeddings (try 500). For a new captioner with "
+            "a frozen language model; needs embeddings, from the data or from embed_once."
         },
     )
     save_frozen: bool = field(
@@ -155,7 +156,8 @@ class DataArguments:
     data_format: str = field(
         default="auto",
         metadata={
-            "help": "A reader of clipcap_hf.data (karpathy, coco, stair, official, conceptual, imagefolder, webdataset, "
+            "help": "A reader of clipcap_hf.data (karpathy, coco, stair, official, conceptual, imagefolder, "
+            "webdataset, "
             "hub), or saved for a folder of Dataset.save_to_disk. auto: emoji, saved or imagefolder, by the folder."
         },
     )
@@ -198,16 +200,16 @@ class DataArguments:
     embed_once: bool | None = field(
         default=None,
         metadata={
-            "help": "Encode each image once before training, into OUTPUT_DIR/_embeddings (default: when the tower is frozen "
-            "and training shows at least as many images as there are).",
+            "help": "Encode each image once before training, into OUTPUT_DIR/_embeddings (default: when the tower is "
+            "frozen and training shows at least as many images as there are).",
             **_SWITCH,
         },
     )
     embeds_noise: float | None = field(
         default=None,
         metadata={
-            "help": "Standard deviation of Gaussian noise on each dimension of the normalised embedding (default: CapDec's "
-            "0.016 ** 0.5 with text_only, else 0)."
+            "help": "Standard deviation of Gaussian noise on each dimension of the normalised embedding (default: "
+            "CapDec's 0.016 ** 0.5 with text_only, else 0)."
         },
     )
     text_only: bool = field(
@@ -233,16 +235,18 @@ class DataArguments:
 @dataclass
 class CaptioningArguments(Seq2SeqTrainingArguments):
     """
-    [`~transformers.Seq2SeqTrainingArguments`] for captioners. What is left out is chosen by `recipe`: `"fit"`, the default,
-    by what is trained and how much data there is (see recipe.py); `"paper"` is the recipe of the ClipCap paper.
+    [`~transformers.Seq2SeqTrainingArguments`] for captioners.
+
+    `recipe` chooses what is left out: `"fit"`, the default, by what is trained and how much data there is (see
+    recipe.py); `"paper"` takes the numbers of the ClipCap paper.
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the captioner and its checkpoints."})
     recipe: Literal["fit", "paper"] = field(
         default="fit",
         metadata={
-            "help": "Defaults for what is left out. fit: by the captioner and the data. paper: 10 epochs, batches of 40, "
-            "learning rate 2e-5 after 5,000 steps of warm-up, no clipping (for 500,000 captions)."
+            "help": "Defaults for what is left out. fit: by the captioner and the data. paper: 10 epochs, batches of "
+            "40, learning rate 2e-5 after 5,000 steps of warm-up, no clipping (for 500,000 captions)."
         },
     )
     num_train_epochs: float | None = field(default=None, metadata={"help": "Passes over the data (default: recipe)."})
@@ -273,8 +277,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     metric_for_best_model: str | None = field(
         default=None,
         metadata={
-            "help": "Measure that picks the best checkpoint: loss, cider, bleu_4 or rouge_l (default: loss, which counts every "
-            "word; CIDEr hardly counts words that all captions share. cider for scst)."
+            "help": "Measure that picks the best checkpoint: loss, cider, bleu_4 or rouge_l (default: loss, which "
+            "counts every word; CIDEr hardly counts words that all captions share. cider for scst)."
         },
     )
     predict_with_generate: bool = field(
@@ -305,8 +309,11 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs) -> "CaptioningArguments":
-        """Return the paper's recipe: 10 epochs in batches of 40, AdamW with a learning rate of 2e-5 after 5,000 steps of
-        warm-up, linear decay, no weight decay and no clipping."""
+        """Return the paper's recipe.
+
+        10 epochs in batches of 40, AdamW with a learning rate of 2e-5 after 5,000 steps of warm-up, linear decay, no
+        weight decay and no clipping.
+        """
         return cls(output_dir=output_dir, recipe="paper", **kwargs)
 
     def __post_init__(self):
@@ -366,8 +373,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             self.greater_is_better = metric != "loss"
         if not self.predict_with_generate and metric != "loss":
             raise ValueError(
-                f"`metric_for_best_model` {self.metric_for_best_model!r} needs `predict_with_generate`: leave one of the two "
-                "out."
+                f"`metric_for_best_model` {self.metric_for_best_model!r} needs `predict_with_generate`: leave one of "
+                "the two out."
             )
 
     def _check_reporters(self):

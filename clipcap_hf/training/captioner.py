@@ -24,8 +24,8 @@ def load_captioner(
         return _new_captioner(model_args, data_args)
     if model_args.model is None:
         logger.info(
-            f"Starting from {DEFAULT_CAPTIONER}, which knows drawings of emoji: pass `model`, or `vision` and `text`, for "
-            "another captioner."
+            f"Starting from {DEFAULT_CAPTIONER}, which knows drawings of emoji: pass `model`, or `vision` and "
+            "`text`, for another captioner."
         )
     return _existing_captioner(model_args)
 
@@ -35,7 +35,8 @@ def _existing_captioner(model_args: ModelArguments):
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clipcap":
         raise ValueError(
-            f"`model`: {name} is a {config.model_type} model, not a captioner. Pass it as `text` or `vision` of a new one."
+            f"`model`: {name} is a {config.model_type} model, not a captioner. Pass it as `text` or `vision` of a "
+            "new one."
         )
     model = ClipCapForConditionalGeneration.from_pretrained(name)
     if model_args.freeze_language_model is not None:

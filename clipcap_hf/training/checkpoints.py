@@ -77,7 +77,8 @@ def check_writable(folder: str | os.PathLike, model: nn.Module):
             file.write(b"a")
     except OSError as error:
         raise OSError(
-            f"The output folder {folder} cannot be written to ({error.strerror or error}): choose another `output_dir`."
+            f"The output folder {folder} cannot be written to ({error.strerror or error}): choose another "
+            "`output_dir`."
         ) from error
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -17,9 +17,9 @@ class CaptioningCollator:
     r"""
     Make a training batch of images (or their CLIP embeddings) and captions.
 
-    Captions are tokenised, ended with the end token, padded on the right and turned into labels. Prefix and padding get
-    no label. That goes by position and not by token id, since the padding token is often a real token. Give `Trainer`
-    `remove_unused_columns=False`, or it drops the columns that are read here.
+    Captions are tokenised, ended with the end token, padded on the right and turned into labels. Prefix and padding
+    get no label. That goes by position and not by token id, since the padding token is often a real token. Give
+    `Trainer` `remove_unused_columns=False`, or it drops the columns that are read here.
 
     Args:
         processor ([`ClipCapProcessor`]): The processor of the model to train.
@@ -27,17 +27,17 @@ class CaptioningCollator:
         caption_column (`str`): Column with the caption, or with a list of captions of which one is drawn each time.
         embeds_column (`str`): Column with the image's CLIP embedding, of shape `(clip_embed_dim,)`, or of its patches,
             `(patches, clip_embed_dim)`. Preferred to the image where a row has both.
-        append_eos (`bool`): End captions with the end token. The official code does not, and its captions run on unless
-            they hit a full stop.
+        append_eos (`bool`): End captions with the end token. The official code does not, and its captions run on
+            unless they hit a full stop.
         sample_captions (`bool`): Draw one of several captions at random: by seed, epoch and row for rows of
             [`EpochRows`], else by torch's generator. `False` takes the first, as evaluation does.
         max_caption_length (`int`, *optional*): Cut captions to this many tokens, the end token included.
-        embeds_noise (`float`): Standard deviation of the Gaussian noise that is added to each dimension of an embedding
-            divided by its L2 norm (CapDec, Nukrai et al. 2022, section 3), so that the captioner also accepts embeddings
-            near those of training. For models with `normalize_clip_embeds`.
+        embeds_noise (`float`): Standard deviation of the Gaussian noise that is added to each dimension of an
+            embedding divided by its L2 norm (CapDec, Nukrai et al. 2022, section 3), so that the captioner also
+            accepts embeddings near those of training. For models with `normalize_clip_embeds`.
         video_column (`str`): Column with a video (anything that the processor takes), for rows without an image.
-        return_references (`bool`): Also return all captions of each row as `references`, and the length of the prompt as
-            `prompt_length`, which self-critical training needs.
+        return_references (`bool`): Also return all captions of each row as `references`, and the length of the prompt
+            as `prompt_length`, which self-critical training needs.
 
     Example:
 
@@ -50,7 +50,8 @@ class CaptioningCollator:
     >>> sorted(batch)
     ['attention_mask', 'clip_embeds', 'input_ids', 'labels']
 
-    ```"""
+    ```
+    """
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class CaptioningCollator:
         self.return_prompt_length = return_references
 
     def for_evaluation(self) -> "CaptioningCollator":
-        """Return the same collator without what is random: the first caption, no noise. Its batches have `prompt_length`."""
+        """Return a collator without randomness: first caption, no noise. Its batches have `prompt_length`."""
         collator = copy.copy(self)
         collator.sample_captions, collator.embeds_noise, collator.return_references = False, 0.0, False
         collator.return_prompt_length = True
@@ -148,13 +149,14 @@ class CaptioningCollator:
         if self.video_column in features[0]:
             return {"videos": [feature[self.video_column] for feature in features]}
         raise ValueError(
-            f"The data has neither a column {self.image_column!r} nor {self.video_column!r} nor {self.embeds_column!r}; "
+            f"The data has neither a column {self.image_column!r} nor {self.video_column!r} nor "
+            f"{self.embeds_column!r}; "
             f"it has {', '.join(features[0])}. Pass `image_column=`, `video_column=` or `embeds_column=`, and "
             "`remove_unused_columns=False` to the training arguments."
         )
 
     def _embeds(self, features: list[dict[str, Any]], generators: list) -> torch.Tensor:
-        """Embeddings (batch, clip_embed_dim) or, of patches, (batch, patches, clip_embed_dim), with noise if asked for."""
+        """Return embeddings (batch, clip_embed_dim) or (batch, patches, clip_embed_dim), with noise if asked for."""
         if any(feature.get(self.embeds_column) is None for feature in features):
             raise ValueError(f"The column {self.embeds_column!r} is empty in some rows: embed those images too.")
         embeds = torch.stack([torch.as_tensor(feature[self.embeds_column]) for feature in features]).float()

@@ -49,8 +49,8 @@ def embed_once(
 ):
     """Return the data with the embedding of each image. All processes encode together; an interrupted run goes on.
 
-    The embeddings lie in `_embeddings` in `output_dir`, a name that `push_to_hub` skips. Images that cannot be read are
-    left out, with a warning. Data for training keeps embeddings and captions alone.
+    The embeddings lie in `_embeddings` in `output_dir`, a name that `push_to_hub` skips. Images that cannot be read
+    are left out, with a warning. Data for training keeps embeddings and captions alone.
     """
     if data is None or "clip_embeds" in data.column_names:
         return data

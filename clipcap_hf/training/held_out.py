@@ -24,7 +24,7 @@ MOST_BEFORE = 64  # images captioned before training: an untrained captioner wri
 def caption_metrics(
     processor: ClipCapProcessor, references: list[list[str]], tokenizer: str = "python"
 ) -> Callable[..., dict[str, float]]:
-    """Return `compute_metrics` for `Trainer`: CIDEr, BLEU-4 and ROUGE-L (times 100, as papers print them), and words."""
+    """Return `compute_metrics` for `Trainer`: CIDEr, BLEU-4 and ROUGE-L (times 100), and words."""
 
     def compute(prediction) -> dict[str, float]:
         captions = decode_captions(processor, prediction.predictions)
@@ -64,7 +64,7 @@ class HeldOut:
 
 
 def look(trainer: ClipCapTrainer) -> HeldOut:
-    """Caption and score the held-out images without a trace in the log, which would be drawn as a spike at the last step."""
+    """Caption and score the held-out images. Nothing is logged: it would be a spike at the last step."""
     output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
     captions = []
     if trainer.args.predict_with_generate:
@@ -86,8 +86,10 @@ def look_before(trainer: ClipCapTrainer) -> HeldOut:
 
 
 def _predict_alone(trainer: ClipCapTrainer, rows) -> HeldOut:
-    """Caption rows in each process by itself: `Trainer.predict` before training would keep the model from being wrapped
-    for distributed training."""
+    """Caption rows in each process by itself.
+
+    `Trainer.predict` before training would keep the model from being wrapped for distributed training.
+    """
     args, collate = trainer.args, trainer.data_collator.for_evaluation()
     beams = {} if args.generation_num_beams is None else {"num_beams": args.generation_num_beams}
     captions: list[str] = []

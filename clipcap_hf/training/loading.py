@@ -1,4 +1,4 @@
-"""The data of a run in one form: `captions` (a list of strings) with `image` or `clip_embeds`, whatever the source's names."""
+"""Load the data of a run in one form: `captions` (a list of strings) with `image` or `clip_embeds`."""
 
 import logging
 from collections.abc import Sequence
@@ -76,8 +76,8 @@ def hold_out(data, share: float, seed: int):
     count = int(images.max()) + 1
     if count < FEW_IMAGES:
         logger.warning(
-            f"Only {count} images: none is held out to evaluate on, so nothing will tell how the captioner does on new "
-            f"images. From {FEW_IMAGES} images on, a tenth is held out."
+            f"Only {count} images: none is held out to evaluate on, so nothing will tell how the captioner does on "
+            f"new images. From {FEW_IMAGES} images on, a tenth is held out."
         )
         return data, None
     chosen = np.random.default_rng(seed).permutation(count)[: max(2, round(share * count))]
@@ -87,7 +87,7 @@ def hold_out(data, share: float, seed: int):
 
 
 def _image_of_rows(data) -> np.ndarray:
-    """Number the images: rows with the same id, path or embedding are one image."""
+    """Return the image number of each row: rows with the same id, path or embedding are one image."""
     names = data.column_names
     if "image_id" in names:
         keys = list(data["image_id"])
@@ -178,7 +178,7 @@ def _argument(what: str) -> str:
 
 
 def _named(data, data_args: DataArguments, what: str):
-    """Give our names to the columns that the user named. (Readers do this themselves.)"""
+    """Give our names to the columns that the user named; readers do this themselves."""
     argument, text_only = _argument(what), data_args.text_only and what == "training"
     chosen = {"captions": "caption_column", "image": "image_column", "clip_embeds": "embeds_column"}
     theirs = {ours: getattr(data_args, option) for ours, option in chosen.items()}
@@ -188,8 +188,8 @@ def _named(data, data_args: DataArguments, what: str):
         raise ValueError(f"{argument} has no column {theirs['captions']!r}; {has}. Pass `caption_column`.")
     if not text_only and theirs["image"] not in names and theirs["clip_embeds"] not in names:
         raise ValueError(
-            f"{argument} has neither a column {theirs['image']!r} nor {theirs['clip_embeds']!r}; {has}. Pass `image_column` "
-            "or `embeds_column`."
+            f"{argument} has neither a column {theirs['image']!r} nor {theirs['clip_embeds']!r}; {has}. Pass "
+            "`image_column` or `embeds_column`."
         )
     # What has one of our names, but is not what the user named.
     replaced = [ours for ours, name in theirs.items() if name != ours and ours in names]
@@ -232,8 +232,8 @@ def _warn_of_one_caption(train):
         captions = {text for texts in train["captions"] for text in as_list(texts)}
         if len(captions) == 1:
             logger.warning(
-                f"All captions of the training data are the same, {next(iter(captions))[:80]!r}: there is nothing to learn "
-                "but this one caption."
+                f"All captions of the training data are the same, {next(iter(captions))[:80]!r}: there is nothing to "
+                "learn but this one caption."
             )
 
 
@@ -259,8 +259,8 @@ def cut_to_context(data, tokenizer, room: int | None, max_caption_length: int | 
         ]
         if long:
             logger.warning(
-                f"{len(long)} captions of the {what} data are longer than the {room} tokens that fit into the language "
-                f"model's context and are cut: row {listed(long, 3)}."
+                f"{len(long)} captions of the {what} data are longer than the {room} tokens that fit into the "
+                f"language model's context and are cut: row {listed(long, 3)}."
             )
     return room
 

@@ -90,8 +90,8 @@ def _check_fit(train, evaluation, model, data_args: DataArguments):
         where = f"The {what} data (`{argument}`)"
         if "clip_embeds" not in data.column_names and model.vision_tower is None:
             raise ValueError(
-                f"{where} has images and no column {data_args.embeds_column!r}, but the captioner has no vision tower: pass "
-                "`vision`, or embed the images first."
+                f"{where} has images and no column {data_args.embeds_column!r}, but the captioner has no vision "
+                "tower: pass `vision`, or embed the images first."
             )
         if "clip_embeds" in data.column_names and hasattr(data, "select"):
             try:
@@ -116,7 +116,7 @@ def _without_evaluation(args: CaptioningArguments):
 
 
 def _room(model, processor: ClipCapProcessor) -> int | None:
-    """Return the tokens that the language model's context has for a caption and its end token; None if it has no end."""
+    """Return how many tokens of caption, end token included, fit into the context; None without a limit."""
     context = getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
     if context is None or context < 1:
         return None

@@ -9,7 +9,8 @@ from .arguments import CaptioningArguments
 
 logger = logging.getLogger(__name__)
 
-# Best of 2e-5 to 3e-3 by the loss on held-out images: 50 and 300 drawings with new captions, language model of width 192.
+# Best of 2e-5 to 3e-3 by the loss on held-out images, for 50 and 300 drawings with new captions and a language model
+# of width 192.
 LEARNING_RATES = {"everything": 5e-4, "LoRA": 3e-3, "mapping network": 3e-3}
 MEASURED_WIDTH = 192
 BATCH_SIZES = {100: 8, 2000: 16}  # for at most so many captions
@@ -27,8 +28,8 @@ def trained_part(model: ClipCapForConditionalGeneration) -> str:
 def fit_recipe(args: CaptioningArguments, model: ClipCapForConditionalGeneration, captions: int | None):
     """Fill in what the user left to the recipe `fit`.
 
-    Small data wants small batches, so that there are enough steps. A wider language model wants a learning rate that falls
-    with its width.
+    Small data wants small batches, so that there are enough steps. A wider language model wants a learning rate that
+    falls with its width.
 
     Args:
         args ([`CaptioningArguments`]): The arguments, changed in place.
@@ -64,7 +65,8 @@ def warn_of_warmup(args: CaptioningArguments, captions: int):
     steps = args.max_steps if args.max_steps > 0 else int(captions / per_step * args.num_train_epochs)
     if args.warmup_steps >= 1 and args.warmup_steps > steps / 2:
         logger.warning(
-            f"The warm-up of {args.warmup_steps:.0f} steps is more than half of the {steps} steps of this run, so that the "
-            f"learning rate hardly gets to {args.learning_rate:g}: pass a smaller `warmup_steps`, or 0.1 for a tenth of the "
-            "steps."
+            f"The warm-up of {args.warmup_steps:.0f} steps is more than half of the {steps} steps of this run, so "
+            "that the "
+            f"learning rate hardly gets to {args.learning_rate:g}: pass a smaller `warmup_steps`, or 0.1 for a tenth "
+            "of the steps."
         )

@@ -33,8 +33,8 @@ class EpochRows(Dataset):
     """
     Rows of a data set, each with a column `draw` from which [`CaptioningCollator`] draws the caption and the noise.
 
-    Draws depend on the seed, the epoch and the row alone, not on how many batches were made before or by which process.
-    So an interrupted run goes on as if nothing had happened, with any number of workers and processes (but
+    Draws depend on the seed, the epoch and the row alone, not on how many batches were made before or by which
+    process. So an interrupted run goes on as if nothing had happened, with any number of workers and processes (but
     `dataloader_persistent_workers` shifts torch's generator and so the dropout). [`ClipCapTrainer`] sets the epoch.
 
     An image that cannot be read is left out: the next row takes its place, and a warning names it once.

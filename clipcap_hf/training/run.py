@@ -43,8 +43,8 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         args ([`CaptioningArguments`]): The recipe. `output_dir` receives everything.
 
     Returns:
-        `dict`: The scores of the saved captioner on the held-out images, and `train_loss`, `train_runtime` and so on of
-        `Trainer`.
+        `dict`: The scores of the saved captioner on the held-out images, and `train_loss`, `train_runtime` and so on
+        of `Trainer`.
 
     Raises:
         ValueError: If arguments, data and captioner do not fit each other; the message says what to change.

@@ -1,4 +1,4 @@
-"""Self-critical sequence training (Rennie et al. 2017): make sampled captions that beat the greedy ones more likely."""
+"""Self-critical training (Rennie et al. 2017): make sampled captions that beat the greedy ones more likely."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,12 +15,14 @@ from ..metrics.ngrams import Corpus
 
 class CiderReward:
     """
-    CIDEr-D of captions, with the end of a caption counted as a word. Without that word, the reward teaches captions that
-    break off after "with a".
+    CIDEr-D of captions, with the end of a caption counted as a word.
+
+    Without that word, the reward teaches captions that break off after "with a".
 
     Args:
         references (`list[list[str]]`): The captions of all training images, from which rare n-grams get their weight.
-        tokenizer (`str`): `"python"`, `"ja"`, `"characters"` or `"none"`. Not `"ptb"`, which starts Java for each batch.
+        tokenizer (`str`): `"python"`, `"ja"`, `"characters"` or `"none"`. Not `"ptb"`, which starts Java for each
+            batch.
 
     Example:
 
@@ -32,7 +34,8 @@ class CiderReward:
     >>> bool(whole > cut)
     True
 
-    ```"""
+    ```
+    """
 
     END = "<end>"
 
@@ -69,8 +72,10 @@ def self_critical_loss(
     model: nn.Module, captioner: nn.Module, inputs: dict, reward: Callable, tokenizer
 ) -> tuple[torch.Tensor, tuple[float, float]]:
     """
-    Compute the loss of one batch: minus the log-probability of sampled captions, weighted by their reward minus that of
-    the greedy captions. Dropout is off, so that captions are drawn from the distribution that is trained.
+    Compute the self-critical loss of one batch.
+
+    It is minus the log-probability of sampled captions, weighted by their reward minus that of the greedy captions.
+    Dropout is off, so that captions are drawn from the distribution that is trained.
 
     Args:
         model (`nn.Module`): The captioner, wrapped for distributed training or not.

@@ -1,4 +1,4 @@
-"""The trainer of captioners: `Trainer` with a cheaper loss, captions in evaluation, and runs that end as they should."""
+"""The trainer of captioners: `Trainer` with a cheaper loss and captions in evaluation."""
 
 import errno
 import shutil
@@ -26,10 +26,12 @@ class NonFiniteError(ValueError):
 
 class ClipCapTrainer(Seq2SeqTrainer):
     """
-    [`~transformers.Trainer`] for captioners. Plain `Trainer` trains them too. This one
+    [`~transformers.Trainer`] for captioners.
 
-    - computes logits for the labelled tokens only, and applies label smoothing to the right tokens (`Trainer` smooths the
-      labels of the tokens before);
+    Plain `Trainer` trains them too. This one
+
+    - computes logits for the labelled tokens only, and applies label smoothing to the right tokens (`Trainer` smooths
+      the labels of the tokens before);
     - evaluates without the collator's noise and random references, and with `predict_with_generate=True`
       ([`~transformers.Seq2SeqTrainingArguments`]) captions the images without showing the model the captions;
     - stops when the loss is NaN or infinite, and never saves such weights;
@@ -37,10 +39,10 @@ class ClipCapTrainer(Seq2SeqTrainer):
 
     Args:
         args: As for [`~transformers.Seq2SeqTrainer`].
-        reward (`Callable`, *optional*): Makes training self-critical (Rennie et al. 2017). It is called with the captions,
-            a list that tells which of them ended with the end token, and the references of each, and returns the reward of
-            each, see [`~clipcap_hf.training.self_critical.CiderReward`]. Needs a collator with `return_references=True`,
-            and a `processing_class`.
+        reward (`Callable`, *optional*): Makes training self-critical (Rennie et al. 2017). It is called with the
+            captions, a list that tells which of them ended with the end token, and the references of each, and returns
+            the reward of each, see [`~clipcap_hf.training.self_critical.CiderReward`]. Needs a collator with
+            `return_references=True`, and a `processing_class`.
         kwargs: As for [`~transformers.Seq2SeqTrainer`].
     """
 
@@ -132,7 +134,8 @@ class ClipCapTrainer(Seq2SeqTrainer):
             last = last_checkpoint(self.args.output_dir)
             kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint yet"
             raise OSError(
-                f"The disk of {self.args.output_dir} is full; {kept}. Make room and run again with `resume` (--resume)."
+                f"The disk of {self.args.output_dir} is full; {kept}. Make room and run again with `resume` "
+                "(--resume)."
             ) from error
 
     def _disk_is_full(self, error: Exception) -> bool:
@@ -144,8 +147,8 @@ class ClipCapTrainer(Seq2SeqTrainer):
         last = last_checkpoint(self.args.output_dir)
         kept = f"the last checkpoint, {last}, is as it was" if last else "no checkpoint was saved before"
         return (
-            f"Training stopped at step {self.state.global_step + 1}: {what}; {kept}. A lower learning rate, more warm-up "
-            "steps, `max_grad_norm=1.0` or single precision may help."
+            f"Training stopped at step {self.state.global_step + 1}: {what}; {kept}. A lower learning rate, more "
+            "warm-up steps, `max_grad_norm=1.0` or single precision may help."
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -248,7 +251,7 @@ def placeholders_end(input_ids: torch.Tensor, captioner) -> int:
 
 
 class LossOfRun(TrainerCallback, ExportableState):
-    """The sum of the losses of all steps, which checkpoints keep, so that a resumed run knows the mean of the whole run."""
+    """The sum of the losses of all steps. Checkpoints keep it, for the mean of the whole run."""
 
     def __init__(self, total: float = 0.0):
         self.total = total

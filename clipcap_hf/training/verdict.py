@@ -1,4 +1,4 @@
-"""The ending of a run: best and last epoch, baselines, captions before and after, and one plain verdict with what to do."""
+"""The ending of a run: best and last epoch, baselines, captions before and after, and one plain verdict."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,7 +32,8 @@ class Ending:
         evaluations (`list[Evaluation]`): All evaluations of the run, in order.
         saved_step (`int`): Step of the weights that were saved.
         metric (`str`): The measure that picked them.
-        scores (`dict[str, dict[str, float]]`): Scores on the held-out images: of the captioner, first, and of baselines.
+        scores (`dict[str, dict[str, float]]`): Scores on the held-out images: of the captioner, first, and of
+            baselines.
         references (`list[list[str]]`): Captions of the held-out images.
         before (`list[str]`): The captioner's captions before training, of some of those images.
         after (`list[str]`): Its captions of all those images after training.
@@ -87,8 +88,8 @@ def _collapsed(ending: Ending) -> tuple[str, str] | None:
     if share < SAME_CAPTION_SHARE or share < 2 * same:
         return None
     return "collapsed", (
-        f"{share:.0%} of the held-out images get the same caption, {caption[:60]!r}. Lower the learning rate, train for more "
-        "epochs, or use a vision tower that suits these images: its embeddings may be too weak."
+        f"{share:.0%} of the held-out images get the same caption, {caption[:60]!r}. Lower the learning rate, train "
+        "for more epochs, or use a vision tower that suits these images: its embeddings may be too weak."
     )
 
 
@@ -100,8 +101,8 @@ def _unchanged(ending: Ending) -> tuple[str, str] | None:
     if ending.loss_before is not None and ending.saved.scores["loss"] < 0.8 * ending.loss_before and same < len(pairs):
         return None
     return "did not change", (
-        f"{same} of {len(pairs)} captions are the same as before training. Raise the learning rate (`--learning_rate`, 3 "
-        "times as high) or the epochs (`--num_train_epochs`), or train more of the captioner."
+        f"{same} of {len(pairs)} captions are the same as before training. Raise the learning rate "
+        "(`--learning_rate`, 3 times as high) or the epochs (`--num_train_epochs`), or train more of the captioner."
     )
 
 
@@ -112,8 +113,9 @@ def _below_copying(ending: Ending) -> tuple[str, str] | None:
         return None
     what = "the caption of the nearest training image" if better[0] == NEAREST else "the most common caption"
     return "below copying", (
-        f"Copying {what} scores higher (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). Add images or "
-        "captions, train for more epochs if the loss still fell at the end, or start from a captioner of similar images."
+        f"Copying {what} scores higher (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). Add images "
+        "or captions, train for more epochs if the loss still fell at the end, or start from a captioner of similar "
+        "images."
     )
 
 
@@ -130,8 +132,8 @@ def _overfitted(ending: Ending) -> tuple[str, str] | None:
     kept = "" if saved_last else f" The captioner of epoch {ending.saved.epoch:g} was kept."
     return "overfitted", (
         f"The loss on held-out images rose from {best.scores['loss']:.3f} in epoch {best.epoch:g} to "
-        f"{ending.last.scores['loss']:.3f}.{kept} Train for fewer epochs or at a lower learning rate, add data, or freeze more "
-        "(`--freeze_language_model`, `--lora_r 8`)."
+        f"{ending.last.scores['loss']:.3f}.{kept} Train for fewer epochs or at a lower learning rate, add data, or "
+        "freeze more (`--freeze_language_model`, `--lora_r 8`)."
     )
 
 
@@ -153,9 +155,10 @@ def disagreement(ending: Ending) -> str | None:
     if by_loss is by_cider or gained < max(2, 0.1 * by_cider.scores["cider"]):
         return None
     return (
-        f"Loss and CIDEr disagree: the loss is lowest in epoch {by_loss.epoch:g} (CIDEr {by_loss.scores['cider']:.1f}), CIDEr "
-        f"highest in epoch {by_cider.epoch:g} ({by_cider.scores['cider']:.1f}). CIDEr hardly counts words that all captions "
-        "share, and is noisy on few images. `--metric_for_best_model` chooses."
+        f"Loss and CIDEr disagree: the loss is lowest in epoch {by_loss.epoch:g} (CIDEr "
+        f"{by_loss.scores['cider']:.1f}), CIDEr "
+        f"highest in epoch {by_cider.epoch:g} ({by_cider.scores['cider']:.1f}). CIDEr hardly counts words that all "
+        "captions share, and is noisy on few images. `--metric_for_best_model` chooses."
     )
 
 
@@ -164,8 +167,8 @@ def report(ending: Ending, files: Sequence[str], out: str) -> str:
     lines = [*_epochs(ending), *_scores(ending), *_captions(ending), *ending.notes]
     if ending.overlap:
         lines.append(
-            f"{ending.overlap} of the {len(ending.references)} held-out images are also training images: scores say less "
-            "about new images. Take them out of one of the two."
+            f"{ending.overlap} of the {len(ending.references)} held-out images are also training images: scores say "
+            "less about new images. Take them out of one of the two."
         )
     if ending.evaluations and (warning := disagreement(ending)):
         lines.append(warning)

@@ -55,7 +55,7 @@ def test_equal_captions_are_noticed(tmp_path, caplog):
 
 @pytest.fixture
 def folder(tmp_path, images):
-    """Eight images with captions; one is truncated, one caption holds the placeholder, one is longer than the context."""
+    """Eight images with captions: one truncated image, one caption with the placeholder, one longer than the context."""
     texts = ["a red heart", "a <image> dog", "x y " * 60, *(f"picture {i}" for i in range(3, 8))]
     (tmp_path / "images").mkdir()
     with open(tmp_path / "images" / "metadata.jsonl", "w") as file:

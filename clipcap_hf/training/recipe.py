@@ -40,7 +40,9 @@ def fit_recipe(args: CaptioningArguments, model: ClipCapForConditionalGeneration
         return
     part = trained_part(model)
     width = model.config.text_config.get_text_config().hidden_size
-    fitted = {"learning_rate": float(f"{LEARNING_RATES[part] * min(1, MEASURED_WIDTH / width):.1g}")}
+    # A hundred captions or fewer give so few steps that twice the rate did better.
+    rate = LEARNING_RATES[part] * (2 if captions is not None and captions <= 100 else 1)
+    fitted = {"learning_rate": float(f"{rate * min(1, MEASURED_WIDTH / width):.1g}")}
     if captions is not None:
         fitted["per_device_train_batch_size"] = next(
             (size for most, size in BATCH_SIZES.items() if captions <= most), 40

@@ -73,6 +73,8 @@ def verdict(ending: Ending) -> tuple[str, str]:
         return "not judged", "Nothing was captioned on held-out images, so look at captions of new images yourself."
     if len(ending.after) < FEW_HELD_OUT:
         return "not judged", f"Only {len(ending.after)} images are held out, too few to tell. Add images."
+    if len({texts[0] for texts in ending.references}) == 1:
+        return "not judged", "All held-out images have the same caption. Add captions that tell images apart."
     for judge in (_collapsed, _unchanged, _below_copying, _overfitted):
         if reason := judge(ending):
             return reason
@@ -108,12 +110,12 @@ def _unchanged(ending: Ending) -> tuple[str, str] | None:
 
 def _below_copying(ending: Ending) -> tuple[str, str] | None:
     own = ending.scores["captioner"]["cider"]
-    better = [name for name in (NEAREST, MOST_COMMON) if ending.scores.get(name, {}).get("cider", -1) > own]
+    better = [name for name in (NEAREST, MOST_COMMON) if ending.scores.get(name, {}).get("cider", -1) >= own]
     if not better:
         return None
     what = "the caption of the nearest training image" if better[0] == NEAREST else "the most common caption"
     return "below copying", (
-        f"Copying {what} scores higher (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). Add images "
+        f"Copying {what} scores at least as high (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). Add images "
         "or captions, train for more epochs if the loss still fell at the end, or start from a captioner of similar "
         "images."
     )

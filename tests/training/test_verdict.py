@@ -58,6 +58,7 @@ def test_one_caption_for_images_that_have_one_is_no_collapse():
     run = ending(after=["a drawing"] * 6)
     run.references = [["a drawing"]] * 6
     assert verdict(run)[0] != "collapsed"
+    assert verdict(run)[0] == "not judged" and "same caption" in verdict(run)[1]
 
 
 def test_loss_and_cider_that_disagree_are_a_warning():

@@ -220,9 +220,10 @@ def _captions(ending: Ending) -> list[str]:
         return []
     before = dict(zip(ending.before_rows, ending.before))
     rows = list(before or range(len(ending.after)))
-    picked = [rows[round(i * (len(rows) - 1) / max(1, SHOWN - 1))] for i in range(min(SHOWN, len(rows)))]
+    shown = min(SHOWN, len(rows))
+    picked = [rows[round(place * (len(rows) - 1) / max(1, shown - 1))] for place in range(shown)]
     lines = ["", "held-out images: caption before training -> after (reference)"]
-    for row in dict.fromkeys(picked):
+    for row in picked:
         start = f"{_short(before[row])} -> " if row in before else ""
         lines.append(f"  {start}{_short(ending.after[row])} ({_short(ending.references[row][0])})")
     return lines

@@ -1,4 +1,4 @@
-"""Text-only training (CapDec, Nukrai et al. 2022): caption embeddings of CLIP's text tower stand in for image embeddings."""
+"""Text-only training (CapDec, Nukrai et al. 2022): text embeddings of CLIP stand in for image embeddings."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ CAPDEC_NOISE = 0.016**0.5  # the variance that section 4 of the paper chose on C
 
 
 def load_text_tower(name: str, device: str | torch.device = "cpu") -> Callable[[list[str]], torch.Tensor]:
-    """A function that embeds texts with the text tower of a CLIP, `(texts, clip_embed_dim)`.
+    """Return a function that embeds texts with the text tower of a CLIP, `(texts, clip_embed_dim)`.
 
     Args:
-        name (`str`): The CLIP to which the captioner's vision tower belongs: a Hub id or folder of transformers (a whole
-            CLIP, or a [`~transformers.CLIPTextModelWithProjection`]) or an open_clip name.
+        name (`str`): The CLIP to which the captioner's vision tower belongs: a Hub id or folder of transformers (a
+            whole CLIP, or a [`~transformers.CLIPTextModelWithProjection`]) or an open_clip name.
         device (`str` or `torch.device`): Where it runs.
     """
     if is_open_clip_name(name):
@@ -64,7 +64,7 @@ def _open_clip_text_tower(name: str, device) -> Callable[[list[str]], torch.Tens
 def embed_captions(
     embed: Callable[[list[str]], torch.Tensor], captions: Sequence[str], batch_size: int = 256, progress: bool = True
 ) -> torch.Tensor:
-    """Normalised embeddings `(captions, clip_embed_dim)` of texts, on the CPU; equal texts are embedded once.
+    """Return normalised embeddings `(captions, clip_embed_dim)` of texts, on the CPU; equal texts are embedded once.
 
     Args:
         embed (`Callable`): See [`load_text_tower`].
@@ -82,10 +82,11 @@ def embed_captions(
 
 
 def text_only_rows(captions: Sequence[Sequence[str]], embed: Callable[[list[str]], torch.Tensor], progress=True):
-    """A data set with a row for each caption and the columns `clip_embeds`, its text embedding, and `captions`.
+    """Make a data set with one row per caption: its text embedding `clip_embeds`, and `captions`.
 
     Train on it with noise on the embeddings (`CaptioningCollator(embeds_noise=...)`, by default of CapDec
-    [`CAPDEC_NOISE`]) and a captioner with `normalize_clip_embeds`, which then takes the image embeddings of the same CLIP.
+    [`CAPDEC_NOISE`]) and a captioner with `normalize_clip_embeds`, which then takes the image embeddings of the same
+    CLIP.
     """
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""A start for the mapping network where the language model is frozen: the prefix as words that the model knows."""
+"""A start for the mapping network of a frozen language model: the prefix as words that the model knows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,30 +24,29 @@ def warm_start_mapper(
     r"""
     Regress the prefix onto the language model's own embeddings of words of the caption, before training.
 
-    A frozen language model makes nothing of prefix vectors unlike its token embeddings, and its gradient tells a mapping
-    network little until they are like them. This takes the language model's embedding table only, so a step costs a
-    small part of one of training. The targets of an image are the first `prefix_length` tokens of its caption that say
-    something, the last one repeated where there are fewer, weighted by their rarity in the captions (the logarithm of the
-    inverse document frequency): no language is assumed, nor that words are set apart by spaces. Only the mapping network
-    is changed. Its first layer is scaled to the embeddings and its last to the deviation of the token embeddings, where
-    it has such layers (`"mlp"`, `"linear"`).
+    A frozen language model cannot use prefix vectors that are unlike its token embeddings, and its gradient says
+    little until they are alike. This uses the language model's embedding table only, so a step is far cheaper than a
+    step of training. The targets of an image are the first `prefix_length` informative tokens of its caption, the last
+    one repeated if there are fewer. They are weighted by their rarity in the captions (the logarithm of the inverse
+    document frequency), whatever the language. Only the mapping network changes. The first layer of `"mlp"` is scaled
+    to the embeddings, and the last layer of `"mlp"` and `"linear"` to the deviation of the token embeddings.
 
     Args:
         model ([`ClipCapForConditionalGeneration`]): The captioner, with a new mapping network.
         processor ([`ClipCapProcessor`]): Its processor.
         clip_embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Embeddings of the images, or of patches
             `(images, patches, clip_embed_dim)`, see [`~ClipCapForConditionalGeneration.get_clip_embeds`].
-        captions (`Sequence[str]`): A caption of each image.
+        captions (`Sequence[str]`): One caption per image.
         steps (`int`): Number of regression steps.
-        batch_size (`int`): Images a step.
-        learning_rate (`float`): Of AdamW, falling linearly to 0.
-        common (`float`): Tokens in more than this share of captions (articles, the full stop) say nothing and are left
-            out, unless a caption has no others.
-        seed (`int`): For drawing the batches.
+        batch_size (`int`): Images per step.
+        learning_rate (`float`): Learning rate of AdamW, which falls linearly to 0.
+        common (`float`): Leave out tokens in more than this share of captions (articles, the full stop), unless a
+            caption has no others.
+        seed (`int`): Seed for drawing the batches.
 
     Returns:
-        `list[float]`: The loss of each step: the squared error over the variance of the token embeddings. A prefix that
-        is the same for all images has one of about 1.
+        `list[float]`: The loss of each step: the squared error over the variance of the token embeddings. A prefix
+        that is the same for all images has one of about 1.
 
     Raises:
         ValueError: If there are not as many captions as embeddings, or none, or a caption is empty.
@@ -81,7 +80,7 @@ def warm_start_mapper(
 
 
 def _targets(tokenizer, captions: Sequence[str], length: int, common: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and weights (captions, length) that the prefix of each caption is to be like."""
+    """Return the token ids and weights (captions, length) that the prefix of each caption should match."""
     tokenized = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
     if not all(tokenized):
         raise ValueError(f"Caption {tokenized.index([])} is empty.")
@@ -102,7 +101,7 @@ def _targets(tokenizer, captions: Sequence[str], length: int, common: float) -> 
 
 @torch.no_grad()
 def _scale_layers(model: ClipCapForConditionalGeneration, clip_embeds: torch.Tensor, deviation: float):
-    """Let the hidden layer begin with a deviation of about 1, and the prefix with that of token embeddings."""
+    """Scale the hidden layer to a deviation of about 1, and the prefix to that of token embeddings."""
     mapper, mapping_type = model.mapping_network, model.config.mapping_type
     if mapping_type == "mlp":
         if model.config.normalize_clip_embeds:

@@ -92,6 +92,32 @@ def test_loss_is_the_weighted_log_probability_of_the_samples(make_model, embeds_
     torch.testing.assert_close(loss, -(weight * chosen).sum() / mask[:, 4:].sum())
 
 
+def test_the_prompt_includes_what_the_template_says_after_the_image(make_model, tokenizer, captions):
+    """Greedy captions continue the whole prompt, as in evaluation; and the template is no part of what is rewarded."""
+    from clipcap_hf import ClipCapProcessor
+
+    processor = ClipCapProcessor(None, tokenizer, prefix_length=4, prompt_template="Look:<image> a red")
+    rows = [{"clip_embeds": torch.randn(16).tolist(), "captions": [caption]} for caption in captions]
+    batch = CaptioningCollator(processor, return_references=True)(rows)
+    prompt = processor.tokenize_prompts(None, 8, return_tensors="pt")
+    assert batch["prompt_length"] == prompt["input_ids"].shape[1] > 4 + 1
+    assert torch.equal(batch["input_ids"][:, : batch["prompt_length"]], prompt["input_ids"])
+    assert (batch["labels"][:, : batch["prompt_length"]] == -100).all()
+    assert (batch["labels"][:, batch["prompt_length"]] != -100).all()
+
+    model = make_model(None)
+    expected = model.generate(**prompt, clip_embeds=batch["clip_embeds"])[:, batch["prompt_length"] :]
+    texts = [text.strip() for text in tokenizer.batch_decode(expected, skip_special_tokens=True)]
+    seen = []
+
+    def reward(captions, ended, references):
+        seen.extend(captions)
+        return np.zeros(len(captions))
+
+    self_critical_loss(model, model, batch, reward, tokenizer)
+    assert seen[:8] == texts
+
+
 def test_references_are_needed(make_model, embeds_processor, batch, tmp_path):
     del batch["references"]
     with pytest.raises(ValueError, match="`return_references=True`"):

@@ -1,0 +1,87 @@
+"""The verdict at the end of a run: what each kind of run is told."""
+
+import pytest
+import torch
+from clipcap_hf.training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images
+from clipcap_hf.training.verdict import Ending, Evaluation, disagreement, report, verdict
+
+
+NAMES = ["red heart", "blue dog", "yellow sun", "white cat", "purple rain", "black hat"]
+
+
+def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0, nearest=30.0, ciders=None, **kwargs):
+    ciders = ciders or range(len(losses))
+    evaluations = [
+        Evaluation(epoch, 10 * epoch, {"loss": loss, "cider": cider})
+        for epoch, (loss, cider) in enumerate(zip(losses, ciders), 1)
+    ]
+    scores = {
+        name: {"cider": value, "bleu_4": 1.0, "rouge_l": 2.0}
+        for name, value in (("captioner", own), (NEAREST, nearest), (MOST_COMMON, 2.0))
+    }
+    return Ending(
+        evaluations,
+        saved_step=10 * (saved or len(losses)),
+        metric="loss",
+        scores=scores,
+        references=[[f"a drawing of {name}"] for name in NAMES],
+        before=list(before or NAMES),
+        after=list(after or [f"a drawing of {name}" for name in NAMES]),
+        before_rows=list(range(6)),
+        loss_before=9.0,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "word", "advice"),
+    [
+        (ending(), "learned", "better on held-out images than copying"),
+        (ending((3.0, 1.5, 2.5), saved=2), "learned", "rose after epoch 2"),
+        (ending(after=["a drawing of a cat"] * 6), "collapsed", "Lower the learning rate"),
+        (ending(after=NAMES), "did not change", "--learning_rate"),
+        (ending(own=20.0), "below copying", "nearest training image"),
+        (ending(own=1.0, nearest=0.0), "below copying", "most common caption"),
+        (ending((1.5, 2.0, 2.5)), "overfitted", "fewer epochs"),
+        (ending((1.5, 2.0, 2.2, 2.3, 2.5), saved=1), "overfitted", "epoch 1 was kept"),
+        (ending(()), "not judged", "look at captions"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_each_kind_of_run_is_named_and_told_what_to_do(run, word, advice):
+    found, why = verdict(run)
+    assert found == word and advice in why
+    assert f"Verdict: {word}. " in report(run, ["scores.json"], "out")
+
+
+def test_one_caption_for_images_that_have_one_is_no_collapse():
+    run = ending(after=["a drawing"] * 6)
+    run.references = [["a drawing"]] * 6
+    assert verdict(run)[0] != "collapsed"
+    assert verdict(run)[0] == "not judged" and "same caption" in verdict(run)[1]
+
+
+def test_loss_and_cider_that_disagree_are_a_warning():
+    run = ending((3.0, 2.0, 1.5), ciders=(240.0, 60.0, 70.0))
+    assert "lowest in epoch 3 (CIDEr 70.0), CIDEr highest in epoch 1 (240.0)" in disagreement(run)
+    assert disagreement(run) in report(run, [], "out")
+    assert disagreement(ending(ciders=(10.0, 60.0, 59.0))) is None
+
+
+def test_the_report_shows_epochs_baselines_and_captions():
+    text = report(ending((3.0, 1.5, 2.5), saved=2, overlap=2), ["scores.json", "curve.png"], "out")
+    assert "best: epoch 2 of 3, by loss" in text
+    assert "blue dog -> a drawing of blue dog (a drawing of blue dog)" in text
+    assert text.count(" -> a drawing of") == 6
+    assert "2 of the 6 held-out images are also training images" in text
+    assert NEAREST in text and MOST_COMMON in text
+    assert text.endswith("The captioner is in out, with scores.json, curve.png.")
+
+
+def test_baselines_copy_captions():
+    assert most_common_caption([["a"], ["b", "c"], ["b"], ["c"]]) == "b"
+    train = torch.eye(3)
+    rows, similarity = nearest_images(torch.tensor([[0.0, 5.0, 0.1], [1.0, 0.0, 0.0]]), train, batch_size=1)
+    assert rows.tolist() == [1, 0] and similarity[1] == 1 and similarity[0] < 1
+    patches = torch.stack([train, train[[0, 0, 0]]])  # (images, patches, dim)
+    assert nearest_images(patches, patches)[0].tolist() == [0, 1]

@@ -114,13 +114,16 @@ def _value(params: dict[str, str], name: str):
         return params[name]  # a word
 
 
-def _architecture(architecture: str, source: str) -> dict:
-    import_error = f"{source} is an open_clip model: `pip install open_clip_torch`."
-    try:
-        from open_clip import get_model_config
+def _open_clip(source: str):
+    try:  # outside of it, the import would be required of everybody who loads this as remote code
+        import open_clip
     except ImportError as error:
-        raise ImportError(import_error) from error
-    model_cfg = get_model_config(architecture)
+        raise ImportError(f"{source} is an open_clip model: `pip install open_clip_torch`.") from error
+    return open_clip
+
+
+def _architecture(architecture: str, source: str) -> dict:
+    model_cfg = _open_clip(source).get_model_config(architecture)
     if model_cfg is None:
         raise ValueError(f"{source}: open_clip has no architecture {architecture!r}, see `open_clip.list_models()`.")
     return dict(model_cfg)
@@ -216,8 +219,7 @@ def _load_by_architecture(name: str, with_weights: bool, hub_kwargs: dict) -> tu
         if not Path(tag).is_file():
             raise ValueError(f"{tag}: no such file.")
         return model_cfg, {}, read_weights(Path(tag)) if with_weights else {}
-    import open_clip
-
+    open_clip = _open_clip(name)
     pretrained_cfg = open_clip.get_pretrained_cfg(architecture, tag)
     if not pretrained_cfg:
         tags = open_clip.list_pretrained_tags_by_model(architecture)

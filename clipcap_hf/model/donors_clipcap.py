@@ -1,4 +1,4 @@
-"""Where the pretrained parts of a captioner came from, so that a checkpoint can leave the frozen ones out."""
+"""Frozen parts: where they came from (their donors), so that a checkpoint can leave them out."""
 
 import copy
 import hashlib
@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .modeling_open_clip import is_open_clip_name
+from .checkpoints_open_clip import absolute_name, is_open_clip_name
 from .modeling_text import check_can_read_gguf
 from .modeling_vision import load_vision_config
 
@@ -34,8 +34,10 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 
 
 def donor_folder(name: str) -> str:
-    """A name that `from_pretrained` understands: `"package:NAME"` is the folder of an installed Python package, whose
-    files are read, but whose code is not run."""
+    """Return a name that `from_pretrained` understands.
+
+    `"package:NAME"` is the folder of an installed Python package: its files are read, its code is not run.
+    """
     if not name.startswith(PACKAGE):
         return name
     package = name.removeprefix(PACKAGE)
@@ -52,9 +54,9 @@ def donor_folder(name: str) -> str:
 
 
 def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `config.donors` says of a part that was loaded by this name, with these arguments and in this dtype."""
+    """Describe for `config.donors` how a part was loaded: its name, the arguments and the dtype."""
     record = {
-        "name": os.path.abspath(name) if os.path.isdir(name) else name,
+        "name": absolute_name(name),
         **{key: kwargs[key] for key in _RECORDED_ARGUMENTS if kwargs.get(key) is not None},
     }
     if commit := _cached_commit(name, kwargs):
@@ -62,12 +64,8 @@ def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[
     return {**record, "dtype": str(dtype).removeprefix("torch."), "sha256": None, "in_checkpoint": True}
 
 
-def _absolute(name: str) -> str:
-    return os.path.abspath(name) if os.path.isdir(name) else name
-
-
 def _cached_commit(name: str, kwargs: dict[str, Any]) -> str | None:
-    """The commit that a Hub repository was just loaded at; `None` for everything else."""
+    """Find the commit that a Hub repository was just loaded at; `None` for everything else."""
     repo = name.removeprefix("hf-hub:")
     if repo.startswith(PACKAGE) or repo.count("/") > 1 or Path(name).exists():
         return None
@@ -84,7 +82,7 @@ def _cached_commit(name: str, kwargs: dict[str, Any]) -> str | None:
 
 
 def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 over the types, shapes and bytes of tensors, whatever their order and names.
+    """Hash (SHA-256) the types, shapes and bytes of tensors, whatever their order and names.
 
     Names are left out because transformers renames weights from release to release; tied weights count once.
     """
@@ -101,12 +99,12 @@ def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def original_weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a part under the names in the part's `state_dict()`, without those of adapters."""
+    """Return a part's `state_dict()` without the weights of adapters."""
     return {key: value for key, value in part.state_dict().items() if ".lora_" not in key}
 
 
 def names_beside_adapters(donor_weights: dict[str, torch.Tensor], others: Iterable[str]) -> dict[str, torch.Tensor]:
-    """A donor's weights under the names that they have where LoRA adapters are among the `others` (PEFT's names)."""
+    """Rename a donor's weights as PEFT does where LoRA adapters are among the `others`."""
     adapted = {key.split(".lora_")[0] for key in others if ".lora_" in key}
 
     def rename(key: str) -> str:
@@ -133,11 +131,11 @@ class Donor:
         self.label = part.replace("_", " ")
         if moved_to is not None:
             kept = ("gguf_file", "vision_feature", "dtype", "sha256", "in_checkpoint")
-            self.record = {"name": _absolute(moved_to), **{key: record[key] for key in kept if key in record}}
+            self.record = {"name": absolute_name(moved_to), **{key: record[key] for key in kept if key in record}}
         self.kwargs = {key: self.record[key] for key in _RECORDED_ARGUMENTS if self.record.get(key) is not None}
         self.hub_kwargs = {key: (hub_kwargs or {}).get(key) for key in _HUB_ARGUMENTS if (hub_kwargs or {}).get(key)}
-        if (hub_kwargs or {}).get("trust_remote_code"):
-            self.hub_kwargs["trust_remote_code"] = True
+        # Trust in the captioner's repository is none in the repositories that its configuration names.
+        self.hub_kwargs["trust_remote_code"] = bool((hub_kwargs or {}).get("trust_donor_code"))
 
     @property
     def name(self) -> str:
@@ -168,7 +166,7 @@ class Donor:
                 raise self._changed(f"its {field} is {there}, that of the captioner's {self.label} {here}")
 
     def load(self, load_donor: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """The donor's weights; the record then holds the hash to know it by.
+        """Load the donor's weights, and note their hash in the record.
 
         Args:
             load_donor (`callable`): The model's `_load_donor`.
@@ -196,7 +194,7 @@ class Donor:
         return weights
 
     def identity(self, weights: dict[str, torch.Tensor]) -> str:
-        """The hash by which the donor is known, given its weights in the recorded dtype."""
+        """Return the hash by which the donor is known, given its weights in the recorded dtype."""
         # What a GGUF file unpacks to may change with the reader, so it is known by the file itself.
         return self._gguf_hash() if self.is_gguf else weights_hash(weights.values())
 
@@ -227,6 +225,11 @@ class Donor:
         return self.name + (f" at revision {revision}" if revision else "")
 
     def _missing(self, error: Exception) -> OSError:
+        if "trust_remote_code" in str(error):
+            return OSError(
+                f"The frozen {self.label} of this checkpoint, {self._where()}, has code of its own. Trust in the captioner "
+                "does not extend to it: read the code, and pass `trust_donor_code=True` to `from_pretrained` to run it."
+            )
         return OSError(
             f"This checkpoint leaves out its frozen {self.label}, which is {self._where()}, and that could not be loaded: "
             f"{error} If it is elsewhere now, pass `{self.part}=` its folder or Hub id to `from_pretrained`."
@@ -240,7 +243,7 @@ class Donor:
 
 
 def read_checkpoint(folder: str, variant: str | None = None, **hub_kwargs) -> dict[str, torch.Tensor]:
-    """All tensors in the safetensors of a folder or Hub repository, sharded or not."""
+    """Read all tensors in the safetensors of a folder or Hub repository, sharded or not."""
 
     def find(filename: str) -> str | None:
         if variant:
@@ -270,7 +273,7 @@ def remember_donors(model: PreTrainedModel):
 
 @contextmanager
 def leaving_out_frozen(model: PreTrainedModel, save_frozen: bool) -> Iterator[None]:
-    """While this lasts, `save_pretrained` of transformers leaves out the frozen parts whose donors are known."""
+    """Make `save_pretrained` of transformers leave out the frozen parts whose donors are known, while this lasts."""
     config = model.config
     left_out = {} if save_frozen else _parts_to_leave_out(model)
     if not save_frozen and not left_out:
@@ -299,7 +302,7 @@ def _ignore_on_save(model: PreTrainedModel, parts: Iterable[str]):
 
 
 def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """The records of the donors of frozen parts, which need not be saved."""
+    """Return the records of the donors of frozen parts, which need not be saved."""
     records = {}
     for part, record in (model.config.donors or {}).items():
         weights = original_weights(getattr(model, part))
@@ -326,8 +329,7 @@ def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 def _cast_hash(donor_weights: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str:
-    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
-    dtype = dtypes.pop()
+    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
     return weights_hash(value.to(dtype) if value.is_floating_point() else value for value in donor_weights.values())
 
 
@@ -346,12 +348,15 @@ def with_donors(
         model_class (`type`): The captioner's class.
         name (`str`): The checkpoint's Hub id or folder.
         moved (`dict`): Where parts are now that are no longer where they were.
-        kwargs (`dict`): Of the call to `from_pretrained`.
+        kwargs (`dict`): Of the call to `from_pretrained`; `trust_donor_code=True` among them lets code from the donors'
+            repositories run, which `trust_remote_code` does not.
 
     Returns:
         `(kwargs, hashes)`: arguments of `from_pretrained` with all the weights as `state_dict`, and the hash of each part
         that was loaded. The arguments are as they were if the checkpoint leaves nothing out.
     """
+    kwargs = dict(kwargs)
+    trust = {"trust_donor_code": kwargs.pop("trust_donor_code", False)}
     hub_kwargs = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
@@ -371,7 +376,7 @@ def with_donors(
     if not left_out:
         return kwargs, {}
     config, kwargs = _override_config(config, model_class, name, hub_kwargs, kwargs)
-    donors = [Donor(part, config.donors[part], moved.get(part), kwargs | hub_kwargs) for part in left_out]
+    donors = [Donor(part, config.donors[part], moved.get(part), hub_kwargs | trust) for part in left_out]
     part_configs = {"vision_tower": config.vision_config, "language_model": config.text_config}
     for donor in donors:
         donor.check(part_configs[donor.part])
@@ -390,7 +395,7 @@ def with_donors(
 
 
 def _override_config(config, model_class, name, hub_kwargs, kwargs) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Do what `from_pretrained` of transformers does with a checkpoint's name, which it does not take beside weights."""
+    """Apply overrides as transformers' `from_pretrained` does with a name; given weights, it takes no name."""
     kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
     if isinstance(kwargs.pop("config", None), PreTrainedConfig):
         config = copy.deepcopy(config)

@@ -1,32 +1,22 @@
-"""Let people without this package load a checkpoint: its code lies beside the weights."""
+"""Put the code of a captioner beside its weights, so that people without this package can load it."""
 
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
-
-
-# transformers copies a module with what it imports, and a captioner that was loaded without this package needs all of its
-# code to be saved again.
-if TYPE_CHECKING:
-    from .configuration_clipcap import ClipCapConfig  # noqa: F401
-    from .modeling_clipcap import ClipCapForConditionalGeneration  # noqa: F401
-    from .pipeline_clipcap import ImageCaptioningPipeline  # noqa: F401
-    from .processing_clipcap import ClipCapProcessor  # noqa: F401
 
 _AUTO_MAP = {
-    "AutoConfig": "configuration_clipcap.ClipCapConfig",
-    "AutoModel": "modeling_clipcap.ClipCapForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_clipcap.ClipCapForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_clipcap.ClipCapForConditionalGeneration",
+    "AutoConfig": "captioner.ClipCapConfig",
+    "AutoModel": "captioner.ClipCapForConditionalGeneration",
+    "AutoModelForImageTextToText": "captioner.ClipCapForConditionalGeneration",
+    "AutoModelForMultimodalLM": "captioner.ClipCapForConditionalGeneration",
 }
-_PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_clipcap.ClipCapProcessor"}
+_PROCESSOR_AUTO_MAP = {"AutoProcessor": "captioner.ClipCapProcessor"}
 _PIPELINES = {
     "image-captioning": {
-        "impl": "pipeline_clipcap.ImageCaptioningPipeline",
+        "impl": "captioner.ImageCaptioningPipeline",
         "pt": ["AutoModelForImageTextToText"],
         "type": "multimodal",
     }
@@ -35,14 +25,16 @@ _PIPELINES = {
 
 def add_code(folder: str | os.PathLike) -> list[Path]:
     r"""
-    Put the code of a saved captioner beside its weights, so that people who do not have this package can load it with
-    `trust_remote_code=True`. With the package imported, its own code is used and no trust is asked for.
+    Copy the code of a saved captioner beside its weights.
+
+    People without this package can then load the captioner with `trust_remote_code=True`. Where the package is imported,
+    its own code is used and no trust is needed.
 
     Args:
-        folder (`str` or `os.PathLike`): Where model and processor were saved.
+        folder (`str` or `os.PathLike`): The folder of the saved model and processor.
 
     Returns:
-        `list[Path]`: The files of code.
+        `list[Path]`: The code files.
 
     Raises:
         ValueError: If the folder holds no captioner.
@@ -59,16 +51,11 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
     ```"""
     folder = Path(folder)
     config = read_captioner_config(folder)
-    here = Path(__file__).parent
-    needed = set()
-    for module in ("configuration_clipcap", "modeling_clipcap", "processing_clipcap", "pipeline_clipcap"):
-        needed |= {here / f"{module}.py", *map(Path, get_relative_import_files(here / f"{module}.py"))}
-    written = []
-    for source in sorted(needed):
-        if source.parent.resolve() != folder.resolve():
-            shutil.copyfile(source, folder / source.name)
-        written.append(folder / source.name)
-    # The code first, the references to it last: what is interrupted here still loads with the package.
+    written = [
+        Path(shutil.copyfile(module, folder / module.name))
+        for module in sorted(Path(__file__).parent.glob("[!_]*.py"))
+    ]
+    # Code first, references to it last: if this is interrupted, the folder still loads with the package.
     if (processor_file := folder / "processor_config.json").is_file():
         processor = json.loads(processor_file.read_text(encoding="utf-8"))
         _write_json(processor_file, {**processor, "auto_map": _PROCESSOR_AUTO_MAP})
@@ -77,21 +64,23 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def read_captioner_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The `config.json` of a saved captioner.
+    """Read the `config.json` of a saved captioner.
 
     Raises:
-        ValueError: If there is none, or it is that of another kind of model.
+        ValueError: If the file is missing, damaged or belongs to another kind of model.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{folder}: no captioner there, config.json is missing. Save the model into the folder first."
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("model_type") != "clipcap":
-        raise ValueError(
-            f"{folder}: its config.json is of a `{config.get('model_type')}`, not of a clipcap captioner."
-        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one, too
+        raise ValueError(f"{path} is not valid JSON ({error}): save the model again.") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != "clipcap":
+        raise ValueError(f"{folder}: its config.json is of a `{model_type}`, not of a clipcap captioner.")
     return config
 
 

@@ -12,7 +12,7 @@ from transformers.processing_utils import ImagesKwargs
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB image: EXIF rotation applied, transparency put on white, 16-bit grey scaled down."""
+    """Convert to upright 8-bit RGB: apply EXIF rotation, put transparency on white, scale 16-bit greys down."""
     # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and not image.has_transparency_data:
@@ -89,6 +89,13 @@ class OpenClipImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if any(
+            not 0 < std < float("inf") for std in self.image_std
+        ):  # zero would give infinite pixels, without a word
+            raise ValueError(f"`image_std` must be positive numbers, got {list(self.image_std)}.")
+
     def process_image(self, image, **kwargs) -> np.ndarray:
         return super().process_image(to_rgb(image) if isinstance(image, Image.Image) else image, **kwargs)
 
@@ -157,10 +164,10 @@ def _center_crop_or_pad(image: Image.Image, target: tuple[int, int], fill_color:
 
 
 def image_processor_from_open_clip(preprocess_cfg: dict) -> OpenClipImageProcessor:
-    """The image processor that does what open_clip's evaluation transform of this `preprocess_cfg` does.
+    """Make the image processor that equals open_clip's evaluation transform of this `preprocess_cfg`.
 
     Raises:
-        ValueError: If `mode`, `resize_mode` or `interpolation` are none of open_clip's.
+        ValueError: If `mode`, `resize_mode` or `interpolation` is unknown to open_clip, or `std` is not positive.
     """
     size = preprocess_cfg.get("size", 224)
     height, width = (size, size) if isinstance(size, int) else (size * 2 if len(size) == 1 else size)
@@ -179,8 +186,10 @@ def image_processor_from_open_clip(preprocess_cfg: dict) -> OpenClipImageProcess
     ):
         if value not in known:
             raise ValueError(f"open_clip's `preprocess_cfg` has {name} {value!r}; known are {', '.join(known)}.")
-    mean = preprocess_cfg.get("mean") or OPENAI_CLIP_MEAN
-    std = preprocess_cfg.get("std") or OPENAI_CLIP_STD
+    mean = preprocess_cfg.get("mean")
+    std = preprocess_cfg.get("std")
+    mean = OPENAI_CLIP_MEAN if mean is None else mean
+    std = OPENAI_CLIP_STD if std is None else std
     return OpenClipImageProcessor(
         size={"height": height, "width": width},
         resize_mode=resize_mode,

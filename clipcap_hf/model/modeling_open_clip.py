@@ -1,28 +1,40 @@
 """Any image tower of open_clip as a transformers model."""
 
-import difflib
-import json
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
+from .checkpoints_open_clip import is_open_clip_name, load_open_clip_checkpoint  # noqa: F401  (others look for it here)
 from .configuration_clipcap import OpenClipVisionConfig
 
 
+# Far above every published tower; a damaged configuration could ask for all memory.
+_LARGEST = {"width": 65_536, "layers": 1024, "image_size": 8192, "patch_size": 1024, "mlp_ratio": 64}
+
+
+def _check_sizes(vision_cfg: dict):
+    for name, largest in _LARGEST.items():
+        values = vision_cfg.get(name, 1)
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value <= largest):
+                raise ValueError(f"open_clip's `vision_cfg` has `{name}` {values!r}: it must be from 1 to {largest}.")
+
+
 def _build_visual(config: OpenClipVisionConfig) -> nn.Module:
-    # The tower is built from its configuration alone: open_clip's `create_model` also builds the text tower, wants to
-    # download, and fails under the meta device that `from_pretrained` uses.
+    # The tower is built from its configuration alone: open_clip's `create_model` wants to download, and fails under the
+    # meta device that `from_pretrained` uses. The public `CLIP` needs a text tower, which is made as small as can be.
     try:
-        from open_clip.model import CLIPVisionCfg, _build_vision_tower
+        from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
     except ImportError as error:
         raise ImportError("This model has an open_clip image tower: `pip install open_clip_torch`.") from error
     unknown = sorted(set(config.vision_cfg) - set(CLIPVisionCfg.__dataclass_fields__))
     if unknown:
         raise ValueError(f"open_clip's `vision_cfg` has no such fields: {', '.join(unknown)}.")
-    return _build_vision_tower(config.embed_dim, config.vision_cfg, quick_gelu=config.quick_gelu)
+    _check_sizes(config.vision_cfg)
+    text_cfg = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
+    vision_cfg = CLIPVisionCfg(**config.vision_cfg)
+    return CLIP(config.embed_dim, vision_cfg, text_cfg, quick_gelu=config.quick_gelu).visual
 
 
 class OpenClipVisionModel(PreTrainedModel):
@@ -57,6 +69,7 @@ class OpenClipVisionModel(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, output_patches: bool = False, return_dict: bool | None = None, **kwargs
     ) -> CLIPVisionModelOutput:
+        self._check_size(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         tokens = None
         if output_patches:
@@ -67,6 +80,16 @@ class OpenClipVisionModel(PreTrainedModel):
                 image_embeds, tokens = image_embeds
         output = CLIPVisionModelOutput(image_embeds=image_embeds, last_hidden_state=tokens)
         return output.to_tuple() if return_dict is False else output
+
+    def _check_size(self, pixel_values: torch.Tensor):
+        # Convolutional towers take images of any size, and give worse embeddings without a word.
+        size = self.config.vision_cfg.get("image_size", 224)
+        expected = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        if tuple(pixel_values.shape[-2:]) != expected:
+            raise ValueError(
+                f"This tower takes images of {expected[0]} x {expected[1]} pixels, got {pixel_values.shape[-2]} x "
+                f"{pixel_values.shape[-1]}: use the image processor that belongs to the tower."
+            )
 
     def _embeds_and_patches(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not hasattr(self.visual, "trunk"):
@@ -82,10 +105,10 @@ class OpenClipVisionModel(PreTrainedModel):
         return image_embeds, features.flatten(2).transpose(1, 2)
 
     def to_clip_vision_model(self) -> CLIPVisionModelWithProjection:
-        """The same tower as a class of transformers, which gives the same `image_embeds` without open_clip.
+        """Convert the tower to a class of transformers, which gives the same `image_embeds` without open_clip.
 
         Raises:
-            ValueError: If it is no plain ViT; the message says what transformers' CLIP does not have.
+            ValueError: If the tower is not a plain ViT; the message says what transformers' CLIP lacks.
         """
         if obstacle := clip_vision_obstacle(self.config):
             raise ValueError(f"This open_clip tower cannot become a CLIPVisionModelWithProjection: it has {obstacle}.")
@@ -121,9 +144,12 @@ class OpenClipVisionModel(PreTrainedModel):
         Load the image tower of an open_clip checkpoint.
 
         Args:
-            name (`str`): A folder with `open_clip_config.json` and `open_clip_model.safetensors`, `"hf-hub:ORG/REPO"`
-                with the same two files, or `"ARCHITECTURE/TAG"` from `open_clip.list_pretrained()`, for example
-                `"ViT-B-32/openai"`.
+            name (`str`): One of:
+
+                - `"ARCHITECTURE/TAG"` from `open_clip.list_pretrained()`, for example `"ViT-B-32/openai"`;
+                - `"hf-hub:ORG/REPO"` or a folder, with `open_clip_config.json` and `open_clip_model.safetensors`;
+                - `"ARCHITECTURE/FILE"`, with a file of weights or a checkpoint of open_clip's training;
+                - a checkpoint of open_clip's training alone, in its run's folder (which has a `params.txt`).
             kwargs: `dtype` of the weights, and `revision`, `token` and `cache_dir` for the Hub.
 
         Raises:
@@ -141,7 +167,7 @@ class OpenClipVisionModel(PreTrainedModel):
 
 
 def clip_vision_obstacle(config: OpenClipVisionConfig) -> str | None:
-    """What keeps a tower from being a [`~transformers.CLIPVisionModelWithProjection`], or `None` for plain ViTs."""
+    """Say what keeps a tower from being a [`~transformers.CLIPVisionModelWithProjection`]; `None` for plain ViTs."""
     cfg = config.vision_cfg
     if "timm_model_name" in cfg:
         return f"an architecture of timm, {cfg['timm_model_name']}"
@@ -163,7 +189,7 @@ def clip_vision_obstacle(config: OpenClipVisionConfig) -> str | None:
 
 
 def _clip_vision_state_dict(visual: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of open_clip's plain ViT under the names of transformers' CLIP."""
+    """Rename the weights of open_clip's plain ViT to those of transformers' CLIP."""
     renamed = {
         "vision_model.embeddings.class_embedding": visual["class_embedding"],
         "vision_model.embeddings.patch_embedding.weight": visual["conv1.weight"],
@@ -189,124 +215,18 @@ def _clip_vision_state_dict(visual: dict[str, torch.Tensor]) -> dict[str, torch.
     return {key: value.clone(memory_format=torch.contiguous_format) for key, value in renamed.items()}
 
 
-def list_open_clip_names() -> list[str]:
-    """All `"ARCHITECTURE/TAG"` names of pretrained open_clip models; none where open_clip is not installed."""
-    try:
-        from open_clip import list_pretrained
-    except ImportError:
-        return []
-    return [f"{architecture}/{tag}" for architecture, tag in list_pretrained()]
-
-
-def is_open_clip_name(name: str) -> bool:
-    """Whether a name means an open_clip checkpoint: see [`OpenClipVisionModel.from_open_clip`]."""
-    if name.startswith("hf-hub:") or (Path(name) / "open_clip_config.json").is_file():
-        return True
-    architecture, _, tag = name.partition("/")
-    if not tag or Path(name).is_dir():
-        return False
-    try:
-        from open_clip import list_models
-    except ImportError:
-        return False
-    return architecture in list_models()
-
-
 def load_open_clip_config(name: str, **hub_kwargs) -> OpenClipVisionConfig:
-    """Configuration of the image tower of an open_clip checkpoint; of a published one, no weights are fetched."""
+    """Load the configuration of an open_clip checkpoint's image tower, without its weights."""
     return _vision_config(load_open_clip_checkpoint(name, with_weights=False, **hub_kwargs)[0])
 
 
 def _vision_config(model_cfg: dict) -> OpenClipVisionConfig:
+    _check_sizes(model_cfg["vision_cfg"])
     return OpenClipVisionConfig(
         embed_dim=model_cfg["embed_dim"],
         vision_cfg=model_cfg["vision_cfg"],
         quick_gelu=model_cfg.get("quick_gelu", False),
     )
-
-
-def load_open_clip_checkpoint(name: str, with_weights: bool = True, **hub_kwargs) -> tuple[dict, dict, dict]:
-    """Configuration, preprocessing and weights of an open_clip checkpoint, as open_clip itself names them.
-
-    Returns:
-        `(model_cfg, preprocess_cfg, state_dict)`; the state dict is empty without `with_weights`.
-    """
-    published = name.startswith("hf-hub:") or (Path(name) / "open_clip_config.json").is_file()
-    load = _load_published if published else _load_by_tag
-    model_cfg, preprocess_cfg, weights = load(name, with_weights, hub_kwargs)
-    # As in open_clip, the size is always the tower's.
-    return model_cfg, {**preprocess_cfg, "size": model_cfg["vision_cfg"].get("image_size", 224)}, weights
-
-
-def _load_published(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[dict, dict, dict]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetch(*filenames: str) -> Path | None:
-        """The first of these files that there is."""
-        if not name.startswith("hf-hub:"):
-            return next((path for file in filenames if (path := Path(name) / file).is_file()), None)
-        unreachable = None
-        for filename in filenames:
-            try:
-                return Path(hf_hub_download(name.removeprefix("hf-hub:"), filename, **hub_kwargs))
-            except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too, but nobody was asked
-                unreachable = error
-            except EntryNotFoundError:
-                pass
-        if unreachable is not None:
-            raise OSError(
-                f"{name} could not be reached, and its {' or '.join(filenames)} is not in the cache: check the connection "
-                "and `HF_HUB_OFFLINE`, or pass a folder."
-            ) from unreachable
-        return None
-
-    path = fetch("open_clip_config.json")
-    if path is None:
-        raise ValueError(f"{name} is not an open_clip repository: it has no open_clip_config.json.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    weights = _read_weights(name, fetch) if with_weights else {}
-    return config["model_cfg"], config.get("preprocess_cfg", {}), weights
-
-
-def _read_weights(name: str, fetch) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    path = fetch("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    if path is None:
-        raise ValueError(f"{name} has neither open_clip_model.safetensors nor open_clip_pytorch_model.bin.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    weights = weights.get("state_dict", weights)
-    return {key.removeprefix("module."): value for key, value in weights.items()}
-
-
-def _load_by_tag(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[dict, dict, dict]:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(f"{name} is an open_clip model: `pip install open_clip_torch`.") from error
-    architecture, _, tag = name.partition("/")
-    pretrained_cfg = open_clip.get_pretrained_cfg(architecture, tag)
-    if not pretrained_cfg:
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        near = difflib.get_close_matches(tag, tags, n=1)
-        hint = f" Did you mean '{architecture}/{near[0]}'?" if near else ""
-        raise ValueError(f"open_clip has no weights {tag!r} for {architecture}. It has: {', '.join(tags)}.{hint}")
-    model_cfg = open_clip.get_model_config(architecture)
-    # The tag, not the architecture, says which activation its weights were trained with.
-    quick_gelu = bool(pretrained_cfg.get("quick_gelu", model_cfg.get("quick_gelu", False)))
-    model_cfg = {**model_cfg, "quick_gelu": quick_gelu}
-    weights = {}
-    if with_weights:
-        model = open_clip.create_model(
-            architecture, pretrained=tag, force_quick_gelu=quick_gelu, cache_dir=hub_kwargs.get("cache_dir")
-        )
-        weights = model.state_dict()
-    names = ("mean", "std", "interpolation", "resize_mode", "fill_color", "mode")
-    preprocess_cfg = {key: pretrained_cfg[key] for key in names if pretrained_cfg.get(key) is not None}
-    return model_cfg, preprocess_cfg, weights
 
 
 __all__ = ["OpenClipVisionModel"]

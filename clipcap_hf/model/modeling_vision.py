@@ -14,15 +14,10 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .checkpoints_open_clip import is_open_clip_name, list_open_clip_names
 from .configuration_clipcap import PROJECTED_TOWERS, clip_embed_dim_of
 from .modeling_conse import ConseVisionModel
-from .modeling_open_clip import (
-    OpenClipVisionModel,
-    clip_vision_obstacle,
-    is_open_clip_name,
-    list_open_clip_names,
-    load_open_clip_config,
-)
+from .modeling_open_clip import OpenClipVisionModel, clip_vision_obstacle, load_open_clip_config
 from .modeling_xclip import XCLIPVideoModel
 
 
@@ -54,12 +49,12 @@ _POPULAR_TOWERS = (
 
 
 def vision_tower_class(model_type: str) -> type:
-    """The class that gives the image embedding; chosen by name, since remote code has classes of its own."""
+    """Return the class that gives the image embedding; by name, since remote code has classes of its own."""
     return _TOWER_CLASSES.get(model_type, AutoModel)
 
 
 def build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
-    """A tower of this configuration with random weights."""
+    """Build a tower of this configuration with random weights."""
     tower_class = vision_tower_class(vision_config.model_type)
     if tower_class is not AutoModel:
         return tower_class(vision_config)
@@ -74,7 +69,7 @@ def build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
-    """The configuration of a tower by name, as [`load_vision_tower`] takes it, without its weights.
+    """Load the configuration of a tower by name, as [`load_vision_tower`] takes it, without its weights.
 
     Raises:
         ValueError: If there is no such tower; the message suggests the nearest names.
@@ -82,7 +77,7 @@ def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
     if is_open_clip_name(name):
         return load_open_clip_config(name, **_hub_kwargs(kwargs))
     try:
-        config = AutoConfig.from_pretrained(name, **kwargs)
+        config = AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         if name in _POPULAR_TOWERS:
             raise ValueError(f"The vision tower {name!r} could not be loaded: {error}") from error
@@ -100,7 +95,7 @@ def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
 def load_vision_tower(
     name: str, dtype: torch.dtype | str | None = None, vision_feature: str = "pooled", **kwargs
 ) -> PreTrainedModel:
-    """A pretrained vision tower.
+    """Load a pretrained vision tower.
 
     Plain ViTs of open_clip become [`~transformers.CLIPVisionModelWithProjection`], which gives the same embeddings and
     makes the captioner loadable without open_clip; its other towers are [`OpenClipVisionModel`].
@@ -116,9 +111,10 @@ def load_vision_tower(
     Raises:
         ValueError: If there is no such tower, or its checkpoint lacks weights, which would be random.
     """
+    kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and whatever is on stdin answers
     vision_config = load_vision_config(name, **kwargs)
     if is_open_clip_name(name):
-        tower = OpenClipVisionModel.from_open_clip(name, dtype=dtype, **kwargs)
+        tower = OpenClipVisionModel.from_open_clip(name, dtype=dtype, **_hub_kwargs(kwargs))
         return tower if clip_vision_obstacle(tower.config) else tower.to_clip_vision_model()
     tower_class = vision_tower_class(vision_config.model_type)
     tower, info = tower_class.from_pretrained(
@@ -151,7 +147,7 @@ def _suggestion(name: str) -> str:
 
 
 def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> int:
-    """Width of what the mapping network reads of a tower, found by a pass of the tower without weights.
+    """Find the width of what the mapping network reads of a tower, by a pass of the tower without weights.
 
     Raises:
         ValueError: If the tower cannot give this feature.
@@ -176,7 +172,7 @@ def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> 
 def embed_pixels(
     tower: PreTrainedModel, pixel_values: torch.Tensor, vision_feature: str = "pooled", **kwargs
 ) -> tuple[torch.Tensor, ModelOutput]:
-    """What the mapping network reads of images or videos.
+    """Embed images or videos, for the mapping network to read.
 
     Args:
         tower ([`~transformers.PreTrainedModel`]): The vision tower.

@@ -370,6 +370,22 @@ def test_tokenizer_that_is_larger_than_the_embedding(donors, tokenizer):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, str(donors / "gpt2"))
 
 
+def test_trust_in_a_captioner_is_none_in_its_donors(donors, start):
+    """Whoever writes a captioner's configuration may name any repository as its donor."""
+    start(None, clip_embed_dim=16).save_pretrained(donors / "light", save_frozen=False)
+    path = donors / "gpt2" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
+    (donors / "gpt2" / "mine.py").write_text(f"open({str(donors / 'was-run')!r}, 'w').close()\nclass Config: pass\n")
+    for kwargs in ({}, {"trust_remote_code": True}):
+        with pytest.raises(OSError, match="code of its own.*Trust in the captioner does not extend to it"):
+            load(donors / "light", **kwargs)
+    assert not (donors / "was-run").exists()
+    with pytest.raises(Exception):  # noqa: B017  (the code is run, and is no configuration)
+        load(donors / "light", trust_donor_code=True)
+    assert (donors / "was-run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mapping_type", "megabytes"), [("mlp", (126, 975)), ("transformer", (167, 1016))])
 def test_sizes_with_vit_b32_and_gpt2(tmp_path, mapping_type, megabytes):

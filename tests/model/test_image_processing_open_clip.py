@@ -108,3 +108,11 @@ def test_transform_of_every_pretrained_model():
         assert preprocess_cfg["size"] == model_cfg["vision_cfg"]["image_size"]
         image_processor = image_processor_from_open_clip({**preprocess_cfg, "size": 32})
         assert torch.equal(our_pixels(image_processor, image), open_clip_pixels(expected, image)), (architecture, tag)
+
+
+@pytest.mark.parametrize("std", [0, 0.0, -1, float("nan"), float("inf"), [0.2, 0, 0.2]])
+def test_standard_deviations_that_give_no_pixels(std):
+    with pytest.raises(ValueError, match="`image_std` must be positive"):
+        image_processor_from_open_clip({"size": 32, "std": std})
+    with pytest.raises(ValueError, match="`image_std` must be positive"):
+        OpenClipImageProcessor(image_std=std if isinstance(std, list) else [std] * 3)

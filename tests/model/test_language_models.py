@@ -1,11 +1,12 @@
 """Captioners on every kind of language model, with the tokenizers that come with them."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor
-from clipcap_hf.model.modeling_text import fuse_gelu
+from clipcap_hf.model.modeling_text import fuse_gelu, load_language_model
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -216,3 +217,43 @@ def test_gelu_is_one_kernel_and_the_same(text_config):
         fuse_gelu(language_model)
         assert not any("NewGELU" in type(module).__name__ for module in language_model.modules())
         torch.testing.assert_close(language_model(ids).logits, before, atol=1e-5, rtol=1e-5)
+
+
+TINY = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("openai-gpt", {**TINY, "n_head": 4}, "no cache of keys and values"),
+        ("mamba", {**TINY, "state_size": 4}, "recurrent state"),
+        ("mamba2", {**TINY, "num_heads": 4, "head_dim": 16, "n_groups": 1}, "recurrent state"),
+        ("falcon_mamba", {**TINY, "state_size": 4}, "recurrent state"),
+        ("rwkv", {**TINY, "attention_hidden_size": 32}, "recurrent state"),
+        ("recurrent_gemma", {**TINY, "num_attention_heads": 4, "lru_width": 32}, "recurrent state"),
+        ("xlnet", {"vocab_size": 290, "d_model": 32, "n_layer": 2, "n_head": 4}, "no cache|no attention mask"),
+    ],
+)
+def test_unfit_language_models_are_refused_before_their_weights_are_read(tmp_path, model_type, settings, reason):
+    # A folder without weights: whoever tries to read them fails with another error.
+    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"A `{model_type}` cannot be a captioner's language model: it .*({reason})"):
+        ClipCapForConditionalGeneration.from_vision_text_pretrained(
+            None, str(tmp_path), clip_embed_dim=16, prefix_length=4
+        )
+    with pytest.raises(ValueError, match=f"A `{model_type}` cannot be a captioner's language model"):
+        load_language_model(str(tmp_path), torch.float32)
+
+
+def test_code_of_a_language_model_is_not_run_unasked(tmp_path, monkeypatch):
+    """transformers asks on standard input, and `yes |` would answer."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+        )
+    )
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\nclass Config: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load_language_model(str(tmp_path), torch.float32)
+    assert not (tmp_path / "was-run").exists()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, add_code
@@ -9,7 +10,7 @@ from hub_client import ROOT, WEIGHTS_HASH, run_client, weights_hash
 from hub_server import TOKEN, HubServer
 from PIL import Image
 from transformers import AutoModelForImageTextToText, pipeline
-from transformers.dynamic_module_utils import get_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 
 # The package cannot be found, wherever it is installed. Declaring operators of torchvision is what the package itself does
@@ -48,6 +49,9 @@ for name in os.environ["CAPTIONERS"].split():
         "auto": processor.batch_decode(ids, skip_special_tokens=True)[0].strip(),
         "pipeline": captioner(image, num_beams=3, return_scores=True),
         "modules": [type(part).__module__ for part in (model, model.config, processor, captioner)],
+        "one namespace": type(model.config) is type(model).config_class
+        and type(captioner.model) is type(model)
+        and type(captioner.processor) is type(processor),
         "weights": weights_hash(model.state_dict()),
     }
 assert not any(name.partition(".")[0] == "clipcap_hf" for name in sys.modules)
@@ -87,7 +91,9 @@ def test_without_the_package(captioners, picture):
         expected = here(image, num_beams=3, return_scores=True)
         for name in (folder, f"tester/{kind}"):
             found = report[name]
-            assert all(module.startswith("transformers_modules.") for module in found["modules"])
+            (module,) = set(found["modules"])
+            assert module.startswith("transformers_modules.") and module.endswith(".captioner")
+            assert found["one namespace"]
             assert found["weights"] == weights
             assert found["auto"] == here(image)[0]["generated_text"]
             assert found["pipeline"][0]["generated_text"] == expected[0]["generated_text"]
@@ -101,6 +107,12 @@ for with_code in (None, True):
     for again in ("once", "twice"):
         captioner.save_pretrained(f"{again}-{with_code}", with_code=with_code)
         captioner = pipeline("image-captioning", model=f"{again}-{with_code}", trust_remote_code=True)
+        assert type(captioner.model.config) is type(captioner.model).config_class
+        for file in ("config.json", "processor_config.json"):
+            with open(f"{again}-{with_code}/{file}") as opened:
+                saved = json.load(opened)
+            named = [*saved["auto_map"].values(), *(info["impl"] for info in saved.get("custom_pipelines", {}).values())]
+            assert named and all(name.startswith("captioner.") for name in named), named
     report[str(with_code)] = captioner(os.environ["IMAGE"])
     report[f"files {with_code}"] = sorted(name for name in os.listdir(f"twice-{with_code}") if name.endswith(".py"))
 AutoModelForImageTextToText.from_pretrained("twice-None", trust_remote_code=True).save_pretrained("model")
@@ -141,7 +153,12 @@ def test_code_is_saved_only_when_asked(tmp_path, make_model, processor):
     config = (tmp_path / "config.json").read_text()
     assert "auto_map" not in config
     files = add_code(tmp_path)
-    assert {"modeling_clipcap.py", "modeling_open_clip.py", "pipeline_clipcap.py"} <= {file.name for file in files}
+    names = {file.name for file in files}
+    assert {"captioner.py", "modeling_clipcap.py", "modeling_open_clip.py", "pipeline_clipcap.py"} <= names
+    # All that lies in the folder travels, and `captioner.py` reaches it all.
+    assert {Path(file).name for file in get_relative_import_files(tmp_path / "captioner.py")} | {
+        "captioner.py"
+    } == names
     assert add_code(tmp_path) == files  # once more changes nothing
 
 
@@ -168,6 +185,40 @@ def test_vision_tower_without_package_is_registered_once(captioners):
     from transformers import CONFIG_MAPPING
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    remote = get_class_from_dynamic_module("configuration_clipcap.ClipCapConfig", str(captioners / "vit"))
+    remote = get_class_from_dynamic_module("captioner.ClipCapConfig", str(captioners / "vit"))
     assert remote is not ClipCapConfig
     assert CONFIG_MAPPING["open_clip_vision_model"] is OpenClipVisionConfig
+
+
+OLD_ENTRIES = """
+import glob
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+folder = os.environ["CAPTIONER"]
+report["caption"] = pipeline("image-captioning", model=folder, trust_remote_code=True)(os.environ["IMAGE"])
+report["config"] = type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__module__.split(".")[-1]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+report["model"] = type(model).__module__.split(".")[-1]
+"""
+
+
+def test_entries_of_earlier_versions_still_load(captioners, picture):
+    """Folders saved before `captioner.py` name four modules and hold code without it."""
+    folder = captioners / "clip"
+    expected = pipeline("image-captioning", model=str(folder))(str(picture))
+    modules = {
+        "ClipCapConfig": "configuration_clipcap",
+        "ClipCapForConditionalGeneration": "modeling_clipcap",
+        "ClipCapProcessor": "processing_clipcap",
+        "ImageCaptioningPipeline": "pipeline_clipcap",
+    }
+    for file in (folder / "config.json", folder / "processor_config.json"):
+        text = file.read_text()
+        for name, module in modules.items():
+            text = text.replace(f"captioner.{name}", f"{module}.{name}")
+        assert "captioner." not in text
+        file.write_text(text)
+    (folder / "captioner.py").unlink()
+    environment = {"CAPTIONER": str(folder), "IMAGE": str(picture)}
+    report = run_client(WITHOUT_PACKAGE + OLD_ENTRIES, captioners / "home", **environment)
+    assert report == {"caption": expected, "config": "configuration_clipcap", "model": "modeling_clipcap"}
+    assert pipeline("image-captioning", model=str(folder))(str(picture)) == expected

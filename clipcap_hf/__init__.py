@@ -17,8 +17,8 @@ from transformers import (  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from .assets import EMOJI_MINI, PHOTO_MINI  # noqa: E402
+from .model.beam_search_clipcap import official_beam_search  # noqa: E402
 from .model.configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
-from .model.generation_clipcap import official_beam_search  # noqa: E402
 from .model.hub_clipcap import add_code  # noqa: E402
 from .model.image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
 from .model.model_card_clipcap import write_model_card  # noqa: E402

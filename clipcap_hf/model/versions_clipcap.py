@@ -1,7 +1,7 @@
 """Everything that differs between the releases of the libraries below us; no other module asks for a version.
 
-Importing it refuses a transformers that this package was not tested with, so `__init__` and the configuration, which is the
-first module that remote code runs, import it before anything of transformers.
+Importing it refuses a transformers that this package was not tested with, so `__init__` and the configuration, which
+is the first module that remote code runs, import it before anything of transformers.
 """
 
 from importlib import metadata
@@ -35,7 +35,7 @@ def keep_weights(module):
 def mark_adapted(language_model, adapted: bool):
     """Tell transformers whether PEFT has put adapters in, so that `save_pretrained` of the language model saves those alone.
 
-    Its public `add_adapter` does so, but that of 5.24 wants PEFT 0.22, which is not out. Without the mark the adapters are
-    saved together with the language model.
+    Its public `add_adapter` does so, but that of 5.24 wants PEFT 0.22, which is not out. Without the mark the adapters
+    are saved together with the language model.
     """
     language_model._hf_peft_config_loaded = adapted

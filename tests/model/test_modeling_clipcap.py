@@ -959,11 +959,11 @@ def test_what_is_no_causal_language_model(tmp_path, clip_config):
     clip = CLIPVisionModelWithProjection(clip_config)
     clip.save_pretrained(tmp_path / "clip")
     start = ClipCapForConditionalGeneration.from_vision_text_pretrained
-    with pytest.raises(ValueError, match="clip is a `clip_vision_model`, which is no causal language model"):
+    with pytest.raises(ValueError, match="clip is a `clip_vision_model`, which is not a causal language model"):
         start(clip, tmp_path / "clip")
     with pytest.raises(TypeError, match="`text` must be the name or folder of a model"):
         start(clip, None)
-    with pytest.raises(OSError, match="no language model 'no/such' to be had"):
+    with pytest.raises(OSError, match="Could not load the language model 'no/such'"):
         start(clip, "no/such")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     bert = BertConfig(vocab_size=290, **sizes)

@@ -157,9 +157,7 @@ def test_inputs_embeds_where_the_placeholder_has_an_embedding(embedded_placehold
     outputs = model(inputs_embeds=inputs_embeds, clip_embeds=embeds[:2])
     assert torch.equal(outputs.logits, expected.logits)
     captions = model.generate(input_ids, clip_embeds=embeds[:2], eos_token_id=None, max_new_tokens=6)
-    embedded = model.generate(
-        inputs_embeds=inputs_embeds, clip_embeds=embeds[:2], eos_token_id=None, max_new_tokens=6
-    )
+    embedded = model.generate(inputs_embeds=inputs_embeds, clip_embeds=embeds[:2], eos_token_id=None, max_new_tokens=6)
     assert torch.equal(embedded, captions[:, PREFIX + 2 :])
     with pytest.raises(ValueError, match="hold 0 image placeholders"):
         model(inputs_embeds=torch.randn(2, 6, 32), clip_embeds=embeds[:2])

@@ -216,7 +216,7 @@ class ClipCapConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
     }
-    keys_to_ignore_at_inference = [CACHE, "image_hidden_states"]
+    keys_to_ignore_at_inference = [CACHE, "image_hidden_states", "image_outputs"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

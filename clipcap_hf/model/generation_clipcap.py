@@ -89,7 +89,7 @@ class GeneratesCaptions:
         for name, own, other in (
             ("prefix_length", self.config.prefix_length, config.prefix_length),
             ("image_token_id", self.config.image_token_id, config.image_token_id),
-            ("hidden_size", self._hidden_size(), assistant._hidden_size()),
+            ("hidden_size", *(model.text_config.get_text_config().hidden_size for model in (self.config, config))),
         ):
             if own != other:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The ClipCap network (Mokady et al. 2021), in the order of the data:
+"""The ClipCap network (Mokady et al. 2021), in the order of the data.
 
 1. features: the vision tower embeds each image (`get_clip_embeds`), unless embeddings are given;
 2. mapping: the mapping network turns an embedding into a prefix of `prefix_length` vectors (`get_image_features`);
@@ -31,7 +31,7 @@ from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork
 from .modeling_text import fuse_gelu
 from .modeling_vision import build_vision_tower, embed_pixels
 from .pretrained_clipcap import LoadsAndSaves
-from .versions_clipcap import CACHE
+from .versions_clipcap import CACHE, one_cache
 
 
 @dataclass
@@ -47,9 +47,12 @@ class ClipCapCausalLMOutputWithPast(CausalLMOutputWithPast):
         hidden_states (`tuple(torch.Tensor)`, *optional*): Of the language model, `(batch, sequence, hidden)` each.
         attentions (`tuple(torch.Tensor)`, *optional*): Of the language model.
         image_hidden_states (`torch.Tensor` of shape `(batch, prefix_length, hidden)`, *optional*): The prefix.
+        image_outputs ([`~transformers.modeling_outputs.BaseModelOutputWithPooling`], *optional*): All that
+            `get_image_features` returns.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class ClipCapPreTrainedModel(PreTrainedModel):
@@ -309,8 +312,8 @@ class ClipCapForConditionalGeneration(
         Raises:
             TypeError: If neither this model nor its language model has such an argument.
         """
-        if cache is not None and past_key_values is not None:
-            raise ValueError("`past_key_values` is the older name of `cache`: pass one of them.")
+        cache = one_cache(cache, past_key_values)
+        shift_labels = kwargs.pop("shift_labels", None)  # labels that the trainer has shifted, for parallel sequences
         self._check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -340,17 +343,19 @@ class ClipCapForConditionalGeneration(
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
-            **{CACHE: cache if cache is not None else past_key_values},
+            **{CACHE: cache},
             **kwargs,
         )
 
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             if isinstance(logits_to_keep, torch.Tensor):
                 labels = labels[:, logits_to_keep]
             elif logits_to_keep:
                 labels = labels[:, -logits_to_keep:]
+            if shift_labels is not None:
+                kwargs["shift_labels"] = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             vocab_size = self.config.text_config.get_text_config().vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
@@ -360,6 +365,7 @@ class ClipCapForConditionalGeneration(
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),  # language models without attention have none
             image_hidden_states=prefix,
+            image_outputs=image_outputs,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
@@ -388,9 +394,6 @@ class ClipCapForConditionalGeneration(
             )
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == embeddings(token)).all(-1)
-
-    def _hidden_size(self) -> int:
-        return self.config.text_config.get_text_config().hidden_size
 
     def _check_placeholders(self, placeholders: torch.Tensor, prefix: torch.Tensor):
         if torch.compiler.is_compiling():

@@ -64,7 +64,7 @@ def one_row_per_image(
 
 
 def _read_prompts(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> Any:
-    """The model's outputs for whole prompts; their images are in the cache then and leave the inputs."""
+    """Run the model on whole prompts; their images are in the cache then and leave the inputs."""
     model_inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     outputs = model(**model_inputs, return_dict=True)
     for name in ("mm_encoder_outputs", "pixel_values", "clip_embeds", "inputs_embeds"):

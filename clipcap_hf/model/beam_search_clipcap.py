@@ -1,4 +1,4 @@
-"""Beam searches that read each prompt once: the rule of the official ClipCap code, and that of transformers, made faster.
+"""Two beam searches that read each prompt once: the official ClipCap rule, and that of transformers, made faster.
 
 Both have one shape: the loop of `beam_loop_clipcap.py` runs the language model, and a class of beams keeps the
 captions so far and decides, step by step, which of them go on.
@@ -28,8 +28,7 @@ def official_beam_search(
     **model_kwargs: Any,
 ) -> torch.LongTensor | GenerateBeamDecoderOnlyOutput:
     r"""
-    Search as the official ClipCap code does (`generate_beam` in its `predict.py`), for
-    `generate(custom_generate=...)`.
+    Search as `generate_beam` of the official ClipCap code does, for `generate(custom_generate=...)`.
 
     A caption's score is its mean log-probability per token, the stop token included. A stopped caption keeps its slot
     among the `num_beams`, so fewer are extended; it is lost when extended ones score better; and the search ends when
@@ -64,7 +63,8 @@ def official_beam_search(
     ...     clip_embeds=clip_embeds, custom_generate=official_beam_search, num_beams=5, num_return_sequences=5
     ... )  # doctest: +SKIP
 
-    ```"""
+    ```
+    """
     _check_settings(model, generation_config, model_kwargs)
     input_ids, model_kwargs = one_row_per_image(model, input_ids, generation_config.num_beams, model_kwargs)
     beams = _OfficialBeams.start(input_ids, generation_config, stopping_criteria, logits_processor)
@@ -109,7 +109,7 @@ def fast_beam_search(
 
 
 class CannotSearchFast(Exception):
-    """[`fast_beam_search`] does not cover the settings that `generate()` has worked out: search as transformers does."""
+    """[`fast_beam_search`] does not cover the settings that `generate()` has worked out."""
 
 
 # -- the official rule
@@ -179,7 +179,7 @@ class _OfficialBeams:
         return row_of_slot[parent_slots.flatten()[self.live_slots]]
 
     def _best_tokens(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
-        """The log-probabilities and ids of the `num_beams` best next tokens of each row, (rows, num_beams) both."""
+        """Find the `num_beams` best next tokens of each row: log-probabilities and ids, (rows, num_beams) both."""
         num_beams = self.stopped.shape[1]
         if len(self.logits_processor) == 0:
             return _top_log_probs(logits, num_beams)
@@ -275,7 +275,7 @@ class _FastBeams:
         return rows.flatten()
 
     def _candidates(self, logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
-        """The best continuations of each image's beams, their sums of log-probabilities and the beams they continue."""
+        """Find each image's best continuations: sequences, sums of log-probabilities, and the beams they continue."""
         log_probs, tokens = _top_log_probs(logits, self.num_candidates)
         totals = (self.running_scores.unsqueeze(-1) + log_probs.unflatten(0, self.running.shape[:2])).flatten(1)
         totals, chosen = totals.topk(self.num_candidates)
@@ -341,20 +341,20 @@ def _num_candidates(generation_config: GenerationConfig) -> int:
 
 
 def stop_tokens(generation_config: GenerationConfig) -> list[int]:
-    """The ids in `eos_token_id`, which may be a number, a list, a tensor or `None`."""
+    """List the ids in `eos_token_id`, which may be a number, a list, a tensor or `None`."""
     ends = generation_config.eos_token_id
     return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
 def padding_token(generation_config: GenerationConfig) -> int | None:
-    """The id that follows a stopped caption: the first stop token where no padding token is set."""
+    """Tell the id that follows a stopped caption: the first stop token if no padding token is set."""
     if generation_config.pad_token_id is not None:
         return int(generation_config.pad_token_id)
     return next(iter(stop_tokens(generation_config)), None)
 
 
 def _top_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.LongTensor]:
-    """The `k` best tokens of each row and their log-probabilities, (rows, k) both; the logits are overwritten."""
+    """Find the log-probabilities and ids of each row's `k` best tokens, (rows, k) both; overwrites the logits."""
     best, tokens = logits.topk(k)
     largest = best[:, :1]
     logsumexp = logits.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)

@@ -128,7 +128,8 @@ class OpenClipVisionConfig(PreTrainedConfig):
     >>> OpenClipVisionModel(config).config.image_size
     32
 
-    ```"""
+    ```
+    """
 
     model_type = "open_clip_vision_model"
     base_config_key = "vision_config"
@@ -162,8 +163,9 @@ class OpenClipVisionConfig(PreTrainedConfig):
 @strict
 class ClipCapConfig(PreTrainedConfig):
     r"""
-    Configure a [`ClipCapForConditionalGeneration`]: a vision tower, a mapping network and a language model (Mokady et
-    al. 2021, "ClipCap: CLIP Prefix for Image Captioning", arXiv 2111.09734).
+    Configure a [`ClipCapForConditionalGeneration`]: a vision tower, a mapping network and a language model.
+
+    The model is described in Mokady et al. 2021, "ClipCap: CLIP Prefix for Image Captioning", arXiv 2111.09734.
 
     Args:
         vision_config (`dict` or [`PreTrainedConfig`], *optional*): The vision tower. With `None` the captioner takes
@@ -209,7 +211,8 @@ class ClipCapConfig(PreTrainedConfig):
     >>> config.clip_embed_dim, config.clip_length, config.image_token_id
     (512, 10, 50257)
 
-    ```"""
+    ```
+    """
 
     model_type = "clipcap"
     sub_configs_defaults = {
@@ -253,8 +256,8 @@ class ClipCapConfig(PreTrainedConfig):
         # The language model's head is tied by the language model's own rules; this class ties nothing.
         if self.vision_feature == "patches" and self.mapping_type != "transformer":
             raise ValueError(
-                f'`vision_feature="patches"` needs `mapping_type="transformer"`: a {self.mapping_type!r} mapping reads '
-                "one embedding, not several tokens."
+                f'`vision_feature="patches"` needs `mapping_type="transformer"`: a {self.mapping_type!r} mapping '
+                "reads one embedding, not several tokens."
             )
         if self.vision_feature == "patches" and getattr(self.vision_config, "model_type", "") == "xclip_vision_model":
             raise ValueError('X-CLIP\'s video encoder gives no patch tokens: use `vision_feature="pooled"`.')
@@ -305,28 +308,29 @@ class ClipCapConfig(PreTrainedConfig):
             raise ValueError(f"A `{text_config.model_type}` is not a causal language model: it has no vocabulary.")
         if text_config.model_type in UNSUITED_LANGUAGE_MODELS:
             raise ValueError(
-                f"A `{text_config.model_type}` cannot write captions here: captioners need a language model that reads "
-                "embeddings and keeps a cache of keys and values, as GPT-2, OPT, Llama and Qwen do. Choose another one."
+                f"A `{text_config.model_type}` cannot write captions here: captioners need a language model that "
+                "reads embeddings and keeps a cache of keys and values, as GPT-2, OPT, Llama and Qwen do. Choose "
+                "another one."
             )
         # Encoders such as BERT see the words that they must predict, unless they are set up as decoders.
         is_encoder = text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if is_encoder and getattr(text_config, "is_decoder", True) is False:
             raise ValueError(
-                f"A `{text_config.model_type}` is an encoder, which sees the words that it must predict: choose a causal "
-                "language model, or load it with `is_decoder=True` and pass the model itself."
+                f"A `{text_config.model_type}` is an encoder, which sees the words that it must predict: choose a "
+                "causal language model, or load it with `is_decoder=True` and pass the model itself."
             )
         context = context_length(text_config)
         if context is not None and context <= self.prefix_length:
             raise ValueError(
-                f"`prefix_length` is {self.prefix_length}, but the language model's context is {context} and must also hold "
-                "the caption: choose a shorter prefix."
+                f"`prefix_length` is {self.prefix_length}, but the language model's context is {context} and must "
+                "also hold the caption: choose a shorter prefix."
             )
         embedding_width = getattr(text_config, "word_embed_proj_dim", None)
         if embedding_width not in (None, text_config.hidden_size):
             raise ValueError(
-                f"The embeddings of this `{text_config.model_type}` (`word_embed_proj_dim` {embedding_width}) are not as "
-                f"wide as its layers (`hidden_size` {text_config.hidden_size}), which the mapping networks need: choose "
-                "another one."
+                f"The embeddings of this `{text_config.model_type}` (`word_embed_proj_dim` {embedding_width}) are not "
+                f"as wide as its layers (`hidden_size` {text_config.hidden_size}), which the mapping networks need: "
+                "choose another one."
             )
         if self.mapping_type == "transformer" and text_config.hidden_size % self.mapping_num_heads:
             raise ValueError(

@@ -62,14 +62,14 @@ class GeneratesCaptions:
         for name, off in _LOOKS_TOKENS_UP.items():
             if setting(self, name, generation_config, kwargs) not in (None, off):
                 raise ValueError(
-                    f"`{name}` looks the prompt's tokens up in the vocabulary, which has no placeholders for images: leave "
-                    "it out."
+                    f"`{name}` looks the prompt's tokens up in the vocabulary, which has no placeholders for images: "
+                    "leave it out."
                 )
         if setting(self, "prompt_lookup_num_tokens", generation_config, kwargs):
             if _would_propose_placeholders(kwargs, self.config.image_token_id):
                 raise ValueError(
-                    "`prompt_lookup_num_tokens` looks the prompt's tokens up and would propose placeholders: put the image "
-                    "first and a text after it, or leave it out."
+                    "`prompt_lookup_num_tokens` looks the prompt's tokens up and would propose placeholders: put the "
+                    "image first and a text after it, or leave it out."
                 )
         if not READS_IN_CHUNKS and setting(self, "prefill_chunk_size", generation_config, kwargs) is not None:
             raise ValueError(
@@ -79,12 +79,12 @@ class GeneratesCaptions:
             self._check_assistant(assistant)
 
     def _check_assistant(self, assistant: PreTrainedModel):
-        """An assistant is given this model's prefix, so it must be a captioner with a prefix of the same shape."""
+        """Refuse assistants that cannot take this model's prefix: they must be captioners with one of its shape."""
         config = assistant.config
         if config.model_type != self.config.model_type:
             raise ValueError(
-                f"`assistant_model` is a `{config.model_type}`, which cannot read the placeholders of an image: pass a "
-                "captioner. To put such a language model into one, use `from_vision_text_pretrained`."
+                f"`assistant_model` is a `{config.model_type}`, which cannot read the placeholders of an image: pass "
+                "a captioner. To put such a language model into one, use `from_vision_text_pretrained`."
             )
         for name, own, other in (
             ("prefix_length", self.config.prefix_length, config.prefix_length),
@@ -93,8 +93,8 @@ class GeneratesCaptions:
         ):
             if own != other:
                 raise ValueError(
-                    f"`assistant_model` must have the prefix of the captioner that it helps, but its `{name}` is {other} "
-                    f"and not {own}: pass another one."
+                    f"`assistant_model` must have the prefix of the captioner that it helps, but its `{name}` is "
+                    f"{other} and not {own}: pass another one."
                 )
 
     def _check_images(self, kwargs: dict[str, Any]):
@@ -152,8 +152,8 @@ class GeneratesCaptions:
         if max_length is not None and _given("max_new_tokens", generation_config, kwargs) is None:
             if max_length <= input_length:
                 raise ValueError(
-                    f"`max_length` is {max_length}, but prefix and prompt are {input_length} tokens long already: raise "
-                    "it, or use `max_new_tokens`."
+                    f"`max_length` is {max_length}, but prefix and prompt are {input_length} tokens long already: "
+                    "raise it, or use `max_new_tokens`."
                 )
             kwargs["max_new_tokens"] = max_length - input_length
             kwargs.pop("max_length", None)
@@ -167,12 +167,12 @@ class GeneratesCaptions:
         max_new_tokens = setting(self, "max_new_tokens", generation_config, kwargs)
         if max_new_tokens is not None and input_length + max_new_tokens > context:
             raise ValueError(
-                f"`max_new_tokens` is {max_new_tokens}, but after {input_length} tokens of prefix and prompt the language "
-                f"model's context of {context} leaves room for {context - input_length}."
+                f"`max_new_tokens` is {max_new_tokens}, but after {input_length} tokens of prefix and prompt the "
+                f"language model's context of {context} leaves room for {context - input_length}."
             )
 
     def _start_unguided_captions(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]):
-        """Guidance compares with a caption without the image; transformers would start it from the last placeholder."""
+        """Start the caption without the image, which guidance compares with; a placeholder is no start for it."""
         input_ids = kwargs.get("input_ids")
         scale = setting(self, "guidance_scale", generation_config, kwargs)
         if scale in (None, 1) or input_ids is None or kwargs.get("negative_prompt_ids") is not None:
@@ -186,8 +186,8 @@ class GeneratesCaptions:
             start = ends[0] if isinstance(ends, (list, tuple)) else ends
         if start is None:
             raise ValueError(
-                "`guidance_scale` compares with a caption without the image, and the language model has no token to begin "
-                "one with: pass `negative_prompt_ids`, or `bos_token_id`."
+                "`guidance_scale` compares with a caption without the image, and the language model has no token to "
+                "begin one with: pass `negative_prompt_ids`, or `bos_token_id`."
             )
         copies = [setting(self, name, generation_config, kwargs) for name in ("num_beams", "num_return_sequences")]
         start_ids = last.masked_fill(placeholders, int(start))
@@ -223,7 +223,7 @@ class GeneratesCaptions:
 
 
 def setting(model: PreTrainedModel, name: str, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
-    """What `generate()` will take for a setting: its argument, that of the config given to it, or the model's own."""
+    """Tell what `generate()` will use for a setting: its argument, the given configuration's, or the model's own."""
     given = _given(name, generation_config, kwargs)
     return getattr(model.generation_config, name, None) if given is None else given
 
@@ -290,7 +290,7 @@ def mean_log_probs(
 
 
 def _one_name_each(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the arguments with `input_ids` for `inputs`, and this release's name for either name of the cache."""
+    """Copy the arguments, with `input_ids` for `inputs` and this release's name for either name of the cache."""
     kwargs = dict(kwargs)
     if inputs is not None:
         if kwargs.get("input_ids") is not None:
@@ -303,7 +303,7 @@ def _one_name_each(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[
 
 
 def _end_prompts_at_labels(kwargs: dict[str, Any], image_token_id: int, pad_token_id: int | None):
-    """Cut the captions off a training batch, whose `labels` tell where they begin, and pad what is left on the left."""
+    """Cut the captions off a training batch, where its `labels` begin, and pad the prompts on the left."""
     labels, input_ids = kwargs.pop("labels", None), kwargs.get("input_ids")
     if labels is None or input_ids is None or labels.shape != input_ids.shape:
         return

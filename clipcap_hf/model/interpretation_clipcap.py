@@ -39,17 +39,16 @@ class InterpretsPrefix:
         tokenizer=None,
     ) -> PrefixInterpretation:
         r"""
-        Read the prefix as words: the tokens whose embeddings are nearest to each prefix vector (figure 6 of the
-        paper).
+        Read the prefix as words: the tokens nearest to each prefix vector (figure 6 of the paper).
 
         The words are easiest to read if the language model was trained, too; with a frozen one they are hard to read.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`, *optional*): Preprocessed images.
             clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Their embeddings, instead of
-            pixels.
+                pixels.
             prefix (`torch.Tensor` of shape `(batch, prefix_length, hidden)`, *optional*): Their prefix, instead of
-            both.
+                both.
             k (`int`): Number of tokens per vector.
             tokenizer (*optional*): The tokenizer or the processor, to get the tokens as text.
 
@@ -65,7 +64,7 @@ class InterpretsPrefix:
 def nearest_tokens(
     prefix: torch.Tensor, embedding: torch.Tensor, k: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PrefixInterpretation:
-    """Find the rows of `embedding` (vocabulary, hidden) nearest to each vector of `prefix` (batch, prefix_length, hidden)."""
+    """Find the rows of `embedding` (vocabulary, hidden) nearest to `prefix` (batch, prefix_length, hidden)."""
     if not 1 <= k <= len(embedding):
         raise ValueError(f"`k` must be between 1 and {len(embedding)}, the size of the vocabulary, got {k}.")
     # Rows that no token uses may be zero; their cosine is then 0.

@@ -32,21 +32,21 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
         raise ValueError("`lora` trains the adapters only: leave `bias` out.")
     if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(
-            f"`init_lora_weights` = {lora['init_lora_weights']!r} changes the language model's own weights, which `lora` must "
-            "not: leave it out."
+            f"`init_lora_weights` = {lora['init_lora_weights']!r} changes the language model's own weights, which "
+            "`lora` must not: leave it out."
         )
     before = set(language_model.modules())
     try:
         inject_adapter_in_model(LoraConfig(**lora), language_model)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`lora` does not suit a `{language_model.config.model_type}`: {error} It holds arguments of peft.LoraConfig."
+            f"`lora` does not suit a `{language_model.config.model_type}`: {error} Pass arguments of peft.LoraConfig."
         ) from error
     ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
     if language_model.config.tie_word_embeddings and any(hasattr(end, "lora_A") for end in ends):
         raise ValueError(
-            "`lora` adapts the embeddings or the head, which share their weights in this language model and would no longer "
-            "do so: leave both out of `target_modules`."
+            "`lora` adapts the embeddings or the head, which share their weights in this language model and would no "
+            "longer do so: leave both out of `target_modules`."
         )
     for module in set(language_model.modules()) - before:
         keep_weights(module)  # the model's own rules would draw the second matrix, which starts as zeros

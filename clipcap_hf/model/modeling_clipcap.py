@@ -6,7 +6,8 @@
 4. language model: it reads prefix and tokens and predicts each next token;
 5. loss: cross entropy of the caption's tokens; placeholders have none.
 
-Loading and saving are in `pretrained_clipcap.py`, `generate()` is in `generation_clipcap.py`.
+Loading and saving are in `pretrained_clipcap.py`, `generate()` in `generation_clipcap.py`, freezing in
+`freezing_clipcap.py`.
 """
 
 import inspect
@@ -23,9 +24,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_clipcap import ClipCapConfig
+from .freezing_clipcap import FreezesParts
 from .generation_clipcap import GeneratesCaptions
 from .interpretation_clipcap import InterpretsPrefix
-from .lora_clipcap import MergesLora, add_lora, freeze_beside_lora
+from .lora_clipcap import MergesLora, add_lora
 from .model_card_clipcap import PushesModelCard
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork, pool_patches
 from .modeling_text import fuse_gelu
@@ -86,14 +88,17 @@ class ClipCapForConditionalGeneration(
     PushesModelCard,
     LoadsAndSaves,
     GeneratesCaptions,
+    FreezesParts,
     InterpretsPrefix,
     MergesLora,
     ClipCapPreTrainedModel,
     GenerationMixin,
 ):
     r"""
-    Caption images by a CLIP prefix (Mokady et al. 2021): a vision tower embeds the image, the mapping network turns
-    the embedding into a prefix of `prefix_length` vectors, and a language model writes the caption.
+    Caption images by a CLIP prefix (Mokady et al. 2021).
+
+    A vision tower embeds the image, the mapping network turns the embedding into a prefix of `prefix_length` vectors,
+    and a language model writes the caption.
 
     In `input_ids`, `prefix_length` placeholders `config.image_token_id` stand for the prefix. [`ClipCapProcessor`]
     writes them, so that `generate()` works as for a text model.
@@ -116,7 +121,8 @@ class ClipCapForConditionalGeneration(
     >>> captions.shape[0]
     2
 
-    ```"""
+    ```
+    """
 
     def __init__(
         self,
@@ -145,38 +151,6 @@ class ClipCapForConditionalGeneration(
         # FSDP and device maps look these classes up in this very model: MLP mappings have no layers, for example.
         here = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in here}
-
-    def _freeze(self):
-        if self.config.freeze_vision and self.vision_tower is not None:
-            self.vision_tower.requires_grad_(False)
-        if self.config.lora is not None:
-            freeze_beside_lora(self.language_model)
-        elif self.config.freeze_language_model:
-            self.language_model.requires_grad_(False)
-            # A frozen language model works without dropout. `eval()` would do the same, but it would silently switch
-            # gradient checkpointing off, too.
-            for module in self.language_model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-                for name, value in vars(module).items():
-                    if "drop" in name and isinstance(value, float):  # also OPT's `layerdrop`
-                        setattr(module, name, 0.0)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if self.config.freeze_vision and self.vision_tower is not None:
-            self.vision_tower.eval()  # the running statistics of ResNet towers would drift
-        return self
-
-    def parameter_counts(self) -> dict[str, tuple[int, int]]:
-        """Count `(trainable, all)` parameters of each part and in `"total"`; tied weights count once."""
-        parts = {name: list(part.parameters()) for name, part in self.named_children()}
-        counts = {
-            name: (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
-            for name, parameters in parts.items()
-        }
-        trainable, everything = zip(*counts.values())
-        return {**counts, "total": (sum(trainable), sum(everything))}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -246,14 +220,10 @@ class ClipCapForConditionalGeneration(
     def _check_clip_embeds(self, clip_embeds: torch.Tensor):
         patches = self.config.vision_feature == "patches"
         if clip_embeds.ndim != 2 + patches or clip_embeds.shape[-1] != self.config.clip_embed_dim:
-            shape = (
-                f"(batch, patches, {self.config.clip_embed_dim})"
-                if patches
-                else f"(batch, {self.config.clip_embed_dim})"
-            )
+            shape = f"(batch, {'patches, ' * patches}{self.config.clip_embed_dim})"
             raise ValueError(
-                f"`clip_embeds` must have the shape {shape} that this model's mapping network takes (`vision_feature` is "
-                f"{self.config.vision_feature!r}), got {tuple(clip_embeds.shape)}. Do they come from another CLIP?"
+                f"`clip_embeds` must have the shape {shape} that this model's mapping network takes (`vision_feature` "
+                f"is {self.config.vision_feature!r}), got {tuple(clip_embeds.shape)}. Do they come from another CLIP?"
             )
 
     def _map(self, clip_embeds: torch.Tensor) -> torch.Tensor:
@@ -349,10 +319,8 @@ class ClipCapForConditionalGeneration(
 
         loss = None
         if labels is not None:
-            if isinstance(logits_to_keep, torch.Tensor):
-                labels = labels[:, logits_to_keep]
-            elif logits_to_keep:
-                labels = labels[:, -logits_to_keep:]
+            kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
+            labels = labels[:, kept]
             if shift_labels is not None:
                 kwargs["shift_labels"] = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
@@ -376,8 +344,8 @@ class ClipCapForConditionalGeneration(
         known = {*inspect.signature(self.language_model.forward).parameters, *TransformersKwargs.__optional_keys__}
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in known]:
             raise TypeError(
-                f"Neither the captioner nor its language model, a `{self.config.text_config.model_type}`, has the argument "
-                f"`{unknown[0]}`: leave it out."
+                f"Neither the captioner nor its language model, a `{self.config.text_config.model_type}`, has the "
+                f"argument `{unknown[0]}`: leave it out."
             )
 
     def get_placeholder_mask(
@@ -402,10 +370,10 @@ class ClipCapForConditionalGeneration(
         # Counting waits for the device, but a scatter of the wrong size would be silent.
         if (found := int(placeholders.sum())) != expected:
             raise ValueError(
-                f"`input_ids` hold {found} image placeholders (id {self.config.image_token_id}), but {prefix.shape[0]} "
-                f"images with a prefix of {prefix.shape[1]} vectors need {expected}. ClipCapProcessor writes them: are its "
-                f"`prefix_length` ({self.config.prefix_length}) and `image_token_id` ({self.config.image_token_id}) the "
-                "model's?"
+                f"`input_ids` hold {found} image placeholders (id {self.config.image_token_id}), but "
+                f"{prefix.shape[0]} images with a prefix of {prefix.shape[1]} vectors need {expected}. "
+                f"ClipCapProcessor writes them: are its `prefix_length` ({self.config.prefix_length}) and "
+                f"`image_token_id` ({self.config.image_token_id}) the model's?"
             )
 
 

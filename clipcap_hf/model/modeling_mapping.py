@@ -13,7 +13,7 @@ from .configuration_clipcap import ClipCapConfig
 
 
 class ClipCapMLPMappingNetwork(nn.Module):
-    """Section 3.2 of the paper: embedding -> tanh (half the prefix's size) -> prefix (batch, prefix_length, hidden)."""
+    """Section 3.2 of the paper: two layers with tanh between; the prefix is (batch, prefix_length, hidden)."""
 
     def __init__(self, config: ClipCapConfig):
         super().__init__()
@@ -43,7 +43,7 @@ class ClipCapLinearMappingNetwork(nn.Module):
 def eager_attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, scaling: float, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend by plain matrix products, for `attn_implementation="eager"`; all shapes (batch, heads, tokens, head_dim)."""
+    """Attend by plain matrix products, (batch, heads, tokens, head_dim), for `attn_implementation="eager"`."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 

@@ -91,8 +91,8 @@ class LoadsAndSaves:
             )
         if problems:
             raise ValueError(
-                f"The weights of {name} do not fit its configuration: {' and '.join(problems)}. Does config.json belong "
-                f"to these weights (mapping_type is {model.config.mapping_type!r}, prefix_length "
+                f"The weights of {name} do not fit its configuration: {' and '.join(problems)}. Does config.json "
+                f"belong to these weights (mapping_type is {model.config.mapping_type!r}, prefix_length "
                 f"{model.config.prefix_length})?"
             )
         return model, info
@@ -154,7 +154,8 @@ class LoadsAndSaves:
         ...     "openai/clip-vit-base-patch32", "openai-community/gpt2", mapping_type="mlp"
         ... )  # doctest: +SKIP
 
-        ```"""
+        ```
+        """
         _check_fields(config_kwargs)
         tower = _Part.of("vision_tower", vision, vision_kwargs)
         language_model = _Part.of("language_model", text, text_kwargs)
@@ -227,7 +228,7 @@ class _Part:
 
 
 def _check_fit(tower: _Part, language_model: _Part, config_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the configuration, with the embedding width of the tower, if the parts fit each other."""
+    """Check that the parts fit each other, and add the tower's embedding width to the configuration's fields."""
     config_kwargs = dict(config_kwargs)
     if tower.config is not None and config_kwargs.get("clip_embed_dim") is None:
         feature = config_kwargs.get("vision_feature", "pooled")
@@ -265,7 +266,7 @@ def _load_text_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_generation_config(name: str | os.PathLike, kwargs: dict[str, Any]):
-    """Refuse a `generation_config.json` that cannot be read, in place of which transformers would take its defaults."""
+    """Refuse a `generation_config.json` that cannot be read; transformers would silently use its defaults."""
     if kwargs.get("generation_config") is not None:
         return
     hub_arguments = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
@@ -297,6 +298,6 @@ def _check_finite_weights(model: PreTrainedModel, name: str | os.PathLike):
     ]
     if bad:
         raise ValueError(
-            f"The weights of {name} are damaged: {len(bad)} of them hold NaN or infinity, for example {bad[0]}. Copy or "
-            "download them again; if a training run made them, it diverged."
+            f"The weights of {name} are damaged: {len(bad)} of them hold NaN or infinity, for example {bad[0]}. Copy "
+            "or download them again; if a training run made them, it diverged."
         )

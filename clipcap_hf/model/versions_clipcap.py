@@ -47,7 +47,7 @@ def keep_weights(module):
 
 
 def mark_adapted(language_model, adapted: bool):
-    """Tell transformers whether PEFT has added adapters, so that the language model's `save_pretrained` saves only them.
+    """Tell transformers whether PEFT has added adapters; then the language model's `save_pretrained` saves only them.
 
     Its public `add_adapter` does so, too, but in 5.24 it needs PEFT 0.22, which is not released. Without the mark, the
     adapters are saved together with the language model.

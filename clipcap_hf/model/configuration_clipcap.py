@@ -18,21 +18,18 @@ _IS_REMOTE_CODE = __name__.startswith("transformers_modules.")
 PROJECTED_TOWERS = ("clip_vision_model", "metaclip_2_vision_model")
 
 
-# Language models that captioners cannot use: they read no embeddings (cpmant), or keep no cache of keys and values
-# that beams and batches can share.
-UNSUITED_LANGUAGE_MODELS = (
-    "cpmant",
-    "falcon_mamba",
-    "mamba",
-    "mamba2",
-    "openai-gpt",
-    "recurrent_gemma",
-    "reformer",
-    "rwkv",
-    "xlm",
-    "xlnet",
-    "xlstm",
-)
+_NO_EMBEDDINGS = "takes no embeddings (`inputs_embeds`), and the prefix is made of them"
+_NO_CACHE = "has no cache of keys and values, which decoding needs"
+_RECURRENT = "carries a recurrent state instead of keys and values, which beam search and padding need"
+# Language models that captioners cannot use, and why.
+UNSUITED_LANGUAGE_MODELS = {
+    "cpmant": _NO_EMBEDDINGS,
+    "openai-gpt": _NO_CACHE,
+    "reformer": _NO_CACHE,
+    "xlm": _NO_CACHE,
+    "xlnet": _NO_CACHE,
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm"), _RECURRENT),
+}
 
 # Sizes beyond those of any model. A larger one is a mistake or a damaged file, and memory would be taken for it.
 _LARGEST = {
@@ -306,11 +303,10 @@ class ClipCapConfig(PreTrainedConfig):
         text_config = self.text_config.get_text_config()
         if not hasattr(text_config, "vocab_size"):
             raise ValueError(f"A `{text_config.model_type}` is not a causal language model: it has no vocabulary.")
-        if text_config.model_type in UNSUITED_LANGUAGE_MODELS:
+        if (lacks := UNSUITED_LANGUAGE_MODELS.get(text_config.model_type)) is not None:
             raise ValueError(
-                f"A `{text_config.model_type}` cannot write captions here: captioners need a language model that "
-                "reads embeddings and keeps a cache of keys and values, as GPT-2, OPT, Llama and Qwen do. Choose "
-                "another one."
+                f"A `{text_config.model_type}` cannot be a captioner's language model: it {lacks}. Choose another, "
+                "such as GPT-2, Llama, Qwen or OPT."
             )
         # Encoders such as BERT see the words that they must predict, unless they are set up as decoders.
         is_encoder = text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -254,7 +254,8 @@ def _check_fields(config_kwargs: dict):
 
 def _load_text_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(donor_folder(name), **kwargs)
+        # Unless told otherwise, transformers asks on standard input whether to run a repository's code.
+        config = AutoConfig.from_pretrained(donor_folder(name), **{"trust_remote_code": False, **kwargs})
     except OSError as error:
         raise OSError(f"Could not load the language model {name!r}: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:

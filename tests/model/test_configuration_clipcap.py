@@ -166,7 +166,7 @@ def test_context_length(text_config, length):
 @pytest.mark.parametrize("model_type", UNSUITED_LANGUAGE_MODELS)
 def test_language_models_that_cannot_write_captions(tmp_path, model_type):
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # and no weights: they are not asked for
-    with pytest.raises(ValueError, match=f"A `{model_type}` (cannot write captions here|is an encoder)"):
+    with pytest.raises(ValueError, match=f"A `{model_type}` cannot be a captioner's language model: it "):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, str(tmp_path))
 
 
@@ -183,7 +183,7 @@ def test_every_other_language_model_reads_embeddings_and_has_a_cache():
         if "inputs_embeds" not in parameters or CACHE not in parameters:
             unsuited.add(config_class.model_type)
     assistants = {name for name in unsuited if name.endswith("_assistant")}  # read the cache of another model
-    assert unsuited - assistants <= set(UNSUITED_LANGUAGE_MODELS)
+    assert unsuited - assistants <= UNSUITED_LANGUAGE_MODELS.keys()
 
 
 @pytest.mark.parametrize(

@@ -226,3 +226,14 @@ def test_what_is_no_causal_language_model(tmp_path, clip_config):
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]])
     logits = model.language_model(ids).logits
     torch.testing.assert_close(logits[0, :3], logits[1, :3])
+
+
+def test_code_of_a_language_model_is_not_run_unasked(tmp_path, monkeypatch):
+    # transformers asks on standard input, and `yes |` would answer.
+    classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": classes}))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\nclass Config: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        ClipCapForConditionalGeneration.from_vision_text_pretrained(None, str(tmp_path))
+    assert not (tmp_path / "was-run").exists()

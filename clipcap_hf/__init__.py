@@ -17,12 +17,16 @@ from transformers import (  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from .assets import EMOJI_MINI, PHOTO_MINI  # noqa: E402
+from .model.beam_search_clipcap import official_beam_search  # noqa: E402
 from .model.configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
-from .model.generation_clipcap import official_beam_search  # noqa: E402
 from .model.hub_clipcap import add_code  # noqa: E402
 from .model.image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
 from .model.model_card_clipcap import write_model_card  # noqa: E402
-from .model.modeling_clipcap import ClipCapForConditionalGeneration  # noqa: E402
+from .model.modeling_clipcap import (  # noqa: E402
+    ClipCapCausalLMOutputWithPast,
+    ClipCapForConditionalGeneration,
+    ClipCapPreTrainedModel,
+)
 from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
 from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
@@ -60,8 +64,10 @@ def __getattr__(name: str):
 __all__ = [
     "EMOJI_MINI",
     "CaptioningCollator",
+    "ClipCapCausalLMOutputWithPast",
     "ClipCapConfig",
     "ClipCapForConditionalGeneration",
+    "ClipCapPreTrainedModel",
     "ClipCapProcessor",
     "ClipCapTrainer",
     "ImageCaptioningPipeline",

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
 from .extras import install_hint
-from .model.configuration_clipcap import ClipCapConfig
+from .model.configuration_clipcap import ClipCapConfig, context_length
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.processing_clipcap import ClipCapProcessor
 from .model.versions_clipcap import CACHE
@@ -227,7 +227,7 @@ class OnnxCaptioner:
         if missing := [name for name in (ENCODER, DECODER) if not (folder / name).is_file()]:
             raise ValueError(f"{folder} has no {' and no '.join(missing)}: write it with `clipcap export onnx`.")
         self.config = ClipCapConfig.from_pretrained(folder)
-        self.context = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        self.context = context_length(self.config.text_config)
         self.generation_config = GenerationConfig.from_pretrained(folder)
         self.processor = ClipCapProcessor.from_pretrained(folder)
         self.encoder, self.decoder = (

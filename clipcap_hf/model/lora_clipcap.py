@@ -1,4 +1,4 @@
-"""LoRA adapters on the language model (Hu et al. 2021, arXiv 2106.09685), by way of PEFT."""
+"""LoRA adapters on the language model (Hu et al. 2021, arXiv 2106.09685), made by PEFT."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from .versions_clipcap import keep_weights, mark_adapted
 
 
 def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
-    """Put new LoRA adapters, which change nothing yet, on a language model and freeze all the rest of it.
+    """Add new LoRA adapters, which change nothing yet, to a language model and freeze its own weights.
 
     Args:
         language_model ([`~transformers.PreTrainedModel`]): The language model.
@@ -27,29 +27,29 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
         raise ImportError("This captioner has LoRA adapters (`config.lora`): `pip install peft`.") from error
     for name in ("modules_to_save", "trainable_token_indices"):
         if lora.get(name):
-            raise ValueError(f"`lora` trains nothing but the adapters: leave `{name}` out.")
+            raise ValueError(f"`lora` trains the adapters only: leave `{name}` out.")
     if lora.get("bias", "none") != "none":
-        raise ValueError("`lora` trains nothing but the adapters: leave `bias` out.")
+        raise ValueError("`lora` trains the adapters only: leave `bias` out.")
     if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(
-            f"`lora` must leave the language model's own weights as they are, which `init_lora_weights` = "
-            f"{lora['init_lora_weights']!r} does not: leave it out."
+            f"`init_lora_weights` = {lora['init_lora_weights']!r} changes the language model's own weights, which "
+            "`lora` must not: leave it out."
         )
     before = set(language_model.modules())
     try:
         inject_adapter_in_model(LoraConfig(**lora), language_model)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`lora` does not suit a `{language_model.config.model_type}`: {error} It holds arguments of peft.LoraConfig."
+            f"`lora` does not suit a `{language_model.config.model_type}`: {error} Pass arguments of peft.LoraConfig."
         ) from error
     ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
     if language_model.config.tie_word_embeddings and any(hasattr(end, "lora_A") for end in ends):
         raise ValueError(
-            "`lora` adapts the embeddings or the head, which share their weights in this language model, and would part "
-            "them: leave both out of `target_modules`."
+            "`lora` adapts the embeddings or the head, which share their weights in this language model and would no "
+            "longer do so: leave both out of `target_modules`."
         )
     for module in set(language_model.modules()) - before:
-        keep_weights(module)  # the model's own rules would draw the second matrix, which begins with zeros
+        keep_weights(module)  # the model's own rules would draw the second matrix, which starts as zeros
     mark_adapted(language_model, True)
     freeze_beside_lora(language_model)
 
@@ -57,7 +57,7 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]):
 def save_lora(language_model: PreTrainedModel, folder: str | os.PathLike):
     """Save the adapters alone, in PEFT's format, for `peft.PeftModel.from_pretrained`.
 
-    `language_model.save_pretrained(folder)` does the same, but from transformers 5.24 on it wants PEFT 0.22.
+    `language_model.save_pretrained(folder)` does the same, but from transformers 5.24 on it needs PEFT 0.22.
     """
     try:  # as in `merge_lora`
         from peft import get_peft_model_state_dict
@@ -72,14 +72,29 @@ def save_lora(language_model: PreTrainedModel, folder: str | os.PathLike):
 
 
 def freeze_beside_lora(language_model: PreTrainedModel):
-    """Let nothing but the adapters be trained."""
+    """Train the adapters only."""
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 
 
+class MergesLora:
+    """Adds `merge_lora` to a captioner."""
+
+    def merge_lora(self):
+        """Merge the LoRA adapters into the language model's weights; captions stay the same, up to rounding.
+
+        The language model then differs from the one that was loaded, so checkpoints hold it.
+        """
+        if self.config.lora is None:
+            raise ValueError("This captioner has no LoRA adapters (`config.lora` is None).")
+        merge_lora(self.language_model)
+        self.config.lora = None
+        (self.config.donors or {}).pop("language_model", None)
+
+
 def merge_lora(language_model: PreTrainedModel):
-    """Add the adapters to the weights that they adapt, and take them out."""
-    try:  # outside of it, the import would be required of everybody who loads this as remote code
+    """Merge the adapters into the weights that they adapt, and remove them."""
+    try:  # outside of `try`, everybody who loads this as remote code would need PEFT
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ImportError("This captioner has LoRA adapters: `pip install peft`.") from error

@@ -1,17 +1,19 @@
-"""The mapping networks: a CLIP embedding in, the prefix out (sections 3.2 and 3.3 of the paper)."""
+"""The mapping networks: they turn a CLIP embedding into the prefix (sections 3.2 and 3.3 of the paper)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_clipcap import ClipCapConfig
 
 
 class ClipCapMLPMappingNetwork(nn.Module):
-    """Section 3.2 of the paper: embedding -> tanh(half the prefix) -> prefix (batch, prefix_length, hidden)."""
+    """Section 3.2 of the paper: two layers with tanh between; the prefix is (batch, prefix_length, hidden)."""
 
     def __init__(self, config: ClipCapConfig):
         super().__init__()
@@ -26,7 +28,7 @@ class ClipCapMLPMappingNetwork(nn.Module):
 
 
 class ClipCapLinearMappingNetwork(nn.Module):
-    """One linear layer, as the official `predict.py` has for prefixes of more than 10 vectors."""
+    """One linear layer, which the official `predict.py` uses for prefixes of more than 10 vectors."""
 
     def __init__(self, config: ClipCapConfig):
         super().__init__()
@@ -38,12 +40,24 @@ class ClipCapLinearMappingNetwork(nn.Module):
         return self.linear(clip_embeds).unflatten(-1, (self.prefix_length, -1))
 
 
+def eager_attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, scaling: float, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend by plain matrix products, (batch, heads, tokens, head_dim), for `attn_implementation="eager"`."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
 class ClipCapMappingAttention(nn.Module):
     """Self-attention over all tokens; only the output projection has a bias."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    is_causal = False
+
+    def __init__(self, config: ClipCapConfig):
         super().__init__()
-        self.num_heads = num_heads
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.config = config
+        self.head_dim = hidden_size // config.mapping_num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -51,11 +65,14 @@ class ClipCapMappingAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, _ = attend(self, query, key, value, None, scaling=self.head_dim**-0.5)
+        return self.out_proj(attended.flatten(-2))
 
 
 class ClipCapMappingLayer(GradientCheckpointingLayer):
@@ -66,7 +83,7 @@ class ClipCapMappingLayer(GradientCheckpointingLayer):
         hidden_size = config.text_config.get_text_config().hidden_size
         intermediate_size = int(hidden_size * config.mapping_mlp_ratio)
         self.layer_norm1 = nn.LayerNorm(hidden_size, eps=config.mapping_layer_norm_eps)
-        self.self_attn = ClipCapMappingAttention(hidden_size, config.mapping_num_heads)
+        self.self_attn = ClipCapMappingAttention(config)
         self.layer_norm2 = nn.LayerNorm(hidden_size, eps=config.mapping_layer_norm_eps)
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
@@ -80,8 +97,8 @@ def pool_patches(patches: torch.Tensor, clip_length: int) -> torch.Tensor:
     """Average patch tokens (batch, patches, dim), row by row over the image, to `clip_length` tokens.
 
     Where both numbers are squares, the square grid of patches is cut into a square grid of cells (adaptive average
-    pooling); otherwise the sequence is cut into runs. No more patches than `clip_length` stay as they are, so pooling
-    what is pooled changes nothing.
+    pooling); otherwise the sequence is cut into runs. Up to `clip_length` patches are returned unchanged, so pooling
+    twice changes nothing.
     """
     if patches.shape[1] <= clip_length:
         return patches
@@ -95,9 +112,12 @@ def pool_patches(patches: torch.Tensor, clip_length: int) -> torch.Tensor:
 
 
 class ClipCapTransformerMappingNetwork(nn.Module):
-    """Section 3.3 of the paper: the embedding becomes `clip_length` tokens, `prefix_length` learned constants join them,
-    and what the transformer makes of the constants is the prefix (batch, prefix_length, hidden). With
-    `vision_feature="patches"` the tokens are patches, at most `clip_length`, projected one by one."""
+    """Section 3.3 of the paper: a transformer reads the embedding as tokens, and learned constants become the prefix.
+
+    The embedding becomes `clip_length` tokens, followed by `prefix_length` learned constants. The outputs at the
+    constants are the prefix (batch, prefix_length, hidden). With `vision_feature="patches"` the tokens are patches, at
+    most `clip_length`, each projected on its own.
+    """
 
     def __init__(self, config: ClipCapConfig):
         super().__init__()

@@ -5,28 +5,28 @@ import torch
 from clipcap_hf import EMOJI_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import embed_images
 from clipcap_hf.data import load_emoji
-from clipcap_hf.model import generation_clipcap
+from clipcap_hf.model import beam_search_clipcap
 
 
 @pytest.fixture
 def searched(monkeypatch):
     """Counts the searches of our own."""
     calls = []
-    fast = generation_clipcap.fast_beam_search
+    fast = beam_search_clipcap.fast_beam_search
 
     def count(*args, **kwargs):
         found = fast(*args, **kwargs)
         calls.append(1)
         return found
 
-    monkeypatch.setattr("clipcap_hf.model.modeling_clipcap.fast_beam_search", count)
+    monkeypatch.setattr("clipcap_hf.model.generation_clipcap.fast_beam_search", count)
     return calls
 
 
 def both(model, monkeypatch, **kwargs):
     fast = model.generate(**kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr("clipcap_hf.model.modeling_clipcap.may_search_fast", lambda *_: False)
+        patch.setattr("clipcap_hf.model.generation_clipcap.may_search_fast", lambda *_: False)
         stock = model.generate(**kwargs)
     return fast, stock
 
@@ -89,7 +89,7 @@ def test_leaves_the_rest_to_transformers(make_model, monkeypatch, searched, sett
     torch.manual_seed(1)  # some of them sample
     found = model.generate(pixel_values=torch.randn(2, 3, 32, 32), **kwargs)
     assert not searched
-    monkeypatch.setattr("clipcap_hf.model.modeling_clipcap.may_search_fast", lambda *_: False)
+    monkeypatch.setattr("clipcap_hf.model.generation_clipcap.may_search_fast", lambda *_: False)
     torch.manual_seed(1)
     stock = model.generate(pixel_values=torch.randn(2, 3, 32, 32), **kwargs)
     assert torch.equal(getattr(found, "sequences", found), getattr(stock, "sequences", stock))
@@ -98,6 +98,6 @@ def test_leaves_the_rest_to_transformers(make_model, monkeypatch, searched, sett
 def test_official_beam_search_from_pixels(make_model):
     model = make_model()
     pixels = torch.randn(3, 3, 32, 32)
-    settings = {"custom_generate": generation_clipcap.official_beam_search, "num_beams": 3, "max_new_tokens": 6}
+    settings = {"custom_generate": beam_search_clipcap.official_beam_search, "num_beams": 3, "max_new_tokens": 6}
     from_embeds = model.generate(clip_embeds=model.get_clip_embeds(pixels), **settings)
     assert torch.equal(model.generate(pixel_values=pixels, **settings), from_embeds)

@@ -1,8 +1,21 @@
+import inspect
 import json
 
 import pytest
-from clipcap_hf import ClipCapConfig, OpenClipVisionConfig
-from transformers import AutoConfig, CLIPVisionConfig, GPT2Config, SiglipVisionConfig
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, OpenClipVisionConfig
+from clipcap_hf.model.configuration_clipcap import UNSUITED_LANGUAGE_MODELS, context_length
+from clipcap_hf.model.versions_clipcap import CACHE
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    BloomConfig,
+    CLIPVisionConfig,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    SiglipVisionConfig,
+    XLNetConfig,
+)
 
 
 def test_defaults_are_gpt2_without_a_tower():
@@ -131,3 +144,59 @@ def test_open_clip_config_never_downloads_timm_weights():
     given = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": True}
     assert OpenClipVisionConfig(vision_cfg=given).vision_cfg["timm_model_pretrained"] is False
     assert given["timm_model_pretrained"] is True  # the caller's dictionary is left alone
+
+
+@pytest.mark.parametrize(
+    ("text_config", "length"),
+    [
+        (GPT2Config(n_positions=64), 64),
+        (LlamaConfig(max_position_embeddings=96), 96),
+        (MptConfig(max_seq_len=48), 48),
+        (BloomConfig(), None),
+        (XLNetConfig(), None),  # says -1
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_context_length(text_config, length):
+    assert context_length(text_config) == length
+    if length is None and text_config.model_type not in UNSUITED_LANGUAGE_MODELS:
+        ClipCapConfig(text_config=text_config, prefix_length=2000)
+
+
+@pytest.mark.parametrize("model_type", UNSUITED_LANGUAGE_MODELS)
+def test_language_models_that_cannot_write_captions(tmp_path, model_type):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # and no weights: they are not asked for
+    with pytest.raises(ValueError, match=f"A `{model_type}` cannot be a captioner's language model: it "):
+        ClipCapForConditionalGeneration.from_vision_text_pretrained(None, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_every_other_language_model_reads_embeddings_and_has_a_cache():
+    unsuited = set()
+    for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        try:
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        except (ImportError, AttributeError):
+            continue  # needs another package
+        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        parameters = inspect.signature(model_class.forward).parameters
+        if "inputs_embeds" not in parameters or CACHE not in parameters:
+            unsuited.add(config_class.model_type)
+    assistants = {name for name in unsuited if name.endswith("_assistant")}  # read the cache of another model
+    assert unsuited - assistants <= UNSUITED_LANGUAGE_MODELS.keys()
+
+
+@pytest.mark.parametrize(
+    "vision_cfg",
+    [
+        {"image_size": 200_000},
+        {"image_size": [224, 10**6]},
+        {"width": "wide"},
+        {"layers": [1, 10**9]},
+        {"layers": 2.5},
+    ],
+    ids=str,
+)
+def test_open_clip_sizes_that_no_tower_has(vision_cfg):
+    with pytest.raises(ValueError, match=f"`{next(iter(vision_cfg))}` of the open_clip tower must be a whole number"):
+        OpenClipVisionConfig(vision_cfg=vision_cfg)

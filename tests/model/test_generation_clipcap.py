@@ -1,7 +1,7 @@
 import pytest
 import torch
 from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration
-from clipcap_hf.model.generation_clipcap import official_beam_search
+from clipcap_hf.model.beam_search_clipcap import official_beam_search
 from transformers import GPT2Config, LogitsProcessor, LogitsProcessorList
 
 
@@ -145,7 +145,7 @@ def test_two_images_in_a_prompt(model, embeds):
         alone = model.generate(input_ids=input_ids[:1], clip_embeds=pair, **SETTINGS).sequences
         assert torch.equal(together.sequences[4 * row : 4 * row + 4, : alone.shape[1]], alone)
     input_ids[0, :PREFIX] = 70
-    with pytest.raises(ValueError, match="as many images in each prompt"):
+    with pytest.raises(ValueError, match="the same number of images in each prompt"):
         model.generate(input_ids=input_ids, clip_embeds=embeds[:5], **SETTINGS)
 
 

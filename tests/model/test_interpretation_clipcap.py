@@ -53,7 +53,7 @@ def test_rows_that_no_token_uses(make_model):
 
 @pytest.mark.parametrize("k", [0, 291])
 def test_impossible_k(make_model, k):
-    with pytest.raises(ValueError, match="`k` must be from 1 to the 290 tokens"):
+    with pytest.raises(ValueError, match="`k` must be between 1 and 290, the size of the vocabulary"):
         make_model(None).interpret_prefix(clip_embeds=torch.randn(1, 16), k=k)
 
 

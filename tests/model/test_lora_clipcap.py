@@ -201,7 +201,7 @@ def test_adapters_alone_by_our_own_call(folder, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "leave `modules_to_save` out"),
         ({"trainable_token_indices": [1]}, "leave `trainable_token_indices` out"),
         ({"bias": "all"}, "leave `bias` out"),
-        ({"init_lora_weights": "pissa"}, "own weights as they are.*'pissa'"),
+        ({"init_lora_weights": "pissa"}, "'pissa' changes the language model's own weights"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "share their weights.*leave both out"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration
 from clipcap_hf.convert import convert_official_checkpoint
-from clipcap_hf.model.generation_clipcap import official_beam_search
+from clipcap_hf.model.beam_search_clipcap import official_beam_search
 from safetensors.torch import load_file
 from transformers import GPT2Config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration
-from clipcap_hf.model import generation_clipcap
+from clipcap_hf.model import beam_search_clipcap
 from clipcap_hf.model.versions_clipcap import CACHE
 from hub_client import ROOT
 from PIL import Image, ImageDraw
@@ -94,7 +94,7 @@ def test_other_releases_are_refused_in_a_line(tmp_path, release):
 INSIDE = ["_prefill", "_update_model_kwargs_for_generation"]
 
 
-@pytest.mark.parametrize("search", [None, generation_clipcap.official_beam_search])
+@pytest.mark.parametrize("search", [None, beam_search_clipcap.official_beam_search])
 def test_beams_need_no_private_method(make_model, monkeypatch, search):
     model, pixels = make_model(), torch.randn(2, 3, 32, 32)
     settings = {"pixel_values": pixels, "num_beams": 3, "custom_generate": search}
@@ -108,7 +108,7 @@ def test_beams_of_transformers_without_the_fast_ones(make_model, monkeypatch):
     """A `generate` that hands its searches something else: captions come from the stock search."""
     model, pixels = make_model(), torch.randn(2, 3, 32, 32)
     expected = model.generate(pixel_values=pixels, num_beams=3)
-    monkeypatch.setattr(generation_clipcap, "DynamicCache", type("Renamed", (), {}))
+    monkeypatch.setattr(beam_search_clipcap, "DynamicCache", type("Renamed", (), {}))
     assert torch.equal(model.generate(pixel_values=pixels, num_beams=3), expected)
 
 

@@ -107,21 +107,12 @@ class CaptionerSuite(common.ModelTesterMixin, common.GenerationTesterMixin):
         tables.start()
         self.addCleanup(tables.stop)
 
-    def test_inputs_embeds(self):
-        # Embeddings cannot say where the images go: they are for text, or for a prefix that is already among them.
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        del inputs["pixel_values"]
-        with mock.patch.object(
-            self.model_tester, "prepare_config_and_inputs_for_common", lambda: (config, dict(inputs))
-        ):
-            super().test_inputs_embeds()
-
     @unittest.skip("A captioner has no base model below its head: its language model is a whole one.")
     def test_model_base_model_prefix(self):
         pass
 
     @unittest.skip(
-        "Loads a checkpoint without weights, which is an error here; test_modeling_clipcap.py has that case."
+        "Loads a checkpoint without weights, which is an error here; test_pretrained_clipcap.py has that case."
     )
     def test_model_weights_reload_no_missing_tied_weights(self):
         pass

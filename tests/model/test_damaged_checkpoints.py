@@ -1,0 +1,116 @@
+"""Checkpoints that would load and caption, but are damaged: each is refused by name."""
+
+import json
+
+import pytest
+import torch
+from clipcap_hf import ClipCapForConditionalGeneration
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(folder):
+    return ClipCapForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "key", ["mapping_network.fc1.bias", "language_model.transformer.h.1.mlp.c_fc.weight", "vision_tower."]
+)
+def test_weights_that_are_not_numbers(model_folder, key, value):
+    def damage(weights):
+        name = next(name for name in weights if name.startswith(key) and weights[name].is_floating_point())
+        weights[name].view(-1)[3] = value
+
+    change_weights(model_folder, damage)
+    with pytest.raises(ValueError, match=rf"{model_folder} are damaged: 1 of them hold NaN or infinity.*{key}"):
+        load(model_folder)
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        AutoModelForImageTextToText.from_pretrained(model_folder)
+
+
+def test_large_half_precision_weights_are_sound(model_folder):
+    # A sum over them would overflow.
+    change_weights(model_folder, lambda weights: weights.update({k: v.half() for k, v in weights.items()}))
+    change_weights(model_folder, lambda weights: weights["mapping_network.fc2.weight"].fill_(60000))
+    assert load(model_folder).mapping_network.fc2.weight.max() == 60000
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "language_model.transformer.h.2.ln_1.weight",
+        "mapping_network.layers.0.fc1.weight",
+        "language_model.transformer.h.0.attn.c_attn.lora_A.default.weight",
+        "optimizer",
+    ],
+)
+def test_weights_without_a_place(model_folder, key):
+    change_weights(model_folder, lambda weights: weights.update({key: torch.zeros(3)}))
+    with pytest.raises(
+        ValueError, match=f"{model_folder} do not fit.*1 have no place in the model, for example {key}"
+    ):
+        load(model_folder)
+
+
+def test_fewer_layers_in_the_configuration_than_in_the_weights(model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    config["text_config"]["n_layer"] = 1
+    (model_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"have no place in the model, for example language_model.transformer.h.1\."):
+        load(model_folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"max_new_tokens": ', b"\xff\xfe\x00", b"[1]", b"null", b'{"max_new_tokens": -5}'],
+    ids=["empty", "cut", "cut later", "bytes", "list", "null", "negative"],
+)
+def test_generation_settings_that_cannot_be_read(model_folder, content):
+    path = model_folder / "generation_config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} cannot be read as generation settings.*fix it, or delete it"):
+        load(model_folder)
+    path.unlink()
+    assert load(model_folder).generation_config.max_new_tokens is None  # transformers derives settings
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("text_config", {"vocab_size": 10**12}, "`vocab_size` of the language model.*got 1000000000000"),
+        ("text_config", {"n_embd": 10**9}, "`hidden_size` of the language model"),
+        ("text_config", {"n_layer": 10**9}, "`num_hidden_layers` of the language model"),
+        ("text_config", {"n_positions": 10**12}, "`max_position_embeddings` of the language model"),
+        ("vision_config", {"image_size": 200_000}, "`image_size` of the vision tower.*got 200000"),
+        ("vision_config", {"hidden_size": -8}, "`hidden_size` of the vision tower"),
+        ("vision_config", {"num_hidden_layers": 10**7}, "`num_hidden_layers` of the vision tower"),
+        (None, {"prefix_length": 10**9}, "`prefix_length` of the captioner"),
+        (None, {"clip_length": 10**9}, "`clip_length` of the captioner"),
+        (None, {"mapping_mlp_ratio": 1e12}, "`mapping_mlp_ratio` must be above 0 and at most 1000"),
+        (None, {"image_token_id": -3}, "`image_token_id` must be a token id, got -3"),
+        (None, {"image_token_id": "fifty"}, "image_token_id"),
+        (None, {"prefix_length": "ten"}, "prefix_length"),
+        (None, {"prefix_length": 4.5}, "prefix_length"),
+        (None, {"freeze_vision": "yes"}, "freeze_vision"),
+        (None, {"lora": 8}, "lora"),
+        (None, {"text_config": 5}, "text_config"),
+        (None, {"vision_config": [1]}, "vision_config"),
+        ("text_config", {"n_layer": "two"}, "n_layer|num_hidden_layers"),
+        ("vision_config", {"image_size": "big"}, "image_size"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_sizes_and_types_that_no_model_has(model_folder, part, changes, message):
+    config = json.loads((model_folder / "config.json").read_text())
+    (config if part is None else config[part]).update(changes)
+    (model_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        load(model_folder)

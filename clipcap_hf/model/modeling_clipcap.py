@@ -312,6 +312,7 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prefix_index: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple | ClipCapCausalLMOutputWithPast:
@@ -330,6 +331,9 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
             logits_to_keep (`int` or `torch.Tensor`): Compute logits only for the last so many positions, or for these.
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}`, in place of both pixels
                 and embeddings.
+            prefix_index (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which vector of the images' prefixes,
+                counted over all images, stands at each placeholder, row by row. By default each stands once, in order.
+                Rows that hold several captions of an image repeat some.
             past_key_values ([`~transformers.Cache`], *optional*): The older name of `cache`.
             kwargs: Further arguments of the language model and of the loss.
 
@@ -351,12 +355,13 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         if inputs_embeds is None:
             # The placeholder's id may lie outside the language model's vocabulary.
             placeholders = input_ids == self.config.image_token_id
-            if image_outputs is not None:
+            if image_outputs is not None and prefix_index is None:
                 self._check_placeholders(placeholders, image_outputs.pooler_output)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
             if image_outputs is not None:
                 prefix = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-                inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), prefix)
+                vectors = prefix if prefix_index is None else prefix.flatten(0, 1)[prefix_index]
+                inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), vectors)
         elif image_outputs is not None:
             raise ValueError("Images need `input_ids` with placeholders; `inputs_embeds` cannot say where they go.")
 

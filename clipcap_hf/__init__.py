@@ -45,14 +45,15 @@ PIPELINE_REGISTRY.register_pipeline(
     "image-captioning", pipeline_class=ImageCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
 )
 
-_LAZY = ("CaptioningCollator", "ClipCapTrainer")  # transformers' Trainer takes seconds to import
+# transformers' Trainer takes seconds to import.
+_LAZY = {"CaptioningCollator": "training.collator", "ClipCapTrainer": "training.trainer"}
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        from .training import trainer
+        from importlib import import_module
 
-        return getattr(trainer, name)
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

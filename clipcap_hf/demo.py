@@ -4,7 +4,6 @@ import itertools
 import json
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,7 +16,9 @@ from .metrics import score_captions
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.processing_clipcap import ClipCapProcessor
 from .pictures import draw_captions
-from .training.trainer import CaptioningCollator, ClipCapTrainer
+from .training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images
+from .training.collator import CaptioningCollator
+from .training.trainer import ClipCapTrainer
 
 
 PREFIX_LENGTH = 4
@@ -246,13 +247,11 @@ def score_beside_baselines(captions, embeds, references, train_embeds, train_cap
         train_captions (`list[list[str]]`): Of each training image, its name first.
         language (`str`): `"en"` is scored in words, `"ja"` in characters.
     """
-    names = [captions[0] for captions in train_captions]
-    nearest = (embeds @ train_embeds.T).argmax(1).tolist()
-    most_common = Counter(names).most_common(1)[0][0]
+    nearest, _ = nearest_images(embeds, train_embeds)
     systems = {
         "captioner": captions,
-        "nearest training image": [names[index] for index in nearest],
-        "most common caption": [most_common] * len(references),
+        NEAREST: [train_captions[index][0] for index in nearest.tolist()],
+        MOST_COMMON: [most_common_caption(train_captions)] * len(references),
     }
     tokenizer = "characters" if language == "ja" else "python"
     scores = {}

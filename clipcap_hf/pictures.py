@@ -1,4 +1,4 @@
-"""Pictures of what a captioner says and of how it was trained."""
+"""Pictures: images with their captions, and the curve of a training run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .assets import FONT
+from .files import whole_file
 
 
 def draw_captions(
@@ -20,12 +21,12 @@ def draw_captions(
     """Draw a grid of images, evenly spread over each split, with caption (green where right) and reference below each.
 
     Args:
-        path (`str` or `Path`): Of the picture.
+        path (`str` or `Path`): The PNG file to write.
         data (`Mapping`): The rows of each split, with `image` and `captions`.
-        captions (`Mapping[str, list[str]]`): What the captioner says of each row.
-        titles (`Mapping[str, str]`, *optional*): Of the splits.
-        per_split (`int`): Images of each split.
-        columns (`int`): Images in a row.
+        captions (`Mapping[str, list[str]]`): The captioner's caption of each row.
+        titles (`Mapping[str, str]`, *optional*): Titles of the splits.
+        per_split (`int`): Images to draw of each split.
+        columns (`int`): Images in a row of the grid.
     """
     cell_width, cell_height, size, margin = 270, 206, 128, 10
     picked = {split: _evenly(len(texts), per_split) for split, texts in captions.items()}
@@ -33,7 +34,7 @@ def draw_captions(
     title_height = 34
     grid = Image.new("RGB", (columns * cell_width, rows * cell_height + len(captions) * title_height), "white")
     draw = ImageDraw.Draw(grid)
-    # The basic layout draws whatever an untrained captioner may write; the other one refuses some of it.
+    # The basic layout draws whatever an untrained captioner may write; the other one refuses some texts.
     font, title_font = (
         ImageFont.truetype(str(FONT), points, layout_engine=ImageFont.Layout.BASIC) for points in (13, 18)
     )
@@ -52,7 +53,8 @@ def draw_captions(
                 text = _fit(text, font, cell_width - margin)
                 draw.text((x + cell_width / 2, y + size + 10 + 24 * line), text, fill=colour, font=font, anchor="ma")
         top += -(-len(picked[split]) // columns) * cell_height
-    grid.save(path)
+    with whole_file(path) as scratch:
+        grid.save(scratch, format="PNG")
 
 
 def _evenly(length: int, limit: int) -> list[int]:
@@ -72,12 +74,12 @@ def draw_curve(path: str | Path, log_history: list[dict], metric: str = "cider")
     """Draw the losses and a metric over the steps of training.
 
     Args:
-        path (`str` or `Path`): Of the picture.
+        path (`str` or `Path`): The PNG file to write.
         log_history (`list[dict]`): `trainer.state.log_history`.
         metric (`str`): What evaluation logged as `eval_METRIC`.
 
     Returns:
-        `bool`: Whether it was drawn; without matplotlib it is not.
+        `bool`: Whether the curve was drawn: it needs matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -97,5 +99,6 @@ def draw_curve(path: str | Path, log_history: list[dict], metric: str = "cider")
         handles, labels = handles + scores.lines, [*labels, metric]
     if handles:
         losses.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
     return True

@@ -1,10 +1,10 @@
 """Train a captioner: `clipcap train` as a script to copy and change.
 
 python examples/train_captioning.py --data emoji --model emoji-mini --output_dir emoji-captioner \
-    --learning_rate 2e-4 --warmup_steps 0.1 --num_train_epochs 1
+    --num_train_epochs 1
 
-goes on with the embedded captioner on the embedded data. Your own: `--vision openai/clip-vit-base-patch32 --text
-openai-community/gpt2 --data my-images`; `--help` and examples/README.md tell the rest.
+trains the embedded captioner further on the embedded data. For your own: `--vision openai/clip-vit-base-patch32 --text
+openai-community/gpt2 --data my-images`. See `--help` and examples/README.md for the rest.
 """
 
 import sys

@@ -1,76 +1,148 @@
-"""What a training run takes: the captioner, the data and the recipe, for `HfArgumentParser`."""
+"""The options of a training run, for `HfArgumentParser`: the captioner, the data and the recipe, all checked here."""
 
+import json
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import Seq2SeqTrainingArguments
+
+from ..extras import install_hint
 
 
 # A switch without a default of its own can be given without a value, as other switches can.
 _SWITCH = {"nargs": "?", "const": True}
 
+# What a run uses where the user sets nothing. `fit` is adjusted to the captioner and the data, see recipe.py.
+RECIPES: dict[str, dict[str, float]] = {
+    "fit": {
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-4,
+        "warmup_steps": 0.1,
+        "max_grad_norm": 1.0,
+        "logging_steps": 0.02,
+    },
+    "paper": {
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 40,
+        "learning_rate": 2e-5,
+        "warmup_steps": 5000,
+        "max_grad_norm": 0.0,
+        "logging_steps": 0.02,
+    },
+}
+
+METRICS = ("loss", "cider", "bleu_4", "rouge_l", "words")
+
+
+def check_range(
+    values: Any, name: str, low: float, high: float = math.inf, above: bool = False, hint: str = ""
+) -> None:
+    """Refuse a number that is not within its range; None, which is no number, passes.
+
+    Args:
+        values: The object that has the field.
+        name (`str`): Name of the field.
+        low (`float`): The smallest value, or with `above` the value that is already too small.
+        high (`float`): The largest value.
+        above (`bool`): Whether the value must be above `low`.
+        hint (`str`): What to do instead.
+    """
+    value = getattr(values, name)
+    if value is None:
+        return
+    if not math.isfinite(value) or value < low or value > high or (above and value == low):
+        wanted = f"above {low:g}" if above else f"at least {low:g}"
+        wanted += "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"`{name}` must be {wanted}, but is {value}{': ' + hint if hint else '.'}")
+
 
 @dataclass
 class ModelArguments:
-    """The captioner: one to go on from (`model`), or a new one on a vision tower and a language model."""
+    """The captioner: an existing one to train further (`model`), or a new one from a vision tower and a language model."""
 
     model: str | None = field(
-        default=None, metadata={"help": "A captioner to train further: a folder, a Hub id or emoji-mini."}
+        default=None,
+        metadata={
+            "help": "Captioner to train further: a folder, a Hub id, emoji-mini or photo-mini (default: emoji-mini, unless "
+            "vision or text is given)."
+        },
     )
     vision: str | None = field(
         default=None,
         metadata={
             "help": "Vision tower of a new captioner: a Hub id or folder of transformers, an open_clip checkpoint "
-            "(ViT-B-32/openai, hf-hub:ORG/REPO) or a captioner, whose tower is taken. None: embeddings alone."
+            "(ViT-B-32/openai, hf-hub:ORG/REPO), or a captioner, whose tower is used. Leave out to train on embeddings."
         },
     )
     text: str | None = field(
         default=None, metadata={"help": "Language model of a new captioner: a Hub id or a folder of a causal LM."}
     )
     vision_feature: Literal["pooled", "patches"] = field(
-        default="pooled", metadata={"help": "What is read of the tower; patches needs mapping_type transformer."}
+        default="pooled", metadata={"help": "What the tower gives: one embedding, or patches (for transformer)."}
     )
     mapping_type: Literal["mlp", "transformer", "linear"] = field(
         default="mlp", metadata={"help": "Mapping network: the paper's MLP or transformer, or one linear layer."}
     )
     prefix_length: int | None = field(
-        default=None, metadata={"help": "Prefix vectors. As in the paper by default: 10 for mlp, 40 for transformer."}
+        default=None, metadata={"help": "Number of prefix vectors (default: 10 for mlp, 40 for transformer)."}
     )
     clip_length: int | None = field(
-        default=None, metadata={"help": "Tokens that the transformer mapping makes of an embedding (prefix_length)."}
+        default=None, metadata={"help": "Tokens that the transformer makes of an embedding (default: prefix_length)."}
     )
     clip_embed_dim: int | None = field(
         default=None, metadata={"help": "Width of the embeddings, where there is no vision tower."}
     )
     normalize_clip_embeds: bool | None = field(
-        default=None, metadata={"help": "Divide embeddings by their norm (default: only for text_only).", **_SWITCH}
+        default=None, metadata={"help": "Divide embeddings by their norm (default: only with text_only).", **_SWITCH}
     )
     freeze_language_model: bool | None = field(
         default=None,
         metadata={
-            "help": "Train the mapping network alone. As in the paper by default: only with transformer.",
+            "help": "Train the mapping network alone (default: only with mapping_type transformer, as in the paper).",
             **_SWITCH,
         },
     )
     lora_r: int | None = field(
-        default=None,
-        metadata={"help": "Train LoRA adapters of this rank on the language model, which itself stays as it is."},
+        default=None, metadata={"help": "Freeze the language model and train LoRA adapters of this rank on it."}
     )
     warm_start: int = field(
         default=0,
         metadata={
-            "help": "Steps that first regress the prefix of a new captioner onto token embeddings (500 do), for a frozen "
-            "language model; needs embeddings, in the data or by embed_once."
+            "help": "Steps that first bring the prefix close to token embeddings (try 500). For a new captioner with a "
+            "frozen language model; needs embeddings, from the data or from embed_once."
         },
     )
     save_frozen: bool = field(
-        default=True, metadata={"help": "False: save only what is trained, and where the rest comes from."}
+        default=True, metadata={"help": "Save the frozen parts, too; False saves where they come from."}
     )
-    freeze_vision: bool = field(default=True, metadata={"help": "Keep the vision tower as it is."})
+    freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower."})
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": 'More fields of ClipCapConfig as JSON, such as {"mapping_num_layers": 4}.'}
     )
+
+    def __post_init__(self):
+        if self.model is not None and (self.text or self.vision):
+            raise ValueError("Pass either `model`, to train it further, or `vision` and `text`, for a new captioner.")
+        if self.vision is not None and self.text is None:
+            raise ValueError("Pass `text`, the language model of the new captioner, together with `vision`.")
+        for name in ("prefix_length", "clip_length", "clip_embed_dim", "lora_r"):
+            check_range(self, name, 1)
+        check_range(self, "warm_start", 0)
+        self.config_overrides = self._overrides()
+
+    def _overrides(self) -> dict[str, Any]:
+        overrides = self.config_overrides or {}
+        if isinstance(overrides, str):
+            try:
+                overrides = json.loads(overrides)
+            except ValueError as error:
+                raise ValueError(f"`config_overrides` is not JSON: {error}.") from error
+        if not isinstance(overrides, dict):
+            raise ValueError(f"`config_overrides` must be a JSON object, such as {{}}, but is {str(overrides)[:80]}.")
+        return overrides
 
 
 @dataclass
@@ -78,8 +150,7 @@ class DataArguments:
     """The captioned images, or their embeddings."""
 
     data: str | None = field(
-        default=None,
-        metadata={"help": "Annotation file, folder or Hub data set; emoji is the embedded data set."},
+        default=None, metadata={"help": "Annotation file, folder or Hub data set; emoji is the embedded data set."}
     )
     data_format: str = field(
         default="auto",
@@ -91,22 +162,25 @@ class DataArguments:
     images: str | None = field(default=None, metadata={"help": "Folder of the images, where data is a file."})
     missing: Literal["error", "skip"] | None = field(
         default=None,
-        metadata={
-            "help": "What to do with images that are listed but not there (default: skip for conceptual, else error)."
-        },
+        metadata={"help": "What to do with missing image files (default: skip for conceptual, else error)."},
     )
     eval_data: str | None = field(default=None, metadata={"help": "Data to evaluate on, if not a split of data."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(
-        default="validation", metadata={"help": "Split to evaluate on, if there is one; none switches it off."}
+        default="validation",
+        metadata={"help": "Split to evaluate on, see validation_share where there is none. none: do not evaluate."},
+    )
+    validation_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of the images to hold out where the data has no split to evaluate on; 0: none."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the training set as it is used, never all of it; needs max_steps."}
+        default=False, metadata={"help": "Read the training set while training, never all of it; needs max_steps."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     caption_column: str = field(
         default="captions",
-        metadata={"help": "Column of the captions, one or a list; of several columns, NAME,NAME (not of saved data)."},
+        metadata={"help": "Column of the captions, strings or lists of them; NAME,NAME joins columns (not of saved)."},
     )
     id_column: str | None = field(
         default=None,
@@ -115,64 +189,78 @@ class DataArguments:
     embeds_column: str = field(default="clip_embeds", metadata={"help": "Column of the embeddings, if any."})
     references: Literal["random", "all", "first"] = field(
         default="all",
-        metadata={
-            "help": "Each epoch shows of each image a random reference, all of them (each a row, as in the paper), or "
-            "the first."
-        },
+        metadata={"help": "Captions that an epoch shows of each image: all, a random one, or the first."},
     )
     append_eos: bool = field(default=True, metadata={"help": "End captions with the end token."})
-    max_caption_length: int | None = field(default=None, metadata={"help": "Cut captions to so many tokens."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
+    max_caption_length: int | None = field(default=None, metadata={"help": "Cut captions to this many tokens."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
     embed_once: bool | None = field(
         default=None,
         metadata={
-            "help": "Encode each image once before training, into OUTPUT_DIR/_embeddings (default: where the tower is "
-            "frozen and training would otherwise encode more images than there are).",
+            "help": "Encode each image once before training, into OUTPUT_DIR/_embeddings (default: when the tower is frozen "
+            "and training shows at least as many images as there are).",
             **_SWITCH,
         },
     )
     embeds_noise: float | None = field(
         default=None,
         metadata={
-            "help": "Standard deviation of Gaussian noise on each dimension of the normalised embedding. CapDec's "
-            "0.016 ** 0.5 for text_only, 0 otherwise."
+            "help": "Standard deviation of Gaussian noise on each dimension of the normalised embedding (default: CapDec's "
+            "0.016 ** 0.5 with text_only, else 0)."
         },
     )
     text_only: bool = field(
         default=False,
-        metadata={"help": "Train on the captions alone (CapDec, Nukrai et al. 2022), embedded by text_tower."},
+        metadata={"help": "Train on captions alone (CapDec, Nukrai et al. 2022), embedded by text_tower."},
     )
     text_tower: str | None = field(
         default=None,
-        metadata={
-            "help": "For text_only: the CLIP that the vision tower belongs to, a Hub id, folder or open_clip name."
-        },
+        metadata={"help": "For text_only: the CLIP of the vision tower, as a Hub id, folder or open_clip name."},
     )
 
     def __post_init__(self):
         for name in ("max_train_samples", "max_eval_samples"):
-            if (limit := getattr(self, name)) is not None and limit < 1:
-                instead = " or `eval_split none` for no evaluation" if name == "max_eval_samples" else ""
-                raise ValueError(f"`{name}` must be at least 1, but is {limit}: leave it out for all images{instead}.")
+            instead = " or `eval_split none` for no evaluation" if name == "max_eval_samples" else ""
+            check_range(self, name, 1, hint=f"leave it out for all images{instead}.")
+        check_range(self, "max_caption_length", 1)
+        check_range(self, "embeds_noise", 0, 1)
+        check_range(self, "validation_share", 0, 0.5)
+        if self.text_only and self.text_tower is None:
+            raise ValueError("`text_only` needs `text_tower`, the CLIP that the vision tower belongs to.")
 
 
 @dataclass
 class CaptioningArguments(Seq2SeqTrainingArguments):
     """
-    [`~transformers.Seq2SeqTrainingArguments`] with the paper's recipe as the default: 10 epochs in batches of 40, AdamW with
-    a learning rate of 2e-5 after 5,000 steps of warm-up, linear decay, no weight decay and no clipping. Evaluation
-    captions the images and keeps the checkpoint of the best CIDEr.
+    [`~transformers.Seq2SeqTrainingArguments`] for captioners. What is left out is chosen by `recipe`: `"fit"`, the default,
+    by what is trained and how much data there is (see recipe.py); `"paper"` is the recipe of the ClipCap paper.
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the captioner and its checkpoints."})
-    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(default=40, metadata={"help": "Captions a step and device."})
-    per_device_eval_batch_size: int = field(default=40, metadata={"help": "Images a step and device in evaluation."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "The highest learning rate."})
-    warmup_steps: float = field(default=5000, metadata={"help": "Steps of linear warm-up, or below 1 their share."})
+    recipe: Literal["fit", "paper"] = field(
+        default="fit",
+        metadata={
+            "help": "Defaults for what is left out. fit: by the captioner and the data. paper: 10 epochs, batches of 40, "
+            "learning rate 2e-5 after 5,000 steps of warm-up, no clipping (for 500,000 captions)."
+        },
+    )
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Passes over the data (default: recipe)."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Captions per step and device (default: recipe)."}
+    )
+    per_device_eval_batch_size: int = field(default=40, metadata={"help": "Images per step and device in evaluation."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Highest learning rate (default: recipe)."})
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps (default: recipe)."}
+    )
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not."})
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip gradients to this norm; 0 disables clipping (default: recipe)."}
+    )
+    logging_steps: float | None = field(
+        default=None, metadata={"help": "Steps between log entries; below 1, a share of all steps (default: recipe)."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator reads columns."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Training stops at NaN by itself."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
@@ -180,40 +268,81 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best not counted."})
     load_best_model_at_end: bool | None = field(
         default=None,
-        metadata={"help": "End with the best checkpoint (default: where there is an evaluation).", **_SWITCH},
+        metadata={"help": "End with the best checkpoint (default: if there is an evaluation).", **_SWITCH},
     )
     metric_for_best_model: str | None = field(
         default=None,
-        metadata={"help": "What makes a checkpoint the best (default: cider; loss without predict_with_generate)."},
+        metadata={
+            "help": "Measure that picks the best checkpoint: loss, cider, bleu_4 or rouge_l (default: loss, which counts every "
+            "word; CIDEr hardly counts words that all captions share. cider for scst)."
+        },
     )
     predict_with_generate: bool = field(
-        default=True, metadata={"help": "Caption the images in evaluation; False: only their loss, and no samples."}
+        default=True, metadata={"help": "Caption the images in evaluation; False: compute their loss only."}
     )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "On resuming, remember for how long there was no progress."}
+        default=True, metadata={"help": "On resume, restore the early-stopping counter."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+        default=None, metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."}
     )
-    eval_tokenizer: str = field(
+    eval_tokenizer: Literal["python", "ptb", "ja", "characters"] = field(
         default="python",
-        metadata={"help": "Tokenizer of the scores: python, ptb (that of published scores; Java), ja or characters."},
+        metadata={"help": "Tokenizer of the scores: python, ptb (of published scores; Java), ja or characters."},
     )
     objective: Literal["cross_entropy", "scst"] = field(
         default="cross_entropy",
-        metadata={"help": "scst: self-critical training on CIDEr-D; start from a captioner that cross_entropy made."},
+        metadata={"help": "scst: self-critical training on CIDEr-D. Start from a captioner trained by cross_entropy."},
     )
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in output_dir; start anew if there is none."}
+        default=False, metadata={"help": "Go on from the last checkpoint in output_dir, or start if there is none."}
     )
     dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Default: where there is an accelerator."}
+        default_factory=torch.accelerator.is_available, metadata={"help": "Default: if there is an accelerator."}
     )
-    num_samples: int = field(default=18, metadata={"help": "Sample captions to write at the end."})
+    num_samples: int = field(default=18, metadata={"help": "Sample captions to write at the end; 0: none."})
+    verbose: bool = field(default=False, metadata={"help": "Show everything that transformers and datasets say."})
+
+    @classmethod
+    def paper(cls, output_dir: str, **kwargs) -> "CaptioningArguments":
+        """Return the paper's recipe: 10 epochs in batches of 40, AdamW with a learning rate of 2e-5 after 5,000 steps of
+        warm-up, linear decay, no weight decay and no clipping."""
+        return cls(output_dir=output_dir, recipe="paper", **kwargs)
 
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("Pass `output_dir`, the folder for the captioner and its checkpoints.")
+        self._check_ranges()
+        if self.recipe not in RECIPES:
+            raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, but is {self.recipe!r}.")
+        recipe = RECIPES[self.recipe]
+        #: Names of the options that the user left to the recipe.
+        self.left_to_recipe = {name for name in recipe if getattr(self, name) is None}
+        for name in self.left_to_recipe:
+            setattr(self, name, recipe[name])
+        self._choose_best_model()
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be False: the collator reads the images and captions.")
+        super().__post_init__()
+        self._check_reporters()
+
+    def _check_ranges(self):
+        if not self.max_steps or self.max_steps < 0:
+            check_range(self, "num_train_epochs", 0, above=True)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"`max_steps` must be at least 1, or -1 for all epochs, but is {self.max_steps}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_range(self, name, 1)
+        for name in ("save_total_limit", "early_stopping_patience", "generation_num_beams", "generation_max_length"):
+            check_range(self, name, 1)
+        for name in ("learning_rate", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"):
+            check_range(self, name, 0, above=True)
+        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "dataloader_num_workers"):
+            check_range(self, name, 0)
+        check_range(self, "label_smoothing_factor", 0, 0.99)
+        check_range(self, "num_samples", 0, hint="0 writes no samples.")
+
+    def _choose_best_model(self):
         evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
         saves = str(getattr(self.save_strategy, "value", self.save_strategy)) != "no"
         if self.load_best_model_at_end is None:
@@ -226,15 +355,25 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if not self.predict_with_generate:
             self.prediction_loss_only = True  # logits of all tokens would fill the memory
         if self.metric_for_best_model is None:
-            self.metric_for_best_model = "cider" if self.predict_with_generate else "loss"
-        if self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        if not self.predict_with_generate and not self.metric_for_best_model.endswith("loss"):
+            # A reward is no likelihood: self-critical training raises the loss.
+            self.metric_for_best_model = "cider" if self.objective == "scst" and self.predict_with_generate else "loss"
+        metric = self.metric_for_best_model.removeprefix("eval_")
+        if metric not in METRICS:
             raise ValueError(
-                f"`metric_for_best_model` {self.metric_for_best_model!r} needs `predict_with_generate`: leave one of the two out."
+                f"`metric_for_best_model` must be one of {', '.join(METRICS)}, but is {self.metric_for_best_model!r}."
             )
-        if self.num_samples < 0:
-            raise ValueError(f"`num_samples` must be 0 (no samples) or more, but is {self.num_samples}.")
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must be False: the collator reads the images and captions.")
-        super().__post_init__()
+        if self.greater_is_better is None:
+            self.greater_is_better = metric != "loss"
+        if not self.predict_with_generate and metric != "loss":
+            raise ValueError(
+                f"`metric_for_best_model` {self.metric_for_best_model!r} needs `predict_with_generate`: leave one of the two "
+                "out."
+            )
+
+    def _check_reporters(self):
+        from transformers.integrations import get_available_reporting_integrations
+
+        known = {"tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "codecarbon", "swanlab"}
+        if missing := sorted(known.intersection(self.report_to) - set(get_available_reporting_integrations())):
+            how = install_hint("train") if missing == ["tensorboard"] else f"pip install {' '.join(missing)}"
+            raise ValueError(f"`report_to` {', '.join(missing)} is not installed: {how}, or leave `report_to` out.")

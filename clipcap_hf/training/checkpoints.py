@@ -1,17 +1,52 @@
-"""Checkpoints of training on disk: which of them are whole, and whether there is room for more."""
+"""Files of a run on disk: whole checkpoints, room for more, what dead runs left, and the captioner at the end."""
 
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 
+if TYPE_CHECKING:
+    from .arguments import CaptioningArguments
+    from .trainer import ClipCapTrainer
+
+logger = logging.getLogger(__name__)
+
+SAVING = ".saving-"  # start of the name of a folder that is being saved
+
+
+def checkpoint_to_resume(args: "CaptioningArguments") -> str | None:
+    """Return the checkpoint that a run goes on from, if any.
+
+    Raises:
+        ValueError: If `output_dir` holds another run and nothing says to go on from it.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted and wanted not in (True, "True", "true"):
+        if not os.path.isdir(wanted):
+            raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted}.")
+        return wanted
+    last = last_checkpoint(args.output_dir)
+    if args.resume or wanted:
+        if last is None:
+            logger.warning(f"{args.output_dir} holds no checkpoint to resume from; training starts anew.")
+        return last
+    held = os.path.basename(last) if last else "config.json"
+    if last is not None or os.path.exists(os.path.join(args.output_dir, held)):
+        raise ValueError(
+            f"{args.output_dir} already holds {held}: pass `resume` to go on from it, or another `output_dir`."
+        )
+    return None
+
+
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest `checkpoint-STEP` that was written to its end; None if there is none.
+    """Return the newest `checkpoint-STEP` that was written to its end, or None.
 
     `Trainer` writes the weights first and `trainer_state.json` last, so a checkpoint without it was interrupted.
     """
@@ -31,10 +66,10 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def check_writable(folder: str | os.PathLike, model: nn.Module):
-    """Make the folder, and see that it takes files and has room for a checkpoint and the final model.
+    """Make the folder, and check that it takes files and has room for a checkpoint and the final model.
 
     Raises:
-        OSError: If not; the message says what to do.
+        OSError: If it does not; the message says what to do.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -53,3 +88,23 @@ def check_writable(folder: str | os.PathLike, model: nn.Module):
             f"The disk of {folder} has {free / 1e9:.2f} GB left, but a checkpoint and the final model need "
             f"{needed / 1e9:.2f} GB: make room, or choose another `output_dir`."
         )
+
+
+def remove_leftovers(folder: str | os.PathLike):
+    """Remove what runs left in the folder that were killed while they saved."""
+    for path in Path(folder).iterdir():
+        if path.name.startswith(SAVING) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file():
+            path.unlink(missing_ok=True)
+        elif re.fullmatch(r"checkpoint-\d+", path.name) and not _is_whole(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def save_whole(trainer: "ClipCapTrainer", out: Path):
+    """Save the captioner aside and move it file by file, so that an earlier one is never half replaced."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=SAVING) as folder:
+        trainer.save_model(folder, _internal_call=True)
+        if trainer.is_world_process_zero():
+            for path in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what describes them
+                os.replace(path, out / path.name)

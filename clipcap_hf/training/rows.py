@@ -1,34 +1,56 @@
-"""Rows to train on: which reference of an image is shown in which epoch, and that a resumed run sees the same."""
+"""Rows to train on: which caption of an image is shown in which epoch, the same again in a resumed run."""
 
+import logging
 import random
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 
 DRAW = "draw"
 
+logger = logging.getLogger(__name__)
+
+
+# What reading a damaged image raises: Pillow's decoders raise errors of many kinds.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def as_list(captions: str | Sequence[str] | None) -> list:
+    """Return the captions of an image, which may be one string, as a list."""
+    if captions is None:
+        return []
+    return [captions] if isinstance(captions, str) else list(captions)
+
 
 class EpochRows(Dataset):
     """
-    Rows of a data set, each with a column `draw` from which [`CaptioningCollator`] draws the reference and the noise.
+    Rows of a data set, each with a column `draw` from which [`CaptioningCollator`] draws the caption and the noise.
 
     Draws depend on the seed, the epoch and the row alone, not on how many batches were made before or by which process.
-    So a run that was interrupted goes on as if it had not been, with any number of workers and processes (but
+    So an interrupted run goes on as if nothing had happened, with any number of workers and processes (but
     `dataloader_persistent_workers` shifts torch's generator and so the dropout). [`ClipCapTrainer`] sets the epoch.
+
+    An image that cannot be read is left out: the next row takes its place, and a warning names it once.
 
     Args:
         rows (sequence of `dict`): A map-style data set, such as [`~datasets.Dataset`].
-        seed (`int`): Of the draws.
+        seed (`int`): Seed of the draws.
+        name (`Callable`, *optional*): Gives the name of a row for the warning, such as the path of its image.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], seed: int = 0):
+    def __init__(self, rows: Sequence[dict[str, Any]], seed: int = 0, name: Callable[[int], str] | None = None):
         self.rows = rows
         self.seed = seed
-        # Shared, so that workers that live through several epochs hear of them.
+        self.name = name or (lambda row: f"of row {row}")
+        self.unreadable: set[int] = set()
+        # Shared, so that workers that live through several epochs learn of them.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int):
@@ -42,51 +64,60 @@ class EpochRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], DRAW: (self.seed, self.epoch, index)}
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         read = getattr(self.rows, "__getitems__", None)  # a data set on disk reads a batch at once
-        rows = read(indices) if read else [self.rows[index] for index in indices]
+        try:
+            rows = read(indices) if read else [self.rows[index] for index in indices]
+        except UNREADABLE:
+            rows = [self._readable(index) for index in indices]
         return [{**row, DRAW: (self.seed, self.epoch, index)} for row, index in zip(rows, indices)]
+
+    def _readable(self, index: int) -> dict[str, Any]:
+        """Return the row, or the first row after it whose image can be read."""
+        for step in range(len(self.rows)):
+            row = (index + step) % len(self.rows)
+            try:
+                return self.rows[row]
+            except UNREADABLE as error:
+                if row not in self.unreadable:
+                    self.unreadable.add(row)
+                    logger.warning(f"The image {self.name(row)} cannot be read and is left out ({str(error)[:200]}).")
+        raise ValueError("No image of the training data can be read.")
 
 
 def generator_of(row: dict[str, Any]) -> np.random.Generator | None:
-    """The generator of a row of [`EpochRows`]; None for other rows."""
+    """Return the generator of a row of [`EpochRows`], and None for other rows."""
     return np.random.default_rng(row[DRAW]) if DRAW in row else None
 
 
-def one_row_per_caption(data, caption_column: str):
-    """Every reference as a row of its own, in the order of the images; of a stream a stream, of a data set a [`CaptionRows`]."""
+def one_row_per_caption(data):
+    """Make each caption a row of its own, in the order of the images: a stream of a stream, else [`CaptionRows`]."""
     if hasattr(data, "select"):
-        return CaptionRows(data, caption_column)
+        return CaptionRows(data)
 
     def expand(batch: dict[str, list]) -> dict[str, list]:
-        batch[caption_column] = [[texts] if isinstance(texts, str) else texts for texts in batch[caption_column]]
-        repeats = [len(texts) for texts in batch[caption_column]]
+        captions = [as_list(texts) for texts in batch.pop("captions")]
         expanded = {
-            name: [value for value, times in zip(values, repeats) for _ in range(times)]
-            for name, values in batch.items()
-            if name != caption_column
+            name: [value for value, texts in zip(values, captions) for _ in texts] for name, values in batch.items()
         }
-        expanded[caption_column] = [text for texts in batch[caption_column] for text in texts]
-        return expanded
+        return {**expanded, "captions": [text for texts in captions for text in texts]}
 
     return data.map(expand, batched=True)
 
 
 class CaptionRows(Dataset):
     """
-    Every reference of a data set as a row of its own. An image with five captions is stored once, not five times.
+    Each caption of a data set as a row of its own. An image with five captions is stored once, not five times.
 
     Args:
-        data ([`~datasets.Dataset`]): With a string, or a list of them, in `caption_column`.
-        caption_column (`str`): Column of the captions.
+        data ([`~datasets.Dataset`]): Rows with a string, or a list of strings, in `captions`.
     """
 
-    def __init__(self, data, caption_column: str):
-        captions = [[texts] if isinstance(texts, str) else texts for texts in data[caption_column]]
-        self.data = data.remove_columns(caption_column)
-        self.caption_column = caption_column
+    def __init__(self, data):
+        captions = [as_list(texts) for texts in data["captions"]]
+        self.data = data.remove_columns("captions")
         self.captions = [text for texts in captions for text in texts]
         self.image_of = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
         self.column_names = data.column_names
@@ -95,39 +126,42 @@ class CaptionRows(Dataset):
         return len(self.captions)
 
     def __getitem__(self, key: int | str) -> dict[str, Any] | Sequence:
-        """A row, or by its name a column."""
+        """Return a row, or a column by its name."""
         if isinstance(key, str):
-            return self.captions if key == self.caption_column else self.data.select(self.image_of)[key]
+            return self.captions if key == "captions" else self.data.select(self.image_of)[key]
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
         rows = self.data.__getitems__(self.image_of[keys].tolist())
-        return [{**row, self.caption_column: self.captions[key]} for row, key in zip(rows, keys)]
+        return [{**row, "captions": self.captions[key]} for row, key in zip(rows, keys)]
 
 
 def caption_lengths(captions: Sequence[str | list[str]], tokenizer, batch_size: int = 1000) -> list[int]:
-    """Tokens of each row's caption, the longest where there are several: what rows are grouped by."""
+    """Count the tokens of each row's caption, of the longest where it has several: rows are grouped by this."""
     lengths = []
     for start in range(0, len(captions), batch_size):
-        groups = [[texts] if isinstance(texts, str) else texts for texts in captions[start : start + batch_size]]
+        groups = [as_list(texts) for texts in captions[start : start + batch_size]]
         tokens = iter(tokenizer([text for texts in groups for text in texts])["input_ids"])
         lengths += [max((len(next(tokens)) for _ in texts), default=0) for texts in groups]
     return lengths
 
 
 def evenly_spread(data, limit: int | None):
-    """About so many rows from all over a data set; of a stream, the first."""
+    """Take at most `limit` rows, evenly spread over a data set; of a stream, the first."""
     if limit is None:
         return data
     if limit < 1:
         raise ValueError(f"The number of rows to take must be at least 1, but is {limit}; None takes all.")
-    if not hasattr(data, "select"):
-        return data.take(limit)
-    return data.select(range(0, len(data), max(1, len(data) // limit))).select(range(min(limit, len(data))))
+    return data.select(spread_rows(len(data), limit)) if hasattr(data, "select") else data.take(limit)
+
+
+def spread_rows(length: int, limit: int) -> range:
+    """Return the numbers of at most `limit` rows that are evenly spread over `length` rows."""
+    return range(0, length, max(1, length // limit))[:limit]
 
 
 class EpochShuffledLengths(torch.utils.data.Sampler):
-    """`Trainer`'s batches of like length, in an order that depends on the seed and the epoch of the rows alone."""
+    """`Trainer`'s batches of similar length, in an order that depends on the seed and the epoch of the rows alone."""
 
     def __init__(self, rows: EpochRows, lengths: list[int], batch_size: int):
         self.rows, self.lengths, self.batch_size = rows, lengths, batch_size

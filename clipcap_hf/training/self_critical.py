@@ -1,4 +1,4 @@
-"""Self-critical sequence training (Rennie et al. 2017): sampled captions that score above the greedy ones are made likelier."""
+"""Self-critical sequence training (Rennie et al. 2017): make sampled captions that beat the greedy ones more likely."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,12 +15,12 @@ from ..metrics.ngrams import Corpus
 
 class CiderReward:
     """
-    CIDEr-D of captions, in which the end of a caption is a word of its own: one that breaks off misses it. Without, the
-    reward teaches captions that stop after "with a".
+    CIDEr-D of captions, with the end of a caption counted as a word. Without that word, the reward teaches captions that
+    break off after "with a".
 
     Args:
-        references (`list[list[str]]`): Of all training images; n-grams weigh by how few of them have them.
-        tokenizer (`str`): `"python"`, `"ja"`, `"characters"` or `"none"`; `"ptb"` would start Java for each batch.
+        references (`list[list[str]]`): The captions of all training images, from which rare n-grams get their weight.
+        tokenizer (`str`): `"python"`, `"ja"`, `"characters"` or `"none"`. Not `"ptb"`, which starts Java for each batch.
 
     Example:
 
@@ -45,7 +45,7 @@ class CiderReward:
     def __call__(
         self, captions: Sequence[str], ended: Sequence[bool], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
-        """Rewards (captions,), from 0 to 10."""
+        """Return rewards of shape (captions,), from 0 to 10."""
         captions = tokenize(list(captions), self.tokenizer)
         captions = [f"{caption} {self.END}".strip() if end else caption for caption, end in zip(captions, ended)]
         return cider(Corpus(captions, self._with_end(references)), self.frequencies)["cider"][1]
@@ -56,7 +56,7 @@ class CiderReward:
 
 
 class _GreedyFirstHalf(LogitsProcessor):
-    """The first half of the batch can only choose the likeliest token, the second half samples: one pass for both."""
+    """Let the first half of a batch take the likeliest token while the second half samples: one pass for both."""
 
     def __call__(self, input_ids, scores):
         half = len(scores) // 2
@@ -69,13 +69,13 @@ def self_critical_loss(
     model: nn.Module, captioner: nn.Module, inputs: dict, reward: Callable, tokenizer
 ) -> tuple[torch.Tensor, tuple[float, float]]:
     """
-    The loss of one batch: minus the log-probability of sampled captions, weighted by how much more reward they get than
-    the greedy captions. Dropout is off, so that captions are drawn from the very distribution that is trained.
+    Compute the loss of one batch: minus the log-probability of sampled captions, weighted by their reward minus that of
+    the greedy captions. Dropout is off, so that captions are drawn from the distribution that is trained.
 
     Args:
         model (`nn.Module`): The captioner, wrapped for distributed training or not.
-        captioner ([`ClipCapForConditionalGeneration`]): The same, not wrapped.
-        inputs (`dict`): A batch of [`CaptioningCollator`] with `references`.
+        captioner ([`ClipCapForConditionalGeneration`]): The same captioner, not wrapped.
+        inputs (`dict`): A batch of [`CaptioningCollator`] with `references` and `prompt_length`.
         reward (`Callable`): See [`CiderReward`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes the captions.
 
@@ -85,7 +85,7 @@ def self_critical_loss(
     if "references" not in inputs:
         raise ValueError("Self-critical training needs the references: pass `return_references=True` to the collator.")
     model.eval()
-    prompt_length = int((inputs["input_ids"] == captioner.config.image_token_id).any(0).nonzero()[-1]) + 1
+    prompt_length = inputs["prompt_length"]
     prompt = {name: inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")}
     images = {name: inputs[name] for name in ("clip_embeds", "pixel_values") if name in inputs}
     if "pixel_values" in images and captioner.config.freeze_vision:
@@ -125,7 +125,7 @@ def self_critical_loss(
 
 
 def _until_end(tokens: torch.Tensor, eos_token_id) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens belong to the caption, its end token included, and which captions have one."""
+    """Return which tokens belong to the caption, its end token included, and which captions have an end token."""
     ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, device=tokens.device).flatten()
     is_end = torch.isin(tokens, ends)
     real = is_end.cumsum(1) - is_end.long() == 0

@@ -1,0 +1,39 @@
+"""What a captioner has to beat: the most common caption, and the caption of the nearest training image."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+MOST_COMMON = "most common caption"
+NEAREST = "nearest training image"
+
+
+def most_common_caption(captions: Sequence[Sequence[str]]) -> str:
+    """Return the most frequent first caption of the training images."""
+    return Counter(texts[0] for texts in captions).most_common(1)[0][0]
+
+
+def nearest_images(
+    embeds: torch.Tensor, train_embeds: torch.Tensor, batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the training image nearest to each image.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Embeddings of the images; those of patches,
+            `(images, patches, clip_embed_dim)`, are averaged.
+        train_embeds (`torch.Tensor` of shape `(training images, clip_embed_dim)`): Embeddings of the training images.
+        batch_size (`int`): Images that are compared at once.
+
+    Returns:
+        The index of the nearest training image of each image, and their cosine similarity, both of shape `(images,)`.
+    """
+    train_embeds = _pooled(train_embeds)
+    found = [(_pooled(part) @ train_embeds.T).max(1) for part in embeds.split(batch_size)]
+    return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
+
+
+def _pooled(embeds: torch.Tensor) -> torch.Tensor:
+    return F.normalize(embeds.float().mean(1) if embeds.ndim == 3 else embeds.float(), dim=-1)

@@ -1,0 +1,88 @@
+"""The captioner that a run starts from: an existing one, or a new one with the paper's sizes where nothing is said."""
+
+import logging
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ..assets import resolve
+from ..model.modeling_clipcap import ClipCapForConditionalGeneration
+from ..model.processing_clipcap import ClipCapProcessor
+from .arguments import DataArguments, ModelArguments
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CAPTIONER = "emoji-mini"
+
+
+def load_captioner(
+    model_args: ModelArguments, data_args: DataArguments
+) -> tuple[ClipCapForConditionalGeneration, ClipCapProcessor]:
+    """Return the captioner that the arguments ask for, and its processor."""
+    if model_args.text is not None:
+        return _new_captioner(model_args, data_args)
+    if model_args.model is None:
+        logger.info(
+            f"Starting from {DEFAULT_CAPTIONER}, which knows drawings of emoji: pass `model`, or `vision` and `text`, for "
+            "another captioner."
+        )
+    return _existing_captioner(model_args)
+
+
+def _existing_captioner(model_args: ModelArguments):
+    name = resolve(model_args.model or DEFAULT_CAPTIONER)
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "clipcap":
+        raise ValueError(
+            f"`model`: {name} is a {config.model_type} model, not a captioner. Pass it as `text` or `vision` of a new one."
+        )
+    model = ClipCapForConditionalGeneration.from_pretrained(name)
+    if model_args.freeze_language_model is not None:
+        model.config.freeze_language_model = model_args.freeze_language_model
+        model.language_model.requires_grad_(True)
+        model._freeze()
+    return model, ClipCapProcessor.from_pretrained(name)
+
+
+def _new_captioner(model_args: ModelArguments, data_args: DataArguments):
+    prefix_length = model_args.prefix_length or (40 if model_args.mapping_type == "transformer" else 10)
+    vision, image_processor = _vision_of_captioner(model_args.vision)
+    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
+        vision, model_args.text, **_config(model_args, data_args, prefix_length)
+    )
+    vision_name = vision if isinstance(vision, str) else None
+    processor = ClipCapProcessor.from_vision_text_pretrained(vision_name, model_args.text, prefix_length)
+    if image_processor is not None:
+        processor.image_processor = image_processor
+    return model, processor
+
+
+def _config(model_args: ModelArguments, data_args: DataArguments, prefix_length: int) -> dict:
+    freeze, normalize = model_args.freeze_language_model, model_args.normalize_clip_embeds
+    return {
+        "vision_feature": model_args.vision_feature,
+        "mapping_type": model_args.mapping_type,
+        "prefix_length": prefix_length,
+        "clip_length": model_args.clip_length,
+        "clip_embed_dim": model_args.clip_embed_dim,
+        "normalize_clip_embeds": data_args.text_only if normalize is None else normalize,
+        "freeze_language_model": model_args.mapping_type == "transformer" if freeze is None else freeze,
+        "freeze_vision": model_args.freeze_vision,
+        "lora": None if model_args.lora_r is None else {"r": model_args.lora_r},
+        "save_frozen": model_args.save_frozen,
+        **model_args.config_overrides,
+    }
+
+
+def _vision_of_captioner(name: str | None):
+    """Return the tower and the image processor of a captioner, or the name itself if it names something else."""
+    if name is None:
+        return None, None
+    name = resolve(name)
+    if not (Path(name) / "config.json").is_file() or AutoConfig.from_pretrained(name).model_type != "clipcap":
+        return name, None
+    vision_tower = ClipCapForConditionalGeneration.from_pretrained(name).vision_tower
+    if vision_tower is None:
+        raise ValueError(f"`vision`: the captioner {name} works on embeddings alone and has no tower.")
+    return vision_tower, ClipCapProcessor.from_pretrained(name).image_processor

@@ -1,0 +1,228 @@
+"""The ending of a run: best and last epoch, baselines, captions before and after, and one plain verdict with what to do."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .baselines import MOST_COMMON, NEAREST
+
+
+SHOWN = 6
+FEW_HELD_OUT = 5
+SAME_CAPTION_SHARE = 0.5
+RISE = 1.1  # a last loss this many times the best one is a rise
+SAME_IMAGE = 0.9999
+
+
+@dataclass
+class Evaluation:
+    """One evaluation during training: its epoch and step, and its scores without the prefix `eval_`."""
+
+    epoch: float
+    step: int
+    scores: dict[str, float]
+
+
+@dataclass
+class Ending:
+    """
+    What is known at the end of a run.
+
+    Args:
+        evaluations (`list[Evaluation]`): All evaluations of the run, in order.
+        saved_step (`int`): Step of the weights that were saved.
+        metric (`str`): The measure that picked them.
+        scores (`dict[str, dict[str, float]]`): Scores on the held-out images: of the captioner, first, and of baselines.
+        references (`list[list[str]]`): Captions of the held-out images.
+        before (`list[str]`): The captioner's captions before training, of some of those images.
+        after (`list[str]`): Its captions of all those images after training.
+        before_rows (`list[int]`): Rows of the images that were captioned before training.
+        loss_before (`float`, *optional*): Loss on held-out images before training.
+        overlap (`int`): Held-out images that are the same as a training image.
+        notes (`list[str]`): What could not be computed, and why.
+    """
+
+    evaluations: list[Evaluation]
+    saved_step: int
+    metric: str
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    references: list[list[str]] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    before_rows: list[int] = field(default_factory=list)
+    loss_before: float | None = None
+    overlap: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def saved(self) -> Evaluation:
+        """The evaluation of the saved weights; the last one before them where there is none of that very step."""
+        known = [each for each in self.evaluations if each.step <= self.saved_step]
+        return (known or self.evaluations)[-1]
+
+    @property
+    def last(self) -> Evaluation:
+        """The last evaluation of training."""
+        return self.evaluations[-1]
+
+
+def verdict(ending: Ending) -> tuple[str, str]:
+    """Return the verdict in one or two words, and a sentence that says why and what to do."""
+    if not ending.evaluations or not ending.after:
+        return "not judged", "Nothing was captioned on held-out images, so look at captions of new images yourself."
+    if len(ending.after) < FEW_HELD_OUT:
+        return "not judged", f"Only {len(ending.after)} images are held out, too few to tell. Add images."
+    for judge in (_collapsed, _unchanged, _below_copying, _overfitted):
+        if reason := judge(ending):
+            return reason
+    rose = _rise(ending)
+    more = f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs will do." if rose else ""
+    return "learned", f"It does better on held-out images than copying captions does.{more}"
+
+
+def _collapsed(ending: Ending) -> tuple[str, str] | None:
+    caption, times = Counter(ending.after).most_common(1)[0]
+    same = Counter(texts[0] for texts in ending.references).most_common(1)[0][1] / len(ending.references)
+    share = times / len(ending.after)
+    if share < SAME_CAPTION_SHARE or share < 2 * same:
+        return None
+    return "collapsed", (
+        f"{share:.0%} of the held-out images get the same caption, {caption[:60]!r}. Lower the learning rate, train for more "
+        "epochs, or use a vision tower that suits these images: its embeddings may be too weak."
+    )
+
+
+def _unchanged(ending: Ending) -> tuple[str, str] | None:
+    pairs = [(text, ending.after[row]) for text, row in zip(ending.before, ending.before_rows)]
+    same = sum(before == after for before, after in pairs)
+    if not pairs or same < 0.9 * len(pairs):
+        return None
+    if ending.loss_before is not None and ending.saved.scores["loss"] < 0.8 * ending.loss_before and same < len(pairs):
+        return None
+    return "did not change", (
+        f"{same} of {len(pairs)} captions are the same as before training. Raise the learning rate (`--learning_rate`, 3 "
+        "times as high) or the epochs (`--num_train_epochs`), or train more of the captioner."
+    )
+
+
+def _below_copying(ending: Ending) -> tuple[str, str] | None:
+    own = ending.scores["captioner"]["cider"]
+    better = [name for name in (NEAREST, MOST_COMMON) if ending.scores.get(name, {}).get("cider", -1) > own]
+    if not better:
+        return None
+    what = "the caption of the nearest training image" if better[0] == NEAREST else "the most common caption"
+    return "below copying", (
+        f"Copying {what} scores higher (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). Add images or "
+        "captions, train for more epochs if the loss still fell at the end, or start from a captioner of similar images."
+    )
+
+
+def _overfitted(ending: Ending) -> tuple[str, str] | None:
+    saved_last = ending.saved_step >= ending.last.step
+    if not _rise(ending) and not (
+        saved_last and _best_loss(ending).scores["loss"] * RISE < ending.last.scores["loss"]
+    ):
+        return None
+    best = _best_loss(ending)
+    early = ending.evaluations.index(best) < len(ending.evaluations) / 4
+    if not (saved_last or early):
+        return None
+    kept = "" if saved_last else f" The captioner of epoch {ending.saved.epoch:g} was kept."
+    return "overfitted", (
+        f"The loss on held-out images rose from {best.scores['loss']:.3f} in epoch {best.epoch:g} to "
+        f"{ending.last.scores['loss']:.3f}.{kept} Train for fewer epochs or at a lower learning rate, add data, or freeze more "
+        "(`--freeze_language_model`, `--lora_r 8`)."
+    )
+
+
+def _rise(ending: Ending) -> bool:
+    return ending.last.scores["loss"] > RISE * ending.saved.scores["loss"]
+
+
+def _best_loss(ending: Ending) -> Evaluation:
+    return min(ending.evaluations, key=lambda each: each.scores["loss"])
+
+
+def disagreement(ending: Ending) -> str | None:
+    """Return a warning if loss and CIDEr would pick clearly different epochs."""
+    if len(ending.evaluations) < 2 or "cider" not in ending.evaluations[0].scores:
+        return None
+    by_loss = _best_loss(ending)
+    by_cider = max(ending.evaluations, key=lambda each: each.scores["cider"])
+    gained = by_cider.scores["cider"] - by_loss.scores["cider"]
+    if by_loss is by_cider or gained < max(2, 0.1 * by_cider.scores["cider"]):
+        return None
+    return (
+        f"Loss and CIDEr disagree: the loss is lowest in epoch {by_loss.epoch:g} (CIDEr {by_loss.scores['cider']:.1f}), CIDEr "
+        f"highest in epoch {by_cider.epoch:g} ({by_cider.scores['cider']:.1f}). CIDEr hardly counts words that all captions "
+        "share, and is noisy on few images. `--metric_for_best_model` chooses."
+    )
+
+
+def report(ending: Ending, files: Sequence[str], out: str) -> str:
+    """Return the ending as text: tables, captions before and after, the verdict, and the files that were written."""
+    lines = [*_epochs(ending), *_scores(ending), *_captions(ending), *ending.notes]
+    if ending.overlap:
+        lines.append(
+            f"{ending.overlap} of the {len(ending.references)} held-out images are also training images: scores say less "
+            "about new images. Take them out of one of the two."
+        )
+    if ending.evaluations and (warning := disagreement(ending)):
+        lines.append(warning)
+    word, why = verdict(ending)
+    lines += ["", f"Verdict: {word}. {why}", f"The captioner is in {out}, with {', '.join(files)}."]
+    return "\n".join(lines)
+
+
+def _epochs(ending: Ending) -> list[str]:
+    if not ending.evaluations:
+        return []
+    total = round(ending.last.epoch, 1)
+    saved = ending.saved
+    chosen = f"best: epoch {saved.epoch:g} of {total:g}, by {ending.metric}"
+    if ending.saved_step >= ending.last.step and ending.metric == "last":
+        chosen = f"saved: the last epoch, {total:g}"
+    names = [name for name in ("loss", "cider", "bleu_4", "rouge_l") if name in saved.scores]
+    rows = [("saved", saved), ("last", ending.last)]
+    return [
+        "",
+        chosen,
+        f"  {'':<10}{'epoch':>7}" + "".join(f"{name:>10}" for name in names),
+        *(
+            f"  {name:<10}{each.epoch:>7.1f}"
+            + "".join(f"{each.scores[key]:>10.{3 if key == 'loss' else 1}f}" for key in names)
+            for name, each in rows
+        ),
+    ]
+
+
+def _scores(ending: Ending) -> list[str]:
+    if not ending.scores:
+        return []
+    return [
+        "",
+        f"on {len(ending.references)} held-out images",
+        f"  {'':<24}{'CIDEr':>8}{'BLEU-4':>8}{'ROUGE-L':>9}",
+        *(
+            f"  {name:<24}{scores['cider']:>8.1f}{scores['bleu_4']:>8.1f}{scores['rouge_l']:>9.1f}"
+            for name, scores in ending.scores.items()
+        ),
+    ]
+
+
+def _captions(ending: Ending) -> list[str]:
+    if not ending.after:
+        return []
+    before = dict(zip(ending.before_rows, ending.before))
+    rows = list(before or range(len(ending.after)))
+    picked = [rows[round(i * (len(rows) - 1) / max(1, SHOWN - 1))] for i in range(min(SHOWN, len(rows)))]
+    lines = ["", "held-out images: caption before training -> after (reference)"]
+    for row in dict.fromkeys(picked):
+        start = f"{_short(before[row])} -> " if row in before else ""
+        lines.append(f"  {start}{_short(ending.after[row])} ({_short(ending.references[row][0])})")
+    return lines
+
+
+def _short(text: str, most: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"

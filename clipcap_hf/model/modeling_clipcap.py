@@ -324,7 +324,8 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
                 videos, `(videos, frames, 3, height, width)`.
             clip_embeds (`torch.FloatTensor` of shape `(images, clip_embed_dim)`, *optional*): Embeddings of the images,
                 in place of their pixels; or patch tokens, `(images, patches, clip_embed_dim)`.
-            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 where there is padding.
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 where there is padding. Or of shape
+                `(batch, 1, sequence, sequence)` and type `bool`: True where a position (third) may look at another.
             cache ([`~transformers.Cache`], *optional*): The language model's keys and values of what came before.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Like `input_ids`, with -100 where no
                 loss is wanted: on the prefix and on padding (by `attention_mask`: the padding token may be a real one).
@@ -365,6 +366,16 @@ class ClipCapForConditionalGeneration(PushesModelCard, ClipCapPreTrainedModel, G
         elif image_outputs is not None:
             raise ValueError("Images need `input_ids` with placeholders; `inputs_embeds` cannot say where they go.")
 
+        if (
+            attention_mask is not None
+            and attention_mask.ndim == 4
+            and self.language_model.config._attn_implementation == "eager"
+        ):
+            # The other implementations take True and False; this one adds the mask to the scores.
+            lowest = torch.finfo(inputs_embeds.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype).masked_fill(
+                ~attention_mask, lowest
+            )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

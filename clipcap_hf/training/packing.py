@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..model.modeling_clipcap import ClipCapForConditionalGeneration
+
 
 IGNORED = -100
 
@@ -38,7 +40,6 @@ def pack(
     image_token_id: int,
     pad_token_id: int,
     images_per_row: int = 2,
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     r"""
     Make a training batch in which all captions of an image share its prefix.
@@ -48,11 +49,10 @@ def pack(
         image_token_id (`int`): The placeholder for one vector of the prefix.
         pad_token_id (`int`): Fills rows up to the longest.
         images_per_row (`int`): Rows hold about so many images, arranged so that they are nearly equally long.
-        dtype (`torch.dtype`): Of the attention mask; the language model's.
 
     Returns:
-        `dict`: `input_ids`, `position_ids` and `labels` (rows, length); `attention_mask` (rows, 1, length, length), 0 where
-        a position may look and the lowest number of `dtype` elsewhere; `prefix_index` (placeholders,), which vector of all
+        `dict`: `input_ids`, `position_ids` and `labels` (rows, length); `attention_mask` (rows, 1, length, length), True
+        where a position may look; `prefix_index` (placeholders,), which vector of all
         the images' prefixes, one image after the other, stands at each placeholder.
     """
     rows = _balanced_rows(images, max(1, round(len(images) / images_per_row)))
@@ -79,7 +79,7 @@ def pack(
             prefix_index += _prefix_vectors(tokens, image_token_id, index * prefix_length, prefix_length)
     return {
         "input_ids": input_ids,
-        "attention_mask": _mask(image_of, caption_of, dtype),
+        "attention_mask": _mask(image_of, caption_of),
         "position_ids": position_ids,
         "labels": labels,
         "prefix_index": torch.tensor(prefix_index),
@@ -116,13 +116,37 @@ def _prefix_vectors(tokens: list[int], image_token_id: int, first: int, prefix_l
     return [first + min(place, prefix_length - 1) for place in range(placeholders)]
 
 
-def _mask(image_of: torch.Tensor, caption_of: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _mask(image_of: torch.Tensor, caption_of: torch.Tensor) -> torch.Tensor:
     """Let each position see what came before it in its image's prompt and in its own caption."""
     length = image_of.shape[1]
-    same_image = image_of.unsqueeze(2) == image_of.unsqueeze(1)
+    same_image = image_of.unsqueeze(2) == image_of.unsqueeze(1)  # padding counts as an image of its own
     keys = caption_of.unsqueeze(1)
     visible = (keys == 0) | (keys == caption_of.unsqueeze(2))
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = same_image & visible & causal
-    # Padding counts as an image of its own, so that no row of the softmax is empty.
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+    return (same_image & visible & causal).unsqueeze(1)
+
+
+@torch.no_grad()
+def can_pack(model: ClipCapForConditionalGeneration) -> bool:
+    """Try whether the language model heeds 4-dimensional attention masks and positions, on two captions of two tokens.
+
+    Recurrent models (Mamba) and some attention kernels do not, and would let captions see each other.
+    """
+    training = model.training
+    config, token = model.config, model.config.image_token_id
+    captions = [[1, 2], [3, 4]]
+    shape = (1, config.clip_length) if config.vision_feature == "patches" else (1,)
+    embeds = torch.ones(*shape, config.clip_embed_dim, device=model.device)
+    prompt = [token] * config.prefix_length
+    together = pack([ImageWithCaptions(prompt, captions)], token, 0)
+    alone = torch.tensor([prompt + caption for caption in captions])
+    try:
+        model.eval()
+        packed = model(**{name: value.to(model.device) for name, value in together.items()}, clip_embeds=embeds).logits
+        rows = model(input_ids=alone.to(model.device), clip_embeds=embeds.expand(2, *embeds.shape[1:])).logits
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(training)
+    ends = torch.tensor([config.prefix_length + 1, config.prefix_length + 4])  # the last tokens of the two captions
+    return torch.allclose(packed[0, ends].float(), rows[:, -1].float(), rtol=2e-2, atol=2e-2)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from clipcap_hf.training.packing import IGNORED, ImageWithCaptions, pack
-from transformers import GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
+from clipcap_hf import CaptioningCollator, ClipCapTrainer
+from clipcap_hf.training.packing import IGNORED, ImageWithCaptions, can_pack, pack
+from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig, Qwen3Config, Seq2SeqTrainingArguments
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 290}
@@ -110,3 +111,54 @@ def test_tokens_are_few():
     assert batch["input_ids"].numel() == 39 + 5 * 11
     assert (batch["labels"] != IGNORED).sum() == 50
     assert batch["position_ids"].max() == 49
+
+
+ROWS = [
+    {"clip_embeds": torch.ones(16).mul(number).tolist(), "captions": captions}
+    for number, captions in enumerate((["a red heart", "a heart"], ["a blue dog"], ["man in a black hat"] * 3))
+]
+
+
+@pytest.mark.parametrize("template", ["<image>", "Say: <image> caption:"])
+@pytest.mark.parametrize("max_caption_length", [None, 3])
+def test_collator(make_model, embeds_processor, template, max_caption_length):
+    """The collator's packed batch gives the loss of its batch with a row per caption."""
+    model = make_model(None)
+    embeds_processor.prompt_template = template
+    settings = {"max_caption_length": max_caption_length}
+    single = [{**row, "captions": caption} for row in ROWS for caption in row["captions"]]
+    apart = CaptioningCollator(embeds_processor, **settings)(single)
+    together = CaptioningCollator(embeds_processor, captions_together=True, **settings)(ROWS)
+    assert (together["labels"] != IGNORED).sum() == (apart["labels"] != IGNORED).sum()
+    torch.testing.assert_close(model(**together).loss, model(**apart).loss, atol=1e-5, rtol=0)
+
+
+def test_a_step_of_the_trainer_is_the_same(make_model, embeds_processor, tmp_path):
+    """Steps of gradient accumulation change the weights as those with a row per caption do."""
+    weights = {}
+    for together in (False, True):
+        model = make_model(None, freeze_language_model=True, mapping_type="transformer")
+        rows = ROWS if together else [{**row, "captions": text} for row in ROWS for text in row["captions"]]
+        args = Seq2SeqTrainingArguments(
+            tmp_path / str(together),
+            max_steps=2,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=len(rows),
+            learning_rate=1e-3,
+            remove_unused_columns=False,
+            report_to=[],
+            use_cpu=True,
+        )
+        collator = CaptioningCollator(embeds_processor, captions_together=together)
+        ClipCapTrainer(model, args, train_dataset=rows, data_collator=collator).train()
+        weights[together] = model.mapping_network.state_dict()
+    start = make_model(None, freeze_language_model=True, mapping_type="transformer").mapping_network.state_dict()
+    for name, weight in weights[True].items():
+        torch.testing.assert_close(weight, weights[False][name], atol=2e-5, rtol=0)
+    assert any(not torch.equal(weight, start[name]) for name, weight in weights[True].items())
+
+
+def test_language_models_that_cannot(make_model):
+    mamba = MambaConfig(vocab_size=290, hidden_size=32, num_hidden_layers=2, state_size=4)
+    assert can_pack(make_model(None))
+    assert not can_pack(make_model(None, text_config=mamba))

@@ -251,6 +251,7 @@ class ClipCapForConditionalGeneration(
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prefix_index: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | ClipCapCausalLMOutputWithPast:
@@ -264,7 +265,8 @@ class ClipCapForConditionalGeneration(
                 or videos, `(videos, frames, 3, height, width)`.
             clip_embeds (`torch.FloatTensor` of shape `(images, clip_embed_dim)`, *optional*): Embeddings of the
                 images, in place of their pixels; or patch tokens, `(images, patches, clip_embed_dim)`.
-            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 where there is padding.
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 where there is padding. Or of
+                shape `(batch, 1, sequence, sequence)` and type `bool`: True where a position (third) may see another.
             cache ([`~transformers.Cache`], *optional*): The language model's keys and values of the tokens before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden)`, *optional*): Embedded tokens,
                 instead of `input_ids`. Images then need a placeholder that has an embedding (`image_token_id` in the
@@ -276,6 +278,9 @@ class ClipCapForConditionalGeneration(
                 positions.
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}`, instead of pixels and
                 embeddings.
+            prefix_index (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which vector of the images'
+                prefixes, counted over all images, stands at each placeholder, row by row. By default each stands once,
+                in order. Rows that hold several captions of an image repeat some.
             past_key_values ([`~transformers.Cache`], *optional*): The older name of `cache`.
             kwargs: Further arguments of the language model and of the loss.
 
@@ -298,13 +303,17 @@ class ClipCapForConditionalGeneration(
             placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)
         if image_outputs is not None:
             prefix = image_outputs.pooler_output
-            self._check_placeholders(placeholders, prefix)
+            if prefix_index is None:
+                self._check_placeholders(placeholders, prefix)
         if input_ids is not None:
             # The placeholder's id may lie outside the language model's vocabulary.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
         if prefix is not None:
             prefix = prefix.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), prefix)
+            vectors = prefix if prefix_index is None else prefix.flatten(0, 1)[prefix_index]
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), vectors)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = self._four_dimensional(attention_mask, inputs_embeds.dtype)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -362,6 +371,12 @@ class ClipCapForConditionalGeneration(
             )
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == embeddings(token)).all(-1)
+
+    def _four_dimensional(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # The "eager" attention adds the mask to the scores; the others take True and False.
+        if attention_mask.dtype != torch.bool or self.language_model.config._attn_implementation != "eager":
+            return attention_mask
+        return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
 
     def _check_placeholders(self, placeholders: torch.Tensor, prefix: torch.Tensor):
         if torch.compiler.is_compiling():

@@ -189,9 +189,12 @@ class DataArguments:
         metadata={"help": "Column of the image ids, for imagefolder and hub: rows of the same id are one image."},
     )
     embeds_column: str = field(default="clip_embeds", metadata={"help": "Column of the embeddings, if any."})
-    references: Literal["random", "all", "first"] = field(
+    references: Literal["random", "all", "first", "together"] = field(
         default="all",
-        metadata={"help": "Captions that an epoch shows of each image: all, a random one, or the first."},
+        metadata={
+            "help": "Captions that an epoch shows of each image: all, a random one, the first, or all together in one row, "
+            "which takes less time (several captions per image, language models that take 4-dimensional masks)."
+        },
     )
     append_eos: bool = field(default=True, metadata={"help": "End captions with the end token."})
     max_caption_length: int | None = field(default=None, metadata={"help": "Cut captions to this many tokens."})

@@ -7,10 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from ..model.processing_clipcap import ClipCapProcessor
+from .packing import IGNORED, ImageWithCaptions, pack
 from .rows import as_list, generator_of
-
-
-IGNORED = -100
 
 
 class CaptioningCollator:
@@ -38,6 +36,9 @@ class CaptioningCollator:
         video_column (`str`): Column with a video (anything that the processor takes), for rows without an image.
         return_references (`bool`): Also return all captions of each row as `references`, and the length of the prompt
             as `prompt_length`, which self-critical training needs.
+        captions_together (`bool`): Put all captions of an image into one row, where they share the prefix (see
+            [`clipcap_hf.training.packing`]). Losses and gradients are those of a row per caption, in less time. Needs
+            a language model that takes 4-dimensional attention masks.
 
     Example:
 
@@ -65,6 +66,7 @@ class CaptioningCollator:
         embeds_noise: float = 0.0,
         video_column: str = "video",
         return_references: bool = False,
+        captions_together: bool = False,
     ):
         if append_eos and processor.tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no end token: set one, or pass `append_eos=False`.")
@@ -79,12 +81,14 @@ class CaptioningCollator:
         self.video_column = video_column
         self.return_references = return_references
         self.return_prompt_length = return_references
+        self.captions_together = captions_together
 
     def for_evaluation(self) -> "CaptioningCollator":
         """Return a collator without randomness: first caption, no noise. Its batches have `prompt_length`."""
         collator = copy.copy(self)
         collator.sample_captions, collator.embeds_noise, collator.return_references = False, 0.0, False
         collator.return_prompt_length = True
+        collator.captions_together = False
         return collator
 
     @property
@@ -94,6 +98,8 @@ class CaptioningCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         generators = [generator_of(feature) for feature in features]
+        if self.captions_together:
+            return self._packed(features, generators)
         captions = [self._caption(feature, generator) for feature, generator in zip(features, generators)]
         prompt_length = self.prompt_length
         batch = self.processor(
@@ -122,7 +128,30 @@ class CaptioningCollator:
         max_length = prompt_length + self.max_caption_length
         return {**padding, "truncation": True, "truncation_side": "right", "max_length": max_length}
 
+    def _packed(self, features: list[dict[str, Any]], generators: list) -> dict[str, Any]:
+        """Make a batch in which all captions of an image share its prefix."""
+        inputs = self._images(features, generators)
+        if "clip_embeds" not in inputs:
+            inputs = {"pixel_values": self.processor(**inputs, return_tensors="pt")["pixel_values"]}
+        captions = [[self._checked(text) for text in self._captions(feature)] for feature in features]
+        texts = self._with_end([text for group in captions for text in group])
+        prompt_length = self.prompt_length
+        length = self._padding(prompt_length)
+        tokenized = self.processor.tokenize_prompts(texts, len(texts), **{**length, "padding": False})["input_ids"]
+        tokens = iter(tokenized)
+        prompt = tokenized[0][:prompt_length]
+        images = [ImageWithCaptions(prompt, [next(tokens)[prompt_length:] for _ in group]) for group in captions]
+        pad_token_id = self.processor.tokenizer.pad_token_id or 0  # padding sees and is seen by nothing
+        return {**inputs, **pack(images, self.processor.image_token_id, pad_token_id)}
+
     def _caption(self, feature: dict[str, Any], generator) -> str:
+        captions = self._captions(feature)
+        index = 0
+        if self.sample_captions:
+            index = int(torch.randint(len(captions), ()) if generator is None else generator.integers(len(captions)))
+        return self._checked(captions[index])
+
+    def _captions(self, feature: dict[str, Any]) -> list[str]:
         if self.caption_column not in feature:
             raise ValueError(
                 f"The data has no column {self.caption_column!r}; it has {', '.join(feature) or 'none'}. Pass "
@@ -131,10 +160,9 @@ class CaptioningCollator:
         captions = as_list(feature[self.caption_column])
         if not captions:
             raise ValueError("An image has no caption.")
-        index = 0
-        if self.sample_captions:
-            index = int(torch.randint(len(captions), ()) if generator is None else generator.integers(len(captions)))
-        caption = captions[index]
+        return captions
+
+    def _checked(self, caption: str) -> str:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"A caption must be a non-empty string, got {repr(caption)[:80]}.")
         if self.processor.image_token in caption:

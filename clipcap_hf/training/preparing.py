@@ -1,5 +1,6 @@
 """From loaded data to the rows of a run: checks against the captioner, embeddings, one row per caption."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,13 @@ from ..model.processing_clipcap import ClipCapProcessor
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
 from .embed_once import embed_once, pays_to_embed
 from .loading import cut_to_context, drop_unreadable, row_name
+from .packing import can_pack
 from .recipe import fit_recipe
 from .rows import as_list, one_row_per_caption
 from .text_only import CAPDEC_NOISE, load_text_tower, text_only_rows
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,7 +66,11 @@ def prepare(
     tokenizer = processor.tokenizer
     for data, what in ((evaluation, "evaluation"), (train, "training")):
         length = None if data is None else cut_to_context(data, tokenizer, room, data_args.max_caption_length, what)
+    if data_args.references == "together":
+        _check_together(train, model, data_args, args)
     fit_recipe(args, model, _captions_per_epoch(train, data_args, args))
+    if data_args.references == "together":
+        _count_images(train, args)
     if data_args.text_only:
         train = _text_only(train, model, data_args, args)
     if pays_to_embed(train, model, data_args, args):
@@ -126,9 +135,27 @@ def _room(model, processor: ClipCapProcessor) -> int | None:
 def _captions_per_epoch(train, data_args: DataArguments, args: CaptioningArguments) -> int | None:
     if not hasattr(train, "select"):
         return None
-    if data_args.references == "all" and args.objective == "cross_entropy":
+    if data_args.references in ("all", "together") and args.objective == "cross_entropy":
         return sum(len(as_list(texts)) for texts in train["captions"])
     return len(train)
+
+
+def _check_together(train, model, data_args: DataArguments, args: CaptioningArguments):
+    if not hasattr(train, "select") or data_args.text_only or args.objective == "scst":
+        raise ValueError("`references together` is for cross entropy on images, not streamed: leave it out.")
+    if not can_pack(model):
+        data_args.references = "all"
+        logger.warning(
+            f"The language model, a `{model.config.text_config.model_type}`, takes no 4-dimensional attention masks, so "
+            "each caption gets a row of its own (`references all`)."
+        )
+
+
+def _count_images(train, args: CaptioningArguments):
+    """Let a batch hold as many captions as it was to hold, now that a row has all those of an image."""
+    per_image = sum(len(as_list(texts)) for texts in train["captions"]) / len(train)
+    args.per_device_train_batch_size = max(1, round(args.per_device_train_batch_size / per_image))
+    logger.info(f"Batches hold {args.per_device_train_batch_size} images with all their captions.")
 
 
 def _text_only(train, model, data_args: DataArguments, args: CaptioningArguments):

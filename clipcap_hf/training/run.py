@@ -106,6 +106,7 @@ def _trainer(model, processor: ClipCapProcessor, data, data_args: DataArguments,
         max_caption_length=data.max_caption_length,
         embeds_noise=data.embeds_noise,
         return_references=reward is not None,
+        captions_together=data_args.references == "together",
     )
     captions_images = data.evaluation is not None and args.predict_with_generate
     trainer = ClipCapTrainer(

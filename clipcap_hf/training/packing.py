@@ -1,0 +1,152 @@
+"""All captions of an image in one pass: the prefix is computed and read once, however many captions follow it.
+
+The prefix does not depend on the caption, so `[prefix, caption 1, ..., caption 5]` can stand in one row: each caption sees
+the prefix and itself, and counts its positions from the end of the prefix. Losses and gradients are those of five rows of
+prefix and caption each. Several images share a row where that leaves less padding.
+
+Next-token losses are shifted by one, so the first token of each caption needs its own predictor: the last token of the
+prompt stands once before every caption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..model.modeling_clipcap import ClipCapForConditionalGeneration
+
+
+IGNORED = -100
+
+
+@dataclass
+class ImageWithCaptions:
+    """The tokens of one image.
+
+    Args:
+        prompt (`list[int]`): The image's placeholders and the text around them, which all captions share.
+        captions (`list[list[int]]`): The tokens of each caption, end token included.
+    """
+
+    prompt: list[int]
+    captions: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompt) - 1 + sum(1 + len(caption) for caption in self.captions)
+
+
+def pack(
+    images: Sequence[ImageWithCaptions],
+    image_token_id: int,
+    pad_token_id: int,
+    images_per_row: int = 2,
+) -> dict[str, torch.Tensor]:
+    r"""
+    Make a training batch in which all captions of an image share its prefix.
+
+    Args:
+        images (sequence of [`ImageWithCaptions`]): In the order of the images or embeddings that go with the batch.
+        image_token_id (`int`): The placeholder for one vector of the prefix.
+        pad_token_id (`int`): Fills rows up to the longest.
+        images_per_row (`int`): Rows hold about so many images, arranged so that they are nearly equally long.
+
+    Returns:
+        `dict`: `input_ids`, `position_ids` and `labels` (rows, length); `attention_mask` (rows, 1, length, length), True
+        where a position may look; `prefix_index` (placeholders,), which vector of all
+        the images' prefixes, one image after the other, stands at each placeholder.
+    """
+    rows = _balanced_rows(images, max(1, round(len(images) / images_per_row)))
+    length = max(sum(len(images[index]) for index in row) for row in rows)
+    shape = (len(rows), length)
+    input_ids = torch.full(shape, pad_token_id)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    # Which image, and which caption of it (0: its prompt), each position belongs to; padding sees itself alone.
+    image_of, caption_of = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    prefix_index: list[int] = []
+    prefix_length = sum(token == image_token_id for token in images[0].prompt)
+    for row, members in enumerate(rows):
+        start = 0
+        for index in members:
+            tokens, positions, targets, captions = _lay_out(images[index])
+            end = start + len(tokens)
+            input_ids[row, start:end] = torch.tensor(tokens)
+            position_ids[row, start:end] = torch.tensor(positions)
+            labels[row, start:end] = torch.tensor(targets)
+            image_of[row, start:end] = index
+            caption_of[row, start:end] = torch.tensor(captions)
+            start = end
+            prefix_index += _prefix_vectors(tokens, image_token_id, index * prefix_length, prefix_length)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": _mask(image_of, caption_of),
+        "position_ids": position_ids,
+        "labels": labels,
+        "prefix_index": torch.tensor(prefix_index),
+    }
+
+
+def _balanced_rows(images: Sequence[ImageWithCaptions], number: int) -> list[list[int]]:
+    """Divide the images over rows: the longest first, each into the row that is the shortest so far."""
+    rows: list[list[int]] = [[] for _ in range(number)]
+    lengths = [0] * number
+    for index in sorted(range(len(images)), key=lambda index: -len(images[index])):
+        shortest = lengths.index(min(lengths))
+        rows[shortest].append(index)
+        lengths[shortest] += len(images[index])
+    return [row for row in rows if row]
+
+
+def _lay_out(image: ImageWithCaptions) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Give the tokens of an image with their positions, labels and captions (0 is the prompt)."""
+    *shared, last = image.prompt
+    tokens, positions = list(shared), list(range(len(shared)))
+    labels, captions = [IGNORED] * len(shared), [0] * len(shared)
+    for number, caption in enumerate(image.captions, start=1):
+        tokens += [last, *caption]
+        positions += range(len(shared), len(shared) + 1 + len(caption))
+        labels += [IGNORED, *caption]
+        captions += [number] * (1 + len(caption))
+    return tokens, positions, labels, captions
+
+
+def _prefix_vectors(tokens: list[int], image_token_id: int, first: int, prefix_length: int) -> list[int]:
+    """Say which vector stands at each placeholder: the last of the prefix again before every caption."""
+    placeholders = sum(token == image_token_id for token in tokens)
+    return [first + min(place, prefix_length - 1) for place in range(placeholders)]
+
+
+def _mask(image_of: torch.Tensor, caption_of: torch.Tensor) -> torch.Tensor:
+    """Let each position see what came before it in its image's prompt and in its own caption."""
+    length = image_of.shape[1]
+    same_image = image_of.unsqueeze(2) == image_of.unsqueeze(1)  # padding counts as an image of its own
+    keys = caption_of.unsqueeze(1)
+    visible = (keys == 0) | (keys == caption_of.unsqueeze(2))
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return (same_image & visible & causal).unsqueeze(1)
+
+
+@torch.no_grad()
+def can_pack(model: ClipCapForConditionalGeneration) -> bool:
+    """Try whether the language model heeds 4-dimensional attention masks and positions, on two captions of two tokens.
+
+    Recurrent models (Mamba) and some attention kernels do not, and would let captions see each other.
+    """
+    training = model.training
+    config, token = model.config, model.config.image_token_id
+    captions = [[1, 2], [3, 4]]
+    shape = (1, config.clip_length) if config.vision_feature == "patches" else (1,)
+    embeds = torch.ones(*shape, config.clip_embed_dim, device=model.device)
+    prompt = [token] * config.prefix_length
+    together = pack([ImageWithCaptions(prompt, captions)], token, 0)
+    alone = torch.tensor([prompt + caption for caption in captions])
+    try:
+        model.eval()
+        packed = model(**{name: value.to(model.device) for name, value in together.items()}, clip_embeds=embeds).logits
+        rows = model(input_ids=alone.to(model.device), clip_embeds=embeds.expand(2, *embeds.shape[1:])).logits
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(training)
+    ends = torch.tensor([config.prefix_length + 1, config.prefix_length + 4])  # the last tokens of the two captions
+    return torch.allclose(packed[0, ends].float(), rows[:, -1].float(), rtol=2e-2, atol=2e-2)

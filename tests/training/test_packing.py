@@ -1,0 +1,164 @@
+"""All captions of an image in one row: the losses and gradients of a row per caption, and less work."""
+
+import pytest
+import torch
+from clipcap_hf import CaptioningCollator, ClipCapTrainer
+from clipcap_hf.training.packing import IGNORED, ImageWithCaptions, can_pack, pack
+from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig, Qwen3Config, Seq2SeqTrainingArguments
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 290}
+LANGUAGE_MODELS = {
+    "gpt2": GPT2Config(vocab_size=290, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=48),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, intermediate_size=48, head_dim=8),
+    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128),
+}
+PLACEHOLDER, PREFIX_LENGTH = 290, 4
+PROMPTS = {
+    "image alone": [PLACEHOLDER] * PREFIX_LENGTH,
+    "text around it": [7, 8, *[PLACEHOLDER] * PREFIX_LENGTH, 9, 10, 11],
+}
+NUMBERS_OF_CAPTIONS = (5, 1, 3, 7)
+
+
+def make_images(prompt: list[int]) -> list[ImageWithCaptions]:
+    torch.manual_seed(1)
+    return [
+        ImageWithCaptions(
+            prompt, [torch.randint(1, 290, (int(length),)).tolist() for length in torch.randint(1, 9, (n,))]
+        )
+        for n in NUMBERS_OF_CAPTIONS
+    ]
+
+
+def one_row_per_caption(images: list[ImageWithCaptions]) -> dict[str, torch.Tensor]:
+    """The ordinary batch: prompt and caption in each row, padded on the right."""
+    rows = [(image.prompt, caption) for image in images for caption in image.captions]
+    length = max(len(prompt) + len(caption) for prompt, caption in rows)
+    batch = {
+        "input_ids": torch.zeros(len(rows), length, dtype=torch.long),
+        "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
+        "labels": torch.full((len(rows), length), IGNORED),
+    }
+    for row, (prompt, caption) in enumerate(rows):
+        end = len(prompt) + len(caption)
+        batch["input_ids"][row, :end] = torch.tensor(prompt + caption)
+        batch["attention_mask"][row, :end] = 1
+        batch["labels"][row, len(prompt) : end] = torch.tensor(caption)
+    return batch
+
+
+def loss_and_gradients(model, **batch):
+    model.zero_grad()
+    loss = model(**batch, num_items_in_batch=(batch["labels"] != IGNORED).sum()).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompt", list(PROMPTS))
+@pytest.mark.parametrize("mapping", ["mlp", "transformer", "linear"])
+@pytest.mark.parametrize("text", list(LANGUAGE_MODELS))
+def test_losses_and_gradients_are_those_of_a_row_per_caption(make_model, text, mapping, prompt, attention):
+    model = make_model(None, text_config=LANGUAGE_MODELS[text], mapping_type=mapping)
+    model.set_attn_implementation(attention)
+    images = make_images(PROMPTS[prompt])
+    embeds = torch.randn(len(images), 16)
+    repeated = embeds.repeat_interleave(torch.tensor(NUMBERS_OF_CAPTIONS), 0)
+    expected, gradients = loss_and_gradients(model, **one_row_per_caption(images), clip_embeds=repeated)
+    for images_per_row in (1, 2, 4):
+        batch = pack(images, PLACEHOLDER, 0, images_per_row)
+        assert len(batch["input_ids"]) == len(images) // images_per_row
+        loss, found = loss_and_gradients(model, **batch, clip_embeds=embeds)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+def test_captions_do_not_see_each_other(make_model):
+    """What stands in one caption changes no logit of another caption, nor of another image."""
+    model = make_model(None)
+    images = make_images(PROMPTS["image alone"])
+    embeds = torch.randn(len(images), 16)
+    batch = pack(images, PLACEHOLDER, 0, images_per_row=4)
+    logits = model(**batch, clip_embeds=embeds).logits
+    place = PREFIX_LENGTH - 1 + 1  # the first token of the longest image's first caption
+    longest = max(images, key=len)
+    end = place + len(longest.captions[0])
+    batch["input_ids"][0, place] = 289 - batch["input_ids"][0, place]
+    changed = (model(**batch, clip_embeds=embeds).logits - logits).abs().amax(-1)[0] > 1e-6
+    assert changed[place:end].all()
+    assert not changed[:place].any() and not changed[end:].any()
+
+
+def test_padding_is_rare():
+    torch.manual_seed(0)
+    lengths = (
+        torch.randn(40, 5).mul(3.5).add(13).round().clamp(5, 40).long()
+    )  # words and ends of captions of photographs
+    images = [ImageWithCaptions([PLACEHOLDER] * 10, [[1] * int(n) for n in row]) for row in lengths]
+    batches = [pack(images[start : start + 8], PLACEHOLDER, 0) for start in range(0, 40, 8)]
+    padding = sum(int((batch["input_ids"] == 0).sum()) for batch in batches)
+    assert padding < 0.05 * sum(batch["input_ids"].numel() for batch in batches)
+
+
+def test_tokens_are_few():
+    """Five captions of ten tokens after a prefix of forty take half the positions of five rows, and lose none."""
+    image = ImageWithCaptions([PLACEHOLDER] * 40, [[1 + n] * 10 for n in range(5)])
+    batch = pack([image], PLACEHOLDER, 0)
+    assert batch["input_ids"].numel() == 39 + 5 * 11
+    assert (batch["labels"] != IGNORED).sum() == 50
+    assert batch["position_ids"].max() == 49
+
+
+ROWS = [
+    {"clip_embeds": torch.ones(16).mul(number).tolist(), "captions": captions}
+    for number, captions in enumerate((["a red heart", "a heart"], ["a blue dog"], ["man in a black hat"] * 3))
+]
+
+
+@pytest.mark.parametrize("template", ["<image>", "Say: <image> caption:"])
+@pytest.mark.parametrize("max_caption_length", [None, 3])
+def test_collator(make_model, embeds_processor, template, max_caption_length):
+    """The collator's packed batch gives the loss of its batch with a row per caption."""
+    model = make_model(None)
+    embeds_processor.prompt_template = template
+    settings = {"max_caption_length": max_caption_length}
+    single = [{**row, "captions": caption} for row in ROWS for caption in row["captions"]]
+    apart = CaptioningCollator(embeds_processor, **settings)(single)
+    together = CaptioningCollator(embeds_processor, captions_together=True, **settings)(ROWS)
+    assert (together["labels"] != IGNORED).sum() == (apart["labels"] != IGNORED).sum()
+    torch.testing.assert_close(model(**together).loss, model(**apart).loss, atol=1e-5, rtol=0)
+
+
+def test_a_step_of_the_trainer_is_the_same(make_model, embeds_processor, tmp_path):
+    """Steps of gradient accumulation change the weights as those with a row per caption do."""
+    weights = {}
+    for together in (False, True):
+        model = make_model(None, freeze_language_model=True, mapping_type="transformer")
+        rows = ROWS if together else [{**row, "captions": text} for row in ROWS for text in row["captions"]]
+        args = Seq2SeqTrainingArguments(
+            tmp_path / str(together),
+            max_steps=2,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=len(rows),
+            learning_rate=1e-3,
+            remove_unused_columns=False,
+            report_to=[],
+            use_cpu=True,
+        )
+        collator = CaptioningCollator(embeds_processor, captions_together=together)
+        ClipCapTrainer(model, args, train_dataset=rows, data_collator=collator).train()
+        weights[together] = model.mapping_network.state_dict()
+    start = make_model(None, freeze_language_model=True, mapping_type="transformer").mapping_network.state_dict()
+    for name, weight in weights[True].items():
+        torch.testing.assert_close(weight, weights[False][name], atol=2e-5, rtol=0)
+    assert any(not torch.equal(weight, start[name]) for name, weight in weights[True].items())
+
+
+def test_language_models_that_cannot(make_model):
+    mamba = MambaConfig(vocab_size=290, hidden_size=32, num_hidden_layers=2, state_size=4)
+    assert can_pack(make_model(None))
+    assert not can_pack(make_model(None, text_config=mamba))

@@ -21,8 +21,8 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
 
 from ..model.image_processing_open_clip import to_rgb
-from ..model.modeling_vision import embed_pixels, load_vision_tower
-from ..model.processing_clipcap import load_image, load_image_processor
+from ..model.modeling_vision import embed_pixels
+from ..model.processing_clipcap import load_image
 from ..processes import process_state
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 
@@ -105,12 +105,6 @@ def embed(
         _embed_split(encoder, split, out / name, image_processor, batch_size, num_workers, shard_size, progress, name)
     EmbeddingsFolder(out).write_splits(list(dataset))
     return load_embeddings(out)
-
-
-def load_tower(name: str, vision_feature: str = "pooled"):
-    """A vision tower, in float32, and its image processor, by a name as in
-    [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]."""
-    return load_vision_tower(name, torch.float32, vision_feature), load_image_processor(name)[0]
 
 
 class Encoder:

@@ -43,6 +43,62 @@ def split_name(name: str) -> str:
     return _SPLITS.get(name, name)
 
 
+def to_caption_form(
+    dataset,
+    image: str = "image",
+    captions: str = "captions",
+    image_id: str = "image_id",
+    clip_embeds: str = "clip_embeds",
+):
+    """
+    Rename a data set's columns to `image`, `captions`, `image_id` and `clip_embeds`, and make `captions` a list of strings.
+
+    Columns that the data set lacks are passed over; one that is in the way of a new name is dropped. Nothing is decoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`], `IterableDataset` or a dictionary of them by split): The data set.
+        image (`str`): Its column of images.
+        captions (`str`): Its column of captions, each a string or a list of strings.
+        image_id (`str`): Its column of ids.
+        clip_embeds (`str`): Its column of CLIP embeddings.
+    """
+    if isinstance(dataset, Mapping):
+        splits = {
+            name: to_caption_form(split, image, captions, image_id, clip_embeds) for name, split in dataset.items()
+        }
+        return type(dataset)(splits)
+    if dataset.column_names is None:
+        dataset = dataset._resolve_features()
+    names = {image: "image", captions: "captions", image_id: "image_id", clip_embeds: "clip_embeds"}
+    renamed = {old: new for old, new in names.items() if old != new and old in dataset.column_names}
+    in_the_way = [new for old, new in renamed.items() if new in dataset.column_names and new not in renamed]
+    if in_the_way:
+        dataset = dataset.remove_columns(in_the_way)
+    if renamed:
+        dataset = dataset.rename_columns(renamed)
+    return _captions_as_lists(dataset) if "captions" in dataset.column_names else dataset
+
+
+def _captions_as_lists(dataset):
+    from datasets import Image, List, Value
+
+    if dataset.features is not None and not isinstance(dataset.features["captions"], Value):
+        return dataset
+    if hasattr(dataset, "num_rows"):
+        texts = [[] if text is None else [text] for text in dataset["captions"]]
+        return dataset.remove_columns("captions").add_column("captions", texts, feature=List(Value("string")))
+    if dataset.features is None:
+        dataset = dataset._resolve_features()
+    features = dataset.features.copy()
+    for name, feature in features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+    features["captions"] = List(Value("string"))
+    # The form comes last: a `map` that is given features leaves images as bytes.
+    as_list = dataset.map(lambda text: {"captions": [] if text is None else [text]}, input_columns="captions")
+    return as_list.cast(features)
+
+
 def clean_caption(caption: Any, where: str = "the data") -> str | None:
     """
     A caption on one line, without space around it. Line separators of every kind (U+2028, U+0085, ...), which break

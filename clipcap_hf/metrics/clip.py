@@ -97,10 +97,10 @@ def clip_scores(
 
 def _load_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
     """Functions that embed texts and PIL images, and the dtype in which they compute."""
+    from ..clip import load_text_tower
     from ..model.modeling_open_clip import is_open_clip_name
     from ..model.modeling_vision import embed_pixels, load_vision_tower
     from ..model.processing_clipcap import load_image_processor
-    from ..training.text_only import load_text_tower
 
     if is_open_clip_name(name):
         tower = load_vision_tower(name).eval().to(device)

@@ -374,7 +374,8 @@ def _check_columns(data, what: str, model, columns: dict, text_only: bool, argum
 
 
 def _text_only(train, model, data_args: DataArguments, columns: dict, args: CaptioningArguments):
-    from .text_only import load_text_tower, text_only_rows
+    from ..clip import load_text_tower
+    from .text_only import text_only_rows
 
     if data_args.text_tower is None:
         raise ValueError("`text_only` needs `text_tower`, the CLIP that the vision tower belongs to.")

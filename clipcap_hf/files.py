@@ -2,12 +2,16 @@
 
 import glob
 import os
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
+
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -65,6 +69,42 @@ def write_text(path: str | os.PathLike, text: str):
     """Write a UTF-8 file whole or not at all."""
     with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
         file.write(text)
+
+
+@contextmanager
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes that ask for the same lock out of a folder. The lock of a killed process ends with it.
+
+    Raises:
+        ValueError: If another process holds the lock; the message names it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / LOCK
+    with open(path, "a+", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                # A lock of the process itself: worker processes that outlive it for a moment do not hold it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{folder} is being written by {holder}: wait for it, or choose another folder."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        with suppress(OSError):  # on a full disk the lock holds without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def listed(items: Sequence, most: int = 5) -> str:

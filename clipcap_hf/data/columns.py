@@ -8,15 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .schema import CaptionCleaner, caption_features, clean_caption, image_paths, select_split
+from .schema import CAPTION_COLUMNS, CaptionCleaner, caption_features, clean_caption, image_paths, select_split
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
 
 logger = logging.getLogger(__name__)
-
-_CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "json.caption")
 
 
 def load_columns(
@@ -178,7 +176,7 @@ def _find_columns(dataset, source: str, image_column, caption_column, id_column)
     if isinstance(caption_column, str):
         caption_column = [caption_column]
     elif caption_column is None:
-        known = [name for name in _CAPTION_COLUMNS if _feature(features, name) is not None]
+        known = [name for name in CAPTION_COLUMNS if _feature(features, name) is not None]
         if not known:
             raise ValueError(f"{source} has no column that is known for captions; {exists}. Pass `caption_column=`.")
         caption_column = known[:1]

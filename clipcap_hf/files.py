@@ -12,6 +12,7 @@ from PIL import Image
 
 
 LOCK = ".lock"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -105,6 +106,28 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def check_file(path: str | os.PathLike, what: str = "file"):
+    """Make sure that a path is a file with its content.
+
+    Args:
+        path (`str` or path): The file.
+        what (`str`): What it is called in messages.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is a folder, a pipe or a device, or Git LFS left a pointer in its place.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no {what} {path}.")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The {what} {path} is not a file, but a {'folder' if os.path.isdir(path) else 'pipe or device'}."
+        )
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the {what} itself: run `git lfs pull` to download it.")
 
 
 def listed(items: Sequence, most: int = 5) -> str:

@@ -144,6 +144,17 @@ def listed(items: Sequence, most: int = 5) -> str:
     return ", ".join(map(str, items[:most])) + more
 
 
+def _files_below(folder: str, errors: list[str]) -> list[Path]:
+    """All files in a folder and its subfolders; a subfolder that cannot be read becomes an error."""
+
+    def note(error: OSError):
+        errors.append(f"{error.filename}: the folder cannot be read ({error.strerror})")
+
+    walked = os.walk(folder, onerror=note)
+    below = sorted(Path(parent) / name for parent, _, names in walked for name in names)
+    return [path for path in below if path.is_file() or path.is_symlink()]
+
+
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     """Find the image files that paths, folders (searched recursively) and glob patterns name, in order, each once.
 
@@ -157,7 +168,7 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     paths, errors = [], []
     for argument in map(str, arguments):
         if os.path.isdir(argument):
-            below = sorted(path for path in Path(argument).rglob("*") if path.is_file() or path.is_symlink())
+            below = _files_below(argument, errors)
             found = [str(path) for path in below if path.suffix.lower() in extensions]
             if not found:
                 errors.append(f"{argument}: the folder holds no image files")

@@ -157,6 +157,38 @@ class CaptionCleaner:
             )
 
 
+def unusable_captions(dataset, tokenizer, max_tokens: int | None, placeholder: str = "<image>") -> list[str]:
+    """
+    Say which captions of a data set cannot be trained on: too long for the context, or holding the placeholder.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): With the columns `captions` and, if it has ids, `image_id`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the language model.
+        max_tokens (`int`, *optional*): Tokens that a caption may have: the context length without prefix, prompt and end
+            token. `None` for a model without a limit.
+        placeholder (`str`): Text that stands for the prefix.
+
+    Returns:
+        `list[str]`: A line for each, with its row (from 0) and image; empty if all can be used.
+    """
+    columns = [name for name in ("captions", "image_id") if name in dataset.column_names]
+    faults, number = [], 0
+    for batch in dataset.select_columns(columns).iter(1000):
+        ids = batch.get("image_id", [None] * len(batch["captions"]))
+        flat = [text for texts in batch["captions"] for text in texts]
+        lengths = iter(map(len, tokenizer(flat, add_special_tokens=False)["input_ids"]) if flat else ())
+        for image_id, texts in zip(ids, batch["captions"]):
+            where = f"row {number}" + (f" (image {image_id})" if image_id is not None else "")
+            for text in texts:
+                length = next(lengths)
+                if placeholder in text:
+                    faults.append(f"{where}: the caption holds {placeholder!r}: {text[:60]!r}")
+                elif max_tokens is not None and length > max_tokens:
+                    faults.append(f"{where}: the caption has {length} tokens, more than {max_tokens}: {text[:60]!r}")
+            number += 1
+    return faults
+
+
 def select_split(splits: DatasetDict, split: str | None, source: str) -> Dataset | DatasetDict:
     """The split of that name, or all of them for `None`.
 

@@ -75,7 +75,7 @@ def _to_splits(records: list[CaptionedRecord], root: Path, split: str | None, mi
 
 def _check_every_image_has_a_record(records: list[CaptionedRecord], root: Path, missing: str):
     listed_paths = {os.path.normpath(root / record.paths[0]) for record in records}
-    found = [path for path in find_images([root])[0] if os.path.normpath(path) not in listed_paths]
+    found = [path for path in _images_below(root) if os.path.normpath(path) not in listed_paths]
     if not found:
         return
     names = listed([os.path.relpath(path, root) for path in found], 3)
@@ -83,6 +83,13 @@ def _check_every_image_has_a_record(records: list[CaptionedRecord], root: Path, 
     if missing == "error":
         raise ValueError(f"{message}. To go on without them, pass `missing='skip'` (--missing skip).")
     logger.warning(f"{message}. They were left out.")
+
+
+def _images_below(root: Path) -> list[str]:
+    paths, errors = find_images([root])
+    if unreadable := [error for error in errors if "cannot be read" in error]:
+        raise PermissionError(unreadable[0])
+    return paths
 
 
 def _split_of(path: str, root: Path) -> str:
@@ -210,7 +217,7 @@ def read_text(file: Path) -> str:
 def _read_sidecars(root: Path) -> Iterator[CaptionedRecord]:
     """Images with their captions in a text file of the same name, one caption per line."""
     found = False
-    for image in find_images([root])[0]:
+    for image in _images_below(root):
         text = Path(image).with_suffix(".txt")
         if text.is_file():
             found = True
@@ -241,7 +248,7 @@ def load_flickr8k(
     if file is None:
         raise FileNotFoundError(f"There is no annotation file {' or '.join(map(str, names))}.")
     root = Path(images) if images is not None else file.parent
-    by_name = {os.path.basename(path): os.path.relpath(path, root) for path in find_images([root])[0]}
+    by_name = {os.path.basename(path): os.path.relpath(path, root) for path in _images_below(root)}
     lists = _split_lists(file.parent)
     records: dict[str, CaptionedRecord] = {}
     unlisted = set()

@@ -1,6 +1,7 @@
 """Folders of images: which images are read, under which split, with which captions, and what is said of the rest."""
 
 import json
+import os
 
 import pytest
 from clipcap_hf.data import load_captions
@@ -145,3 +146,18 @@ def test_flickr8k_captions_txt(make):
     (root / "captions.txt").write_text("image;caption\n")
     with pytest.raises(ValueError, match="Line 1 of .*captions.txt is not `name.jpg#0`"):
         load_captions("flickr8k", root)
+
+
+def test_a_subfolder_that_cannot_be_read_is_an_error(make, monkeypatch):
+    """Tests may run as root, who can read everything: the refusal is the system's in its place."""
+    root = make({"a.jpg": None, "a.txt": "a", "closed/b.jpg": None})
+    scandir = os.scandir
+
+    def refusing(path="."):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="closed: the folder cannot be read .Permission denied"):
+        load_captions("imagefolder", root)

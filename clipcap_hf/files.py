@@ -2,12 +2,17 @@
 
 import glob
 import os
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
+
+
+LOCK = ".lock"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -67,6 +72,64 @@ def write_text(path: str | os.PathLike, text: str):
         file.write(text)
 
 
+@contextmanager
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes that ask for the same lock out of a folder. The lock of a killed process ends with it.
+
+    Raises:
+        ValueError: If another process holds the lock; the message names it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / LOCK
+    with open(path, "a+", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                # A lock of the process itself: worker processes that outlive it for a moment do not hold it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{folder} is being written by {holder}: wait for it, or choose another folder."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        with suppress(OSError):  # on a full disk the lock holds without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_file(path: str | os.PathLike, what: str = "file"):
+    """Make sure that a path is a file with its content.
+
+    Args:
+        path (`str` or path): The file.
+        what (`str`): What it is called in messages.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is a folder, a pipe or a device, or Git LFS left a pointer in its place.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no {what} {path}.")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The {what} {path} is not a file, but a {'folder' if os.path.isdir(path) else 'pipe or device'}."
+        )
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the {what} itself: run `git lfs pull` to download it.")
+
+
 def listed(items: Sequence, most: int = 5) -> str:
     """Name the first few items, and say how many more there are.
 
@@ -79,6 +142,17 @@ def listed(items: Sequence, most: int = 5) -> str:
     """
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(map(str, items[:most])) + more
+
+
+def _files_below(folder: str, errors: list[str]) -> list[Path]:
+    """All files in a folder and its subfolders; a subfolder that cannot be read becomes an error."""
+
+    def note(error: OSError):
+        errors.append(f"{error.filename}: the folder cannot be read ({error.strerror})")
+
+    walked = os.walk(folder, onerror=note)
+    below = sorted(Path(parent) / name for parent, _, names in walked for name in names)
+    return [path for path in below if path.is_file() or path.is_symlink()]
 
 
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
@@ -94,7 +168,7 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     paths, errors = [], []
     for argument in map(str, arguments):
         if os.path.isdir(argument):
-            below = sorted(path for path in Path(argument).rglob("*") if path.is_file() or path.is_symlink())
+            below = _files_below(argument, errors)
             found = [str(path) for path in below if path.suffix.lower() in extensions]
             if not found:
                 errors.append(f"{argument}: the folder holds no image files")

@@ -32,7 +32,9 @@ def _run_official(arguments) -> int:
 
     from .. import ClipCapProcessor
     from ..convert import convert_official_checkpoint
+    from ..files import check_file
 
+    check_file(arguments.checkpoint, "checkpoint")  # before anything is asked of the Hub
     out = Path(arguments.out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another folder")

@@ -51,7 +51,8 @@ def run(arguments) -> int:
 
     import torch
 
-    from ..data.embed import embed, load_tower
+    from ..clip import load_tower
+    from ..data.embed import embed
     from ..data.embeddings import embeddings_provenance
     from ..processes import process_state
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
+from ..files import check_file
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.modeling_vision import load_vision_config, vision_feature_dim
 
@@ -123,31 +124,39 @@ def convert_official_checkpoint(
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    check_file(path, "checkpoint")
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # a zip file or a pickle
         raise ValueError(f"{path} is not a PyTorch checkpoint; was a web page saved in place of the file?")
     # Of a file cut short torch asks for `weights_only=False`, as if it held code.
-    if start == b"PK" and not zipfile.is_zipfile(path):
+    if start == b"PK" and not _is_zip(path):
         raise ValueError(f"{path} is damaged or cut short: download it again.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message recommends loading it all the same.
         found = re.search(r"GLOBAL (\S+)", str(error))
+        if not found and "Unsupported" not in str(error):
+            raise ValueError(f"{path} is damaged or cut short: download it again.") from error
         what = f"`{found[1]}`" if found else "something else"
         raise ValueError(
             f"{path} holds more than weights ({what}), and reading that could run code, so it was not read. If you trust "
             "the file, load it where it was made and save the weights alone: `torch.save(model.state_dict(), PATH)`."
         ) from error
-    except (RuntimeError, EOFError, OSError, LookupError) as error:
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise ValueError(f"{path} is damaged or cut short: download it again ({error}).") from error
     _check_is_state_dict(state, path)
     if all(key.startswith("module.") for key in state):  # saved from DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # Python 3.11 and later look at more than the end mark
+        return False
 
 
 def _check_is_state_dict(state: Any, path: Path):

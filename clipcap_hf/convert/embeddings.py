@@ -15,6 +15,8 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
+from ..files import check_file
+
 
 def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathLike) -> datasets.Dataset:
     r"""
@@ -65,13 +67,14 @@ def _to_dataset(ids: list, captions: list[list[str]], embeds: torch.Tensor) -> d
 
 
 def _read_embeddings(path: Path) -> tuple[torch.Tensor, list[dict]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no embeddings file {path}.")
+    check_file(path, "embeddings file")
     with path.open("rb") as file:
         try:
             data = _TensorUnpickler(file).load()
         except _Refused as error:
             raise ValueError(f"{path} was not read: {error}") from error
+        except MemoryError as error:
+            raise ValueError(f"{path} is damaged: it asks for more memory than there is.") from error
         except Exception as error:  # a damaged pickle can raise almost anything
             raise ValueError(f"{path} is not a pickle of tensors, or is damaged: {error}") from error
     if not isinstance(data, dict) or not {"clip_embedding", "captions"} <= data.keys():

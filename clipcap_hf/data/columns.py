@@ -8,15 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .schema import CaptionCleaner, caption_features, clean_caption, image_paths, select_split
+from .schema import CAPTION_COLUMNS, CaptionCleaner, caption_features, clean_caption, image_paths, select_split
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
 
 logger = logging.getLogger(__name__)
-
-_CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "json.caption")
 
 
 def load_columns(
@@ -33,7 +31,7 @@ def load_columns(
     """The readers "imagefolder", "webdataset" and "hub" (`builder` is None) of [`load_captions`]."""
     if images is not None:
         raise ValueError("`images` has no meaning here: the data set itself says where its images are.")
-    splits = _load(builder, source, load_kwargs)
+    splits = _load(builder, source, load_kwargs, missing or "error")
     if split is not None:
         selected = select_split(splits, split, str(source))
         splits = type(splits)({next(name for name in splits if splits[name] is selected): selected})
@@ -47,11 +45,11 @@ def load_columns(
     return splits if split is None else next(iter(splits.values()))
 
 
-def _load(builder: str | None, source, load_kwargs: dict):
+def _load(builder: str | None, source, load_kwargs: dict, missing: str):
     from datasets import load_dataset, load_from_disk
 
     if builder == "webdataset":
-        return load_dataset("webdataset", data_files=_tar_files(source), **{"streaming": True, **load_kwargs})
+        return _load_shards(source, {"streaming": True, **load_kwargs}, missing)
     if builder is not None:
         if not os.path.isdir(source):
             raise FileNotFoundError(f"There is no folder {source}.")
@@ -71,6 +69,60 @@ def _tar_files(source) -> str | list[str] | dict:
     if not (files := sorted(glob.glob(pattern, recursive=True))):
         raise FileNotFoundError(f"There are no tar shards {pattern}.")
     return files
+
+
+def _load_shards(source, load_kwargs: dict, missing: str):
+    """Tar shards with all their image columns: `datasets` takes the columns of the first samples for those of all."""
+    from datasets import Image, load_dataset
+
+    files = _tar_files(source)
+    local = isinstance(files, list) and all(os.path.isfile(file) for file in files)
+    for file in files if local else ():
+        _check_tar_end(file, missing)
+    data = load_dataset("webdataset", data_files=files, **load_kwargs)
+    if not local or load_kwargs.get("features") is not None:
+        return data
+    features = next(iter(data.values())).features
+    unseen = {name: Image() for file in files for name in _image_fields(file) if name not in features}
+    if not unseen:
+        return data
+    return load_dataset("webdataset", data_files=files, **load_kwargs, features=type(features)({**features, **unseen}))
+
+
+def _check_tar_end(file: str, missing: str):
+    """Refuse an archive that was cut between two members, which looks whole but for the two empty blocks at its end."""
+    with open(file, "rb") as archive:
+        if not _is_plain_tar(archive.read(512)):
+            return
+        archive.seek(max(0, os.path.getsize(file) - 1024))
+        if archive.read() == bytes(1024):
+            return
+    message = f"{file} has no end mark: it was cut short, and samples may be missing. Download or make it again"
+    if missing == "error":
+        raise ValueError(f"{message}, or read what is there with `missing='skip'` (--missing skip).")
+    logger.warning(f"{message}. What is there is read.")
+
+
+def _is_plain_tar(block: bytes) -> bool:
+    return block[257:262] == b"ustar"  # else it is compressed, with an end mark of its own kind
+
+
+def _image_fields(file: str) -> list[str]:
+    """The extensions of the images in an archive, from the headers of its members alone."""
+    import tarfile
+
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    fields: dict[str, None] = {}
+    try:
+        with tarfile.open(file) as archive:
+            for member in archive:
+                field = os.path.basename(member.name).partition(".")[2].lower()
+                if member.isfile() and field.rpartition(".")[2] in WebDataset.IMAGE_EXTENSIONS:
+                    fields[field] = None
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is not a tar archive, or is damaged: {error}.") from error
+    return list(fields)
 
 
 def _map_style(
@@ -141,10 +193,13 @@ def _streamed(
 ) -> IterableDataset:
     from datasets import Image
 
-    image_column, caption_columns = _find_columns(dataset, source, image_column, caption_column, id_column)
+    first_column, caption_columns = _find_columns(dataset, source, image_column, caption_column, id_column)
     id_column = id_column or ("__key__" if "__key__" in dataset.column_names else None)
-    if dataset.features[image_column]._type == "Image":
-        dataset = dataset.cast_column(image_column, Image(decode=False))
+    image_columns = [name for name, feature in dataset.features.items() if _kind(feature) == "Image"]
+    for name in image_columns:
+        dataset = dataset.cast_column(name, Image(decode=False))
+    # Shards may hold images of several extensions, each in a column of its own.
+    image_columns = image_columns if image_column is None and "__key__" in dataset.column_names else [first_column]
 
     def convert(row: dict, number: int) -> dict:
         image_id = str(_get(row, id_column)) if id_column else f"{split}-{number}"
@@ -154,7 +209,9 @@ def _streamed(
             texts = _get(row, name)
             captions += [clean_caption(text, where) for text in ([texts] if isinstance(texts, str) else texts or [])]
         captions = [caption for caption in captions if caption is not None]
-        return {"image": row[image_column], "captions": captions, "image_id": image_id, "split": split}
+        # None if there is none: it is counted where images are read.
+        image = next((row[name] for name in image_columns if row[name] is not None), None)
+        return {"image": image, "captions": captions, "image_id": image_id, "split": split}
 
     # The form comes last: a `map` that is given features leaves images as bytes.
     dataset = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
@@ -178,7 +235,7 @@ def _find_columns(dataset, source: str, image_column, caption_column, id_column)
     if isinstance(caption_column, str):
         caption_column = [caption_column]
     elif caption_column is None:
-        known = [name for name in _CAPTION_COLUMNS if _feature(features, name) is not None]
+        known = [name for name in CAPTION_COLUMNS if _feature(features, name) is not None]
         if not known:
             raise ValueError(f"{source} has no column that is known for captions; {exists}. Pass `caption_column=`.")
         caption_column = known[:1]

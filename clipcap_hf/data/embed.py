@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
 
+from ..files import lock_folder
 from ..model.image_processing_open_clip import to_rgb
-from ..model.modeling_vision import embed_pixels, load_vision_tower
-from ..model.processing_clipcap import load_image, load_image_processor
+from ..model.modeling_vision import embed_pixels
+from ..model.processing_clipcap import load_image
 from ..processes import process_state
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 
@@ -107,12 +109,6 @@ def embed(
     return load_embeddings(out)
 
 
-def load_tower(name: str, vision_feature: str = "pooled"):
-    """A vision tower, in float32, and its image processor, by a name as in
-    [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]."""
-    return load_vision_tower(name, torch.float32, vision_feature), load_image_processor(name)[0]
-
-
 class Encoder:
     """A vision tower in the type in which it computes."""
 
@@ -158,67 +154,93 @@ def _embed_split(
     progress: bool,
     name: str = "",
 ) -> Dataset:
+    process = process_state()
+    preprocess = _Preprocess(image_processor)
+    shards = _Shards(_with_undecoded_images(dataset), shard_size)
+    blank = preprocess.pixels(Image.new("RGB", (64, 64)))
+    shape = tuple(encoder(blank[None]).shape[1:])
+    transform = json.loads(image_processor.to_json_string())
+    provenance = {**encoder.description, "transform": transform, "shape": list(shape), "data": shards.describe()}
+    folder = EmbeddingsFolder(out, provenance, shards.dataset.features, shape)
+    with lock_folder(out) if process.is_main_process else nullcontext():
+        if process.is_main_process:
+            folder.begin()
+        process.wait_for_everyone()
+        mine = range(process.process_index, len(shards), process.num_processes)
+        todo = [shard for shard in mine if not folder.is_done(shard, shards.rows(shard))]
+        loader, expected = _load_batches(shards, todo, batch_size, num_workers, preprocess, process.num_processes)
+        show = progress and process.is_main_process
+        bar = tqdm(total=expected, unit="image", desc=f"Embedding {name}".strip(), disable=not show)
+        with bar, folder:
+            for batch in loader:
+                folder.write(batch.shard, *_encode(encoder, batch))
+                if batch.is_last:
+                    folder.finish_shard(batch.shard)
+                bar.update(len(batch.rows))
+        process.wait_for_everyone()
+        if process.is_main_process:
+            folder.finish(len(shards))
+        process.wait_for_everyone()
+    return load_embeddings(out)
+
+
+def _with_undecoded_images(dataset):
+    """Leave decoding to the workers, where a broken image costs nothing but itself."""
     from datasets import Image as ImageFeature
 
-    process = process_state()
     if dataset.features is None:
         dataset = dataset._resolve_features()
     if "image" not in dataset.features:
         raise ValueError(f"The data has no column 'image'; it has {', '.join(dataset.features)}: rename the column.")
-    # The bytes are decoded in the workers, where a broken image costs nothing but itself.
-    dataset = dataset.with_format(None).cast_column("image", ImageFeature(decode=False))
-    preprocess = _Preprocess(image_processor)
-    blank = preprocess.pixels(Image.new("RGB", (64, 64)))
-    shape = tuple(encoder(blank[None]).shape[1:])
-    streamed = not hasattr(dataset, "num_rows")
-    shards = dataset.num_shards if streamed else -(-dataset.num_rows // shard_size)
-    if not shards:
-        raise ValueError("The data set has no rows.")
-    provenance = {
-        **encoder.description,
-        "transform": json.loads(image_processor.to_json_string()),
-        "shape": list(shape),
-        "data": {
-            "fingerprint": None if streamed else data_fingerprint(dataset),
-            "shards": shards,
-            "shard_size": None if streamed else shard_size,
-        },
-    }
-    folder = EmbeddingsFolder(out, provenance, dataset.features, shape)
-    if process.is_main_process:
-        folder.begin()
-    process.wait_for_everyone()
-    mine = [shard for shard in range(shards) if shard % process.num_processes == process.process_index]
-    todo = [shard for shard in mine if not folder.is_done(shard)]
-    if streamed:
-        batches, expected = _StreamedBatches(dataset, todo, batch_size, preprocess), None
+    return dataset.with_format(None).cast_column("image", ImageFeature(decode=False))
+
+
+class _Shards:
+    """How a data set is cut: every `shard_size` rows, or a streamed one as its own files are."""
+
+    def __init__(self, dataset, shard_size: int):
+        self.dataset = dataset
+        self.shard_size = shard_size
+        self.streamed = not hasattr(dataset, "num_rows")
+        if not len(self):
+            raise ValueError("The data set has no rows.")
+
+    def __len__(self) -> int:
+        return self.dataset.num_shards if self.streamed else -(-self.dataset.num_rows // self.shard_size)
+
+    def span(self, shard: int) -> tuple[int, int]:
+        return shard * self.shard_size, min((shard + 1) * self.shard_size, self.dataset.num_rows)
+
+    def rows(self, shard: int) -> int | None:
+        if self.streamed:
+            return None
+        start, end = self.span(shard)
+        return end - start
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "fingerprint": None if self.streamed else data_fingerprint(self.dataset),
+            "shards": len(self),
+            "shard_size": None if self.streamed else self.shard_size,
+        }
+
+
+def _load_batches(
+    shards: _Shards, todo: list[int], batch_size: int, num_workers: int | None, preprocess, processes: int
+):
+    """Read the batches of some shards, in processes of their own; also say how many rows they hold, if that is known."""
+    if shards.streamed:
+        batches, expected = _StreamedBatches(shards.dataset, todo, batch_size, preprocess), None
     else:
-        batches = _Batches(dataset, todo, batch_size, shard_size, preprocess)
-        expected = sum(stop - start for _, start, stop, _ in batches.spans)
+        batches = _Batches(shards, todo, batch_size, preprocess)
+        expected = sum(map(shards.rows, todo))
     if num_workers is None:
         # Starting a process costs as much as reading some dozens of images.
-        cores = (os.cpu_count() or 1) // process.num_processes
+        cores = (os.cpu_count() or 1) // processes
         num_workers = 0 if expected is not None and expected < 64 else min(8, cores)
-    if streamed:
+    if shards.streamed:
         num_workers = min(num_workers, len(todo))
-    loader = DataLoader(batches, batch_size=None, num_workers=num_workers)
-    bar = tqdm(
-        total=expected,
-        unit="image",
-        desc=f"Embedding {name}".strip(),
-        disable=not (progress and process.is_main_process),
-    )
-    with bar, folder:
-        for batch in loader:
-            folder.write(batch.shard, *_encode(encoder, batch))
-            if batch.is_last:
-                folder.finish_shard(batch.shard)
-            bar.update(len(batch.rows))
-    process.wait_for_everyone()
-    if process.is_main_process:
-        folder.finish(shards)
-    process.wait_for_everyone()
-    return load_embeddings(out)
+    return DataLoader(batches, batch_size=None, num_workers=num_workers), expected
 
 
 def data_fingerprint(dataset, column: str = "image") -> str:
@@ -304,13 +326,13 @@ def _read(image: dict | None) -> Image.Image:
 class _Batches(TorchDataset):
     """The batches of a data set with random access. None goes beyond its shard, so they are the same in every run."""
 
-    def __init__(self, dataset, shards: list[int], batch_size: int, shard_size: int, preprocess: _Preprocess):
-        self.dataset = dataset
+    def __init__(self, shards: _Shards, todo: list[int], batch_size: int, preprocess: _Preprocess):
+        self.dataset = shards.dataset
         self.preprocess = preprocess
         self.spans = []
-        for shard in shards:
-            end = min((shard + 1) * shard_size, dataset.num_rows)
-            for start in range(shard * shard_size, end, batch_size):
+        for shard in todo:
+            first, end = shards.span(shard)
+            for start in range(first, end, batch_size):
                 stop = min(start + batch_size, end)
                 self.spans.append((shard, start, stop, stop == end))
 

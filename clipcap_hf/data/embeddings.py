@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import LOCK, listed, sync, write_text
 from ..model.donors_clipcap import weights_hash
 
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "clip_embeds.json"
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Dataset | DatasetDict:
@@ -128,8 +130,10 @@ def describe_tower(tower, vision_feature: str = "pooled", name: str = "") -> dic
 
 class EmbeddingsFolder:
     """
-    The files of embeddings while they are made. A shard is `data-N.arrow`, with `failed-N.jsonl` if images failed; both
-    have their names only once they are whole. `state.json`, by which `datasets` knows a data set, comes last of all.
+    The files of embeddings while they are written.
+
+    A shard is `data-N.arrow`, with `failed-N.jsonl` if images failed. Both get their names only once they are whole and
+    on the disk. `state.json`, by which `datasets` knows a data set, comes last.
     """
 
     def __init__(self, path: Path, provenance: dict | None = None, features=None, shape: tuple[int, ...] = ()):
@@ -140,31 +144,48 @@ class EmbeddingsFolder:
         self.failed: dict[int, list[dict]] = {}
 
     def begin(self):
-        """Make the folder, or make sure that it is of the same data and tower; called by one process alone."""
+        """Make the folder, or check that it holds the same data and tower; called by one process, which holds the lock."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self._temporary_files():  # of a killed run
-            leftover.unlink()
+        _remove_leftovers(self.path)
         manifest = self.path / MANIFEST
         if manifest.is_file():
-            found = json.loads(manifest.read_text(encoding="utf-8"))
-            if differing := [key for key, value in self.provenance.items() if _differs(key, found.get(key), value)]:
-                raise ValueError(
-                    f"{self.path} holds embeddings that differ in {', '.join(differing)}: choose another folder, or delete "
-                    "this one."
-                )
-        elif any(self.path.iterdir()):
+            self._check_manifest(_read_manifest(manifest))
+        elif any(path.name != LOCK for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no embeddings: choose another folder.")
         else:
             self._write_json(MANIFEST, self.provenance)
 
-    def is_done(self, shard: int) -> bool:
-        return (self.path / _data_file(shard)).is_file()
+    def _check_manifest(self, found: dict):
+        differing = [key for key, value in self.provenance.items() if _differs(key, found.get(key), value)]
+        if differing:
+            raise ValueError(
+                f"{self.path} holds embeddings that differ in {', '.join(differing)}: choose another folder, or delete "
+                "this one."
+            )
+
+    def is_done(self, shard: int, rows: int | None = None) -> bool:
+        """Tell whether a shard is whole. One that was damaged since it was written is removed, to be made again.
+
+        Args:
+            shard (`int`): Its number.
+            rows (`int`, *optional*): Rows of the data in it, with and without an embedding; not known of a stream.
+        """
+        path = self.path / _data_file(shard)
+        if not path.is_file():
+            return False
+        embedded = _whole_rows(path)
+        if embedded is not None and rows in (None, embedded + len(self._failed_lines(shard))):
+            return True
+        logger.warning(f"{path} is damaged or incomplete: its images are embedded again.")
+        (self.path / "state.json").unlink(missing_ok=True)
+        path.unlink()
+        return False
 
     def write(self, shard: int, rows: list[dict], embeds: list[torch.Tensor], failed: list[dict]):
         from datasets.arrow_writer import ArrowWriter
 
         if shard not in self.writers:
-            self.writers[shard] = ArrowWriter(features=self.features, path=str(self._temporary(_data_file(shard))))
+            self.writers[shard] = ArrowWriter(features=self.features, path=str(self._scratch(shard)))
             self.failed[shard] = []
         self.failed[shard] += failed
         if rows:
@@ -173,30 +194,31 @@ class EmbeddingsFolder:
 
     def finish_shard(self, shard: int):
         self.writers[shard].finalize()
-        if failed := self.failed.pop(shard):
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in failed)
-            self._write_text(_failed_file(shard), lines)  # before the data, which says that the shard is done
-        os.replace(self._temporary(_data_file(shard)), self.path / _data_file(shard))
+        failed = self.failed.pop(shard)
+        # What failed comes before the data, which says that the shard is done.
+        if failed:
+            write_text(self.path / _failed_file(shard), "".join(json.dumps(record) + "\n" for record in failed))
+        else:
+            (self.path / _failed_file(shard)).unlink(missing_ok=True)
+        sync(self._scratch(shard))
+        os.replace(self._scratch(shard), self.path / _data_file(shard))
+        sync(self.path)
         del self.writers[shard]
 
     def finish(self, shards: int):
         """Make the folder one that `datasets.load_from_disk` reads; called by one process, when all shards are done."""
-        from datasets import Dataset, DatasetInfo
+        from datasets import DatasetInfo
 
-        failed = [self.path / _failed_file(shard) for shard in range(shards)]
-        failed = "".join(path.read_text(encoding="utf-8") for path in failed if path.is_file())
-        rows = sum(len(Dataset.from_file(str(self.path / _data_file(shard)))) for shard in range(shards))
-        if failed:
-            self._write_text("failed.jsonl", failed)
-            lines = failed.splitlines()
-            if not rows:
-                raise ValueError(f"No image could be embedded. The first: {json.loads(lines[0])['error']}")
-            logger.warning(f"{len(lines)} images could not be embedded: {self.path / 'failed.jsonl'} says why.")
+        rows = [_whole_rows(self.path / _data_file(shard)) for shard in range(shards)]
+        if damaged := [_data_file(shard) for shard, count in enumerate(rows) if count is None]:
+            raise ValueError(f"{self.path}: {listed(damaged)} cannot be read back. Run again to make them anew.")
+        self._report_failed([line for shard in range(shards) for line in self._failed_lines(shard)], sum(rows))
         if (self.path / "state.json").is_file():
             return
         info = DatasetInfo(description=json.dumps(self.provenance), features=self.features)
         info.write_to_directory(str(self.path))
-        digest = hashlib.sha256(json.dumps([self.provenance, str(self.path.absolute()), rows]).encode())
+        sync(self.path / "dataset_info.json")
+        digest = hashlib.sha256(json.dumps([self.provenance, str(self.path.absolute()), sum(rows)]).encode())
         state = {
             "_data_files": [{"filename": _data_file(shard)} for shard in range(shards)],
             "_fingerprint": digest.hexdigest()[:16],
@@ -208,7 +230,17 @@ class EmbeddingsFolder:
         }
         self._write_json("state.json", state)
 
+    def _report_failed(self, lines: list[str], rows: int):
+        if not lines:
+            (self.path / "failed.jsonl").unlink(missing_ok=True)
+            return
+        write_text(self.path / "failed.jsonl", "".join(line + "\n" for line in lines))
+        if not rows:
+            raise ValueError(f"No image could be embedded. The first: {json.loads(lines[0])['error']}")
+        logger.warning(f"{len(lines)} images could not be embedded: {self.path / 'failed.jsonl'} says why.")
+
     def write_splits(self, names: list[str]):
+        _remove_leftovers(self.path)
         self._write_json("dataset_dict.json", {"splits": names})
 
     def __enter__(self):
@@ -220,25 +252,49 @@ class EmbeddingsFolder:
                 writer.close()
             except OSError:
                 pass
-            self._temporary(_data_file(shard)).unlink(missing_ok=True)
+            self._scratch(shard).unlink(missing_ok=True)
         if exception_type is not None and issubclass(exception_type, OSError):
             logger.error(f"{self.path} could not be written. What was finished is kept: run again to go on.")
 
-    def _temporary_files(self) -> list[Path]:
-        return [
-            path for name in (MANIFEST, "data-*", "failed*", "state.json") for path in self.path.glob(f".{name}.tmp")
-        ]
+    def _scratch(self, shard: int) -> Path:
+        return self.path / f".{_data_file(shard)}.{os.getpid()}.tmp"
 
-    def _temporary(self, name: str) -> Path:
-        return self.path / f".{name}.tmp"
+    def _failed_lines(self, shard: int) -> list[str]:
+        path = self.path / _failed_file(shard)
+        # Not `splitlines`: error messages may hold other line separators.
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
 
     def _write_json(self, name: str, value: Any):
-        self._write_text(name, json.dumps(value, indent=2))
+        write_text(self.path / name, json.dumps(value, indent=2))
 
-    def _write_text(self, name: str, text: str):
-        temporary = self._temporary(name)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+
+def _remove_leftovers(folder: Path):
+    """Remove the scratch files of runs that were killed."""
+    for name in (MANIFEST, "data-", "failed", "state.json", "dataset_dict.json"):
+        for leftover in folder.glob(f".{name}*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete its folder, or choose another.") from None
+
+
+def _whole_rows(path: Path) -> int | None:
+    """Count the rows of an Arrow stream; `None` if it is damaged, or ends without its end mark."""
+    import pyarrow as pa
+
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_END_OF_STREAM), os.SEEK_END)
+            if file.read() != _END_OF_STREAM:
+                return None
+        with pa.memory_map(os.fspath(path)) as mapped:
+            return sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
+    except (OSError, ValueError):  # pyarrow's own errors are of these two kinds
+        return None
 
 
 def _with_embeds(features, shape: tuple[int, ...]):

@@ -7,14 +7,15 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .coco import read_coco
 from .columns import load_columns
-from .schema import CaptionCleaner, caption_features, check_unique, select_split, split_name, warn_of_overlap
+from .folders import load_flickr8k, load_folder
+from .records import CaptionedRecord, ImageFolder, present_records, records_to_dataset
+from .schema import select_split, split_name, warn_of_overlap
 
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def load_captions(
     | `"nocaps"` | `nocaps_val_4500_captions.json`, ... | folder with the images |
     | `"official"` | `train_caption.json` of the official ClipCap code | as for COCO |
     | `"conceptual"` | TSV of captions and URLs (Conceptual Captions 3M, 12M) | folder, or folders in it, of images that are named by their row, from 0: `12.jpg`, `000000012.jpg`, as `img2dataset` names them with its default of 10,000 images a shard |
-    | `"imagefolder"` | folder of images with `metadata.jsonl` or `metadata.csv` | |
+    | `"flickr8k"` | folder, `captions.txt` (`image,caption`) or `Flickr8k.token.txt`, with `Flickr_8k.trainImages.txt` and the like beside it for the official splits | folder with the images; they are also found below that of `source` |
+    | `"imagefolder"` | folder of images with `metadata.jsonl` or `metadata.csv`, with a `.txt` file beside each image, or as for Flickr8k. Folders directly in it that are named `train`, `validation`, `test` and the like are the splits | |
     | `"webdataset"` | folder, path or glob pattern of `.tar` shards; streamed | |
     | `"hub"` | a data set of the Hub, or a folder or script-less file that `load_dataset` takes | |
 
@@ -82,17 +84,6 @@ def load_captions(
     return READERS[kind](source, images=images, split=split, missing=missing, **kwargs)
 
 
-@dataclass
-class CaptionedRecord:
-    """One image of an annotation file: where it may lie, and what is said of it."""
-
-    image_id: int | str
-    paths: list[str]  # relative to the folder of the images; the first that exists is taken
-    captions: list[Any] = field(default_factory=list)
-    split: str = "train"
-    domain: str | None = None
-
-
 def _load_files(
     read: Callable[[Path, str], Iterable[CaptionedRecord]],
     source,
@@ -111,84 +102,12 @@ def _load_files(
         file = Path(file)
         if not file.is_file():
             raise FileNotFoundError(f"There is no annotation file {file}.")
-        folder = _Folder(file.parent if images is None else Path(images))
-        for record in _present(list(read(file, folder)), folder, missing or "error", file):
+        folder = ImageFolder(file.parent if images is None else Path(images))
+        for record in present_records(list(read(file, folder)), folder, missing or "error", file):
             splits.setdefault(split_name(name or record.split), []).append(record)
-    datasets = DatasetDict({name: _to_dataset(name, records, source) for name, records in splits.items()})
+    datasets = DatasetDict({name: records_to_dataset(name, records, source) for name, records in splits.items()})
     warn_of_overlap(datasets)
     return select_split(datasets, split, str(source))
-
-
-class _Folder:
-    """Which files there are: each folder is listed once, since asking for files one by one is slow over a network."""
-
-    def __init__(self, root: Path):
-        if not root.is_dir():
-            raise FileNotFoundError(f"There is no folder of images {root}.")
-        self.root = root
-        self.listings: dict[str, set[str]] = {}
-
-    def find(self, paths: Iterable[str]) -> str | None:
-        for path in paths:
-            parent, name = os.path.split(os.path.join(self.root, path))
-            if parent not in self.listings:
-                self.listings[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-            if name in self.listings[parent]:
-                return os.path.join(parent, name)
-        return None
-
-
-def _present(records: list[CaptionedRecord], folder: _Folder, missing: str, source: Path) -> Iterator[CaptionedRecord]:
-    absent = []
-    for record in records:
-        path = folder.find(record.paths)
-        if path is None:
-            absent.append(record.paths[0])
-        else:
-            record.paths = [path]
-            yield record
-    if not absent:
-        return
-    message = (
-        f"{len(absent)} of the {len(records)} images that {source} lists are not in {folder.root}: "
-        f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
-    )
-    if missing == "error" or len(absent) == len(records):
-        raise FileNotFoundError(
-            f"{message}. Is `images` the right folder? To go on with those present, pass `missing='skip'` (--missing skip)."
-        )
-    logger.warning(f"{message}. They were left out.")
-
-
-def _to_dataset(split: str, records: list[CaptionedRecord], source) -> Dataset:
-    import pyarrow as pa
-    from datasets import Dataset, NamedSplit
-
-    check_unique((record.image_id for record in records), f"{source} ({split})")
-    clean = CaptionCleaner(str(source))
-    uncaptioned = not any(record.captions for record in records)  # images that are only to be captioned
-    rows = {"image": [], "captions": [], "image_id": [], "split": [], "domain": []}
-    without = []
-    for record in records:
-        captions = clean(record.captions, record.image_id)
-        if not captions and not uncaptioned:
-            without.append(record.image_id)
-            continue
-        rows["image"].append({"bytes": None, "path": record.paths[0]})
-        rows["captions"].append(captions)
-        rows["image_id"].append(record.image_id)
-        rows["split"].append(split)
-        rows["domain"].append(record.domain)
-    clean.report()
-    if without:
-        logger.warning(f"{source}: {len(without)} images without a caption were left out, {without[0]} the first.")
-    int_ids = all(isinstance(image_id, int) for image_id in rows["image_id"])
-    if not int_ids:
-        rows["image_id"] = [str(image_id) for image_id in rows["image_id"]]
-    features = caption_features(int_ids, domain=any(rows["domain"]))
-    schema = features.arrow_schema
-    arrays = [pa.array(rows[name], type=schema.field(name).type) for name in features]
-    return Dataset(pa.Table.from_arrays(arrays, schema=schema), split=NamedSplit(split))
 
 
 def _read_json(path: Path, keys: Iterable[str], example: str) -> Any:
@@ -210,7 +129,7 @@ def _field(entry: Any, name: str, path: Path, number: int) -> Any:
     return entry[name]
 
 
-def _read_karpathy(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+def _read_karpathy(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
     for number, image in enumerate(_read_json(path, ["images"], "a Karpathy split (dataset_coco.json)")["images"]):
         filename, split = (_field(image, name, path, number) for name in ("filename", "split"))
         sentences = _field(image, "sentences", path, number)
@@ -222,7 +141,7 @@ def _read_karpathy(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
         )
 
 
-def _read_coco(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+def _read_coco(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
     split = _split_of_name(path)
     strangers = 0
     for number, image in enumerate(read_coco(path)):
@@ -247,7 +166,7 @@ def _split_of_name(path: Path) -> str:
     return split_name(found[1]) if found else "train"
 
 
-def _read_official(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+def _read_official(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
     captions: dict[int, list] = {}
     data = _read_json(path, [], "train_caption.json")
     if not isinstance(data, list):
@@ -264,7 +183,7 @@ def _read_official(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
         yield CaptionedRecord(image_id, [path for name in names for path in _coco_paths(name)[::-1]], texts)
 
 
-def _read_conceptual(path: Path, folder: _Folder) -> Iterator[CaptionedRecord]:
+def _read_conceptual(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
     files = _files_by_number(folder.root)
     split = _split_of_name(path)
     # Only line feeds end a row: captions may hold separators of other kinds.
@@ -315,7 +234,8 @@ READERS: dict[str, Callable] = {
     "nocaps": partial(_load_files, _read_coco),
     "official": partial(_load_files, _read_official),
     "conceptual": _load_conceptual,
-    "imagefolder": partial(load_columns, "imagefolder"),
+    "flickr8k": load_flickr8k,
+    "imagefolder": load_folder,
     "webdataset": partial(load_columns, "webdataset"),
     "hub": partial(load_columns, None),
 }

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_CAPTION_LENGTH = 10_000
 _LINE_SEPARATORS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation", "restval": "train", "training": "train"}
+SPLIT_NAMES = {*_SPLITS, "train", "validation", "test"}
+CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "json.caption")
 
 
 def caption_features(int_ids: bool = True, domain: bool = False) -> Features:
@@ -41,6 +43,62 @@ def caption_features(int_ids: bool = True, domain: bool = False) -> Features:
 def split_name(name: str) -> str:
     """The name that a split has in `datasets`: `"val"` is `"validation"`, Karpathy's `"restval"` is `"train"`."""
     return _SPLITS.get(name, name)
+
+
+def to_caption_form(
+    dataset,
+    image: str = "image",
+    captions: str = "captions",
+    image_id: str = "image_id",
+    clip_embeds: str = "clip_embeds",
+):
+    """
+    Rename a data set's columns to `image`, `captions`, `image_id` and `clip_embeds`, and make `captions` a list of strings.
+
+    Columns that the data set lacks are passed over; one that is in the way of a new name is dropped. Nothing is decoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`], `IterableDataset` or a dictionary of them by split): The data set.
+        image (`str`): Its column of images.
+        captions (`str`): Its column of captions, each a string or a list of strings.
+        image_id (`str`): Its column of ids.
+        clip_embeds (`str`): Its column of CLIP embeddings.
+    """
+    if isinstance(dataset, Mapping):
+        splits = {
+            name: to_caption_form(split, image, captions, image_id, clip_embeds) for name, split in dataset.items()
+        }
+        return type(dataset)(splits)
+    if dataset.column_names is None:
+        dataset = dataset._resolve_features()
+    names = {image: "image", captions: "captions", image_id: "image_id", clip_embeds: "clip_embeds"}
+    renamed = {old: new for old, new in names.items() if old != new and old in dataset.column_names}
+    in_the_way = [new for old, new in renamed.items() if new in dataset.column_names and new not in renamed]
+    if in_the_way:
+        dataset = dataset.remove_columns(in_the_way)
+    if renamed:
+        dataset = dataset.rename_columns(renamed)
+    return _captions_as_lists(dataset) if "captions" in dataset.column_names else dataset
+
+
+def _captions_as_lists(dataset):
+    from datasets import Image, List, Value
+
+    if dataset.features is not None and not isinstance(dataset.features["captions"], Value):
+        return dataset
+    if hasattr(dataset, "num_rows"):
+        texts = [[] if text is None else [text] for text in dataset["captions"]]
+        return dataset.remove_columns("captions").add_column("captions", texts, feature=List(Value("string")))
+    if dataset.features is None:
+        dataset = dataset._resolve_features()
+    features = dataset.features.copy()
+    for name, feature in features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+    features["captions"] = List(Value("string"))
+    # The form comes last: a `map` that is given features leaves images as bytes.
+    as_list = dataset.map(lambda text: {"captions": [] if text is None else [text]}, input_columns="captions")
+    return as_list.cast(features)
 
 
 def clean_caption(caption: Any, where: str = "the data") -> str | None:
@@ -97,6 +155,38 @@ class CaptionCleaner:
                 f"{self.source}: {self.left_out} captions are empty or longer than {MAX_CAPTION_LENGTH} characters and were "
                 f"left out, the first of image {self.example}."
             )
+
+
+def unusable_captions(dataset, tokenizer, max_tokens: int | None, placeholder: str = "<image>") -> list[str]:
+    """
+    Say which captions of a data set cannot be trained on: too long for the context, or holding the placeholder.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): With the columns `captions` and, if it has ids, `image_id`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the language model.
+        max_tokens (`int`, *optional*): Tokens that a caption may have: the context length without prefix, prompt and end
+            token. `None` for a model without a limit.
+        placeholder (`str`): Text that stands for the prefix.
+
+    Returns:
+        `list[str]`: A line for each, with its row (from 0) and image; empty if all can be used.
+    """
+    columns = [name for name in ("captions", "image_id") if name in dataset.column_names]
+    faults, number = [], 0
+    for batch in dataset.select_columns(columns).iter(1000):
+        ids = batch.get("image_id", [None] * len(batch["captions"]))
+        flat = [text for texts in batch["captions"] for text in texts]
+        lengths = iter(map(len, tokenizer(flat, add_special_tokens=False)["input_ids"]) if flat else ())
+        for image_id, texts in zip(ids, batch["captions"]):
+            where = f"row {number}" + (f" (image {image_id})" if image_id is not None else "")
+            for text in texts:
+                length = next(lengths)
+                if placeholder in text:
+                    faults.append(f"{where}: the caption holds {placeholder!r}: {text[:60]!r}")
+                elif max_tokens is not None and length > max_tokens:
+                    faults.append(f"{where}: the caption has {length} tokens, more than {max_tokens}: {text[:60]!r}")
+            number += 1
+    return faults
 
 
 def select_split(splits: DatasetDict, split: str | None, source: str) -> Dataset | DatasetDict:

@@ -139,9 +139,9 @@ def _load_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]
 
 
 def _load_open_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
+    from ..clip import load_text_tower
     from ..model.modeling_vision import embed_pixels, load_vision_tower
     from ..model.processing_clipcap import load_image_processor
-    from ..training.text_only import load_text_tower
 
     tower = load_vision_tower(name).eval().to(device)
     image_processor, _ = load_image_processor(name)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..clip import load_text_tower
 from ..data import check_embeddings
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
@@ -17,7 +18,7 @@ from .loading import cut_to_context, drop_unreadable, row_name
 from .packing import can_pack
 from .recipe import fit_recipe
 from .rows import as_list, one_row_per_caption
-from .text_only import CAPDEC_NOISE, load_text_tower, text_only_rows
+from .text_only import CAPDEC_NOISE, text_only_rows
 
 
 logger = logging.getLogger(__name__)

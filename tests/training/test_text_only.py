@@ -7,9 +7,10 @@ import torch
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import caption_embeds
 from clipcap_hf.cli import main
+from clipcap_hf.clip import load_text_tower
 from clipcap_hf.data import load_emoji
 from clipcap_hf.training.rows import EpochRows
-from clipcap_hf.training.text_only import embed_captions, load_text_tower, text_only_rows
+from clipcap_hf.training.text_only import embed_captions, text_only_rows
 from datasets import Dataset, DatasetDict
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig

@@ -1,0 +1,68 @@
+"""Tar shards: images of several formats, samples without an image, and archives that were cut short."""
+
+import io
+import json
+import os
+import tarfile
+
+import pytest
+from clipcap_hf.data import embed, load_captions
+from PIL import Image
+
+
+def write_shard(path, samples):
+    """Each sample is a key and the extensions of its files."""
+    with tarfile.open(path, "w") as tar:
+        for key, extensions in samples:
+            for extension in extensions:
+                content = io.BytesIO()
+                if extension == "txt":
+                    content.write(f"text of {key}".encode())
+                else:
+                    Image.new("RGB", (8, 8), "red").save(content, {"jpg": "JPEG"}.get(extension, extension))
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = content.tell()
+                content.seek(0)
+                tar.addfile(info, content)
+    return path
+
+
+@pytest.mark.parametrize("extensions", [("jpg", "png"), ("png", "jpg"), ("jpg", "png", "webp")])
+def test_each_shard_has_images_of_its_own_format(tmp_path, extensions):
+    for number, extension in enumerate(extensions):
+        samples = [(f"{number}{index:04d}", (extension, "txt")) for index in range(7)]
+        write_shard(tmp_path / f"{number}.tar", samples)
+    rows = list(load_captions("webdataset", tmp_path, split="train"))
+    assert len(rows) == 7 * len(extensions)
+    assert all(row["image"].size == (8, 8) and row["captions"] == [f"text of {row['image_id']}"] for row in rows)
+
+
+def test_formats_mixed_after_the_first_samples(tmp_path):
+    samples = [(f"{index:04d}", ("jpg" if index < 6 else "png", "txt")) for index in range(9)]
+    write_shard(tmp_path / "0.tar", samples)
+    assert all(row["image"] is not None for row in load_captions("webdataset", tmp_path, split="train"))
+
+
+def test_samples_without_an_image_are_named(tmp_path, make_model, processor, caplog):
+    write_shard(tmp_path / "0.tar", [(f"{i:04d}", ("jpg", "txt") if i not in (6, 8) else ("txt",)) for i in range(9)])
+    data = load_captions("webdataset", tmp_path, split="train")
+    out = tmp_path / "out"
+    assert len(embed(make_model(), data, out, processor, num_workers=0, progress=False)) == 7
+    failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert [(record["image_id"], record["error"]) for record in failed] == [
+        ("0006", "there is no image"),
+        ("0008", "there is no image"),
+    ]
+    assert "2 images could not be embedded" in caplog.text
+
+
+@pytest.mark.parametrize("members", [4, 10, 13])
+def test_an_archive_cut_between_members_is_refused(tmp_path, caplog, members):
+    shard = write_shard(tmp_path / "0.tar", [(f"{index:04d}", ("jpg", "txt")) for index in range(8)])
+    with tarfile.open(shard) as tar:
+        end = tar.getmembers()[members].offset
+    os.truncate(shard, end)
+    with pytest.raises(ValueError, match="0.tar has no end mark: it was cut short"):
+        load_captions("webdataset", tmp_path)
+    assert len(list(load_captions("webdataset", tmp_path, split="train", missing="skip"))) == members // 2
+    assert "What is there is read" in caplog.text

@@ -41,7 +41,7 @@ def beams(text: str) -> int:
 
 
 def address(text: str) -> str:
-    """A host to listen on; one that cannot be looked up is refused here, where a server would wait for it."""
+    """Return a host to listen on; refuse one that cannot be looked up, for which a server would wait."""
     import socket
 
     if re.fullmatch(r"[\d.]+", text):  # not a name, so there is nothing to look up

@@ -1,4 +1,4 @@
-"""`clipcap caption`"""
+"""`clipcap caption`."""
 
 import argparse
 import sys

@@ -17,8 +17,8 @@ OVERWRITE_HINT = "--skip-existing goes on where it ends, --overwrite starts anew
 class CaptionTable:
     """A `.csv`, `.tsv` or `.jsonl` file with a line for each image, written as soon as its captions are there.
 
-    A run that was killed leaves whole lines and perhaps a part of one, which the next run takes off. Names of files that
-    are not UTF-8 keep their bytes in `.csv` and `.tsv` files, and are escapes in `.jsonl`. Control characters are
+    A run that was killed leaves whole lines and perhaps a part of one, which the next run takes off. Names of files
+    that are not UTF-8 keep their bytes in `.csv` and `.tsv` files, and are escapes in `.jsonl`. Control characters are
     escaped in all of them.
 
     Args:

@@ -1,11 +1,11 @@
-"""`clipcap completion`"""
+"""`clipcap completion`."""
 
 import argparse
 
 
 SCRIPT = """\
-# clipcap completion: add `eval "$(clipcap completion)"` to ~/.bashrc, or to ~/.zshrc after `autoload -U bashcompinit &&
-# bashcompinit`.
+# clipcap completion: add `eval "$(clipcap completion)"` to ~/.bashrc, or to ~/.zshrc after
+# `autoload -U bashcompinit && bashcompinit`.
 _clipcap() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" command="" words=""
     local at

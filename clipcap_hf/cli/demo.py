@@ -1,4 +1,4 @@
-"""`clipcap demo`"""
+"""`clipcap demo`."""
 
 from pathlib import Path
 

@@ -9,8 +9,8 @@ import sys
 def make_streams_safe():
     """Let no character stop the output.
 
-    Names of files may hold bytes that are not UTF-8: they are printed as they are. Other characters that the terminal or
-    file cannot take are printed as backslash escapes.
+    Names of files may hold bytes that are not UTF-8: they are printed as they are. Other characters that the
+    terminal or file cannot take are printed as backslash escapes.
     """
     codecs.register_error("clipcap", _keep_bytes)
     for stream in (sys.stdout, sys.stderr):

@@ -23,8 +23,8 @@ def add_device_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of weights and arithmetic (default: as the weights are stored); 16 bits are several times as fast on GPUs, and "
-        "bfloat16 on CPUs with AMX",
+        help="of weights and arithmetic (default: as the weights are stored); 16 bits are several times as fast on "
+        "GPUs, and bfloat16 on CPUs with AMX",
     )
 
 
@@ -90,7 +90,7 @@ def load_captioner(name: str, device: str | None, dtype: str | None = None):
 
 
 def pick_device(name: str | None):
-    """Return the device of that name; by default an accelerator if there is one, under torchrun that of this process."""
+    """Return the device of that name; by default an accelerator, if any, under torchrun that of this process."""
     import torch
 
     if name is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:

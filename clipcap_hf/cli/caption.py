@@ -11,8 +11,8 @@ def add_parser(commands):
     caption = commands.add_parser(
         "caption",
         help="caption image files",
-        description="Prints a line for each image, in order: the path, a tab, the caption; or writes them to a file with "
-        "--out. Control characters are escaped. Files that cannot be read are listed on standard error, and the exit "
+        description="Prints a line for each image, in order: the path, a tab, the caption; or writes them to a file "
+        "with --out. Control characters are escaped. Files that cannot be read are listed on standard error, and the exit "
         "status is then 1. Under torchrun the processes divide the images, and the first prints for all.",
     )
     caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
@@ -36,14 +36,14 @@ def add_parser(commands):
         const=1,
         default=0,
         metavar="N",
-        help="below each caption, the N vocabulary tokens nearest to each prefix vector, with their cosines (default: 1)",
+        help="below each caption, the N vocabulary tokens nearest to each prefix vector, with cosines (default: 1)",
     )
     output = caption.add_argument_group("output")
     output.add_argument(
         "--json",
         action="store_true",
-        help='print {"image": ..., "captions": [...]} lines in UTF-8; a byte of a name that is not UTF-8 becomes an escape '
-        "(\\udc80 to \\udcff)",
+        help='print {"image": ..., "captions": [...]} lines in UTF-8; a byte of a name that is not UTF-8 becomes an '
+        "escape (\\udc80 to \\udcff)",
     )
     output.add_argument("--out", metavar="FILE", help="write a .csv, .tsv or .jsonl file, line by line")
     output.add_argument("--sidecar", action="store_true", help="write a .txt file beside each image")

@@ -58,8 +58,8 @@ class CaptionTable:
             self.done = set(self._images_of(lines))
         except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
             raise ValueError(
-                f"--out {self.path} is not a file that this command wrote with as many captions per image; choose another "
-                "name"
+                f"--out {self.path} is not a file that this command wrote with as many captions per image; choose "
+                "another name"
             ) from error
 
     def _images_of(self, lines: list[str]):

@@ -12,8 +12,8 @@ def add_parser(commands):
         "caption",
         help="caption image files",
         description="Prints a line for each image, in order: the path, a tab, the caption; or writes them to a file "
-        "with --out. Control characters are escaped. Files that cannot be read are listed on standard error, and the exit "
-        "status is then 1. Under torchrun the processes divide the images, and the first prints for all.",
+        "with --out. Control characters are escaped. Files that cannot be read are listed on standard error, and the "
+        "exit status is then 1. Under torchrun the processes divide the images, and the first prints for all.",
     )
     caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
     caption.add_argument(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import clipcap_hf
@@ -90,3 +91,40 @@ def test_scores_block():
     names = {}
     exec(compile(code, str(README), "exec"), names)
     assert 0 < names["scores"]["rouge_l"] < 1
+
+
+GUIDES = sorted((README.parent / "examples" / "guides").glob("*.md"))
+
+
+def test_length_and_order():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    assert text.split("\n\n")[1].startswith("![")
+
+
+@pytest.mark.parametrize("command", ["pip install . && clipcap demo", "pip install '.[test]' && pytest"])
+def test_each_set_up_command_has_a_block_of_its_own(command):
+    assert f"{command}\n" in code_blocks("bash")
+
+
+@pytest.mark.parametrize(
+    "page", [README, README.parent / "examples" / "README.md", *GUIDES], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, heading = link.partition("#")
+        if target.startswith("https://"):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}, link
+
+
+def test_the_api_reference_is_current():
+    namespace = runpy.run_path(str(README.parent / "examples" / "guides" / "make_api_reference.py"))
+    assert namespace["PAGE"].read_text(encoding="utf-8") == namespace["reference"](), (
+        "run `python examples/guides/make_api_reference.py`"
+    )

@@ -2,36 +2,105 @@
 
 import argparse
 import os
+import pickle
 import sys
 
-from . import benchmark, caption, convert, demo, embed, evaluate, export, serve, train
+from .. import __version__
+from . import benchmark, caption, completion, convert, demo, embed, evaluate, export, serve, train
+from .output import escape, make_streams_safe
 
 
 # Each has `add_parser(commands)`, and imports what is slow to import when it runs.
-COMMANDS = (demo, caption, train, embed, evaluate, serve, convert, export, benchmark)
+COMMANDS = (demo, caption, train, embed, evaluate, serve, convert, export, benchmark, completion)
+LONGEST_MESSAGE = 2000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = _build_parser()
-    arguments = parser.parse_args(argv)
+    """Run the command line and return the exit status."""
+    arguments = _parse(argv)
+    if sys.stdout is None:  # closed by the caller (`>&-`); print() would drop everything without a word
+        print("clipcap: standard output is closed", file=sys.stderr)
+        return 1
+    make_streams_safe()
     try:
-        return arguments.run(arguments)
+        if getattr(arguments, "loads_models", True):
+            _import_package()
+        status = arguments.run(arguments)
+        sys.stdout.flush()  # here, where a full disk is still an error with a message
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # Whoever read our output has enough of it (`| head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, ImportError) as error:
-        # What a user can mend; anything else is a fault of ours and keeps its traceback.
-        print(f"clipcap: {error}", file=sys.stderr)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"clipcap: {_message(error)}", file=sys.stderr)
         return 1
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:  # said by the command's own parser, so that its usage is printed
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; nothing slow is imported for it."""
     parser = argparse.ArgumentParser(prog="clipcap", description="Image captioning with ClipCap.")
+    parser.add_argument("--version", action="version", version=f"clipcap {__version__}")
+    parser.add_argument("--debug", action="store_true", help="on an error, print the traceback")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
+    for leaf in leaves(parser):
+        leaf.set_defaults(parser=leaf)
+        if leaf.prefix_chars == "-":  # `train` leaves its options to another parser
+            leaf.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help="on an error, print the traceback"
+            )
     return parser
+
+
+def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return the parsers of all commands that have no subcommands."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        return [parser]
+    return [leaf for action in below for each in action.choices.values() for leaf in leaves(each)]
+
+
+def _import_package():
+    """Register the classes with transformers, and see to it that no model folder can run code."""
+    from transformers import dynamic_module_utils
+
+    from .. import _public  # noqa: F401
+
+    # Where a load does not say `trust_remote_code`, transformers asks on standard input and takes a piped "y" for an
+    # answer. With no time to answer it refuses.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+
+def _message(error: Exception) -> str:
+    """Say in a line what went wrong, and how to see where if it is not one of the errors that we expect."""
+    text = str(error).strip()
+    if isinstance(error, ValueError) and "execute" in text and "trust_remote_code" in text:
+        return (
+            "the model's folder or repository brings its own Python code, which the command line never runs. If you "
+            "trust it, load it in Python with `trust_remote_code=True`."
+        )
+    if isinstance(error, pickle.UnpicklingError):  # its own text advises to load without care
+        text = "a file of weights is damaged or holds more than tensors; it was not loaded"
+    elif isinstance(error, MemoryError):
+        text = f"out of memory {text}".strip()
+    elif not isinstance(error, (ValueError, OSError, ImportError)):
+        # Not an error that we expect, so its text may say little.
+        text = f"{type(error).__name__}: {escape(text)} (--debug prints the traceback)"
+    text = text or type(error).__name__
+    if len(text) > LONGEST_MESSAGE:
+        half = LONGEST_MESSAGE // 2
+        text = f"{text[:half]} [...] {text[-half:]}"
+    return text

@@ -1,3 +1,5 @@
+"""`python -m clipcap_hf.cli` is the `clipcap` command, for `torchrun -m`."""
+
 import sys
 
 from . import main

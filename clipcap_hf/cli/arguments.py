@@ -1,8 +1,15 @@
-"""What several commands take."""
+"""Arguments that several commands take, and what they name: devices, captioners, data."""
 
 import argparse
+import ipaddress
 import os
+import re
 import sys
+
+
+MOST_BEAMS = 1000  # memory and time grow with it
+#: The names of `clipcap_hf.data.READERS`, whose import takes seconds.
+DATA_FORMATS = ("karpathy", "coco", "stair", "nocaps", "official", "conceptual", "imagefolder", "webdataset", "hub")
 
 
 def positive(text: str) -> int:
@@ -16,8 +23,8 @@ def add_device_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of weights and arithmetic (default: as the weights are stored); 16 bits are several times as fast on GPUs, and "
-        "bfloat16 on CPUs with AMX",
+        help="of weights and arithmetic (default: as the weights are stored); 16 bits are several times as fast on "
+        "GPUs, and bfloat16 on CPUs with AMX",
     )
 
 
@@ -27,35 +34,63 @@ def not_negative(text: str) -> int:
     return value
 
 
+def beams(text: str) -> int:
+    if (value := positive(text)) > MOST_BEAMS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_BEAMS}, got {value}")
+    return value
+
+
+def address(text: str) -> str:
+    """Return a host to listen on; refuse one that cannot be looked up, for which a server would wait."""
+    import socket
+
+    if re.fullmatch(r"[\d.]+", text):  # not a name, so there is nothing to look up
+        try:
+            ipaddress.ip_address(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text} is not an IP address") from error
+    try:
+        socket.getaddrinfo(text, None)
+    except (OSError, UnicodeError) as error:
+        raise argparse.ArgumentTypeError(f"no host {text}: {error}") from error
+    return text
+
+
+def reading_workers(workers: int | None, images: int) -> int:
+    """Return the number of processes that read images: as asked for, or by the number of images."""
+    if workers is not None:
+        return workers
+    return 0 if images < 64 else min(4, os.cpu_count() or 1)  # starting one costs as much as reading some dozens
+
+
 def load_captioner(name: str, device: str | None, dtype: str | None = None):
+    """Return the model, ready to caption, and the processor. Code in the model's folder is never run."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from .. import EMOJI_MINI, PHOTO_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
+    from .. import ClipCapForConditionalGeneration, ClipCapProcessor
+    from ..assets import resolve
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if name == "emoji-mini":
         print("clipcap: emoji-mini knows drawings of emoji only; --model takes other captioners", file=sys.stderr)
-        name = EMOJI_MINI
-    elif name == "photo-mini":
-        name = PHOTO_MINI
-    device = pick_device(device)
-    name = os.path.expanduser(name)
+    picked = pick_device(device)
+    name = os.path.expanduser(resolve(name))
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"{name}: no such folder; --model takes a folder, a Hub id, emoji-mini or photo-mini")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
-        raise OSError(f"There is no captioner {name!r} to be had: {error}") from error
+        raise OSError(f"Could not load the captioner {name!r}: {error}") from error
     if config.model_type != "clipcap":
         raise ValueError(f"{name} is a {config.model_type} model, not a ClipCap captioner")
-    model = ClipCapForConditionalGeneration.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
-    return model, ClipCapProcessor.from_pretrained(name)
+    model = ClipCapForConditionalGeneration.from_pretrained(name, dtype=dtype or "auto")
+    return model.to(picked).eval(), ClipCapProcessor.from_pretrained(name)
 
 
 def pick_device(name: str | None):
-    """The device of that name; by default an accelerator if there is one, under torchrun that of this process."""
+    """Return the device of that name; by default an accelerator, if any, under torchrun that of this process."""
     import torch
 
     if name is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -76,22 +111,23 @@ def pick_device(name: str | None):
 
 
 def add_data_arguments(parser: argparse.ArgumentParser):
-    from ..data import READERS
-
     data = parser.add_argument_group("data")
-    data.add_argument("data", metavar="DATA", help="annotation file, folder, shards or Hub id, as --data-format says")
+    data.add_argument(
+        "data", nargs="?", metavar="DATA", help="annotation file, folder, shards or Hub id, according to --data-format"
+    )
+    data.add_argument("--data", dest="data_option", metavar="DATA", help="the same, as an option")
     data.add_argument(
         "--data-format",
-        choices=list(READERS),
+        choices=DATA_FORMATS,
         default="hub",
-        help="what DATA is; hub, the default, is all that `datasets.load_dataset` takes",
+        help="the form of DATA; hub, the default, is anything that `datasets.load_dataset` takes",
     )
-    data.add_argument("--images", metavar="DIR", help="folder of the images (default: that of DATA)")
+    data.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of DATA)")
     data.add_argument("--split", metavar="NAME", help="one split (default: all)")
     data.add_argument(
         "--missing",
         choices=["error", "skip"],
-        help="what to do with images that are listed but not there (default: skip for conceptual, else error)",
+        help="what to do with listed images that do not exist (default: skip for conceptual, else error)",
     )
     for name, what in (("image", "images"), ("caption", "captions"), ("id", "image ids")):
         data.add_argument(
@@ -105,6 +141,8 @@ def add_data_arguments(parser: argparse.ArgumentParser):
 def load_data(arguments):
     from ..data import load_captions
 
+    if (arguments.data is None) == (arguments.data_option is None):
+        raise ValueError("give the data once: DATA or --data DATA")
     columns = {name: getattr(arguments, name) for name in ("image_column", "caption_column", "id_column")}
     columns = {name: value for name, value in columns.items() if value is not None}
     if columns.get("caption_column"):
@@ -113,7 +151,7 @@ def load_data(arguments):
         columns["streaming"] = True
     return load_captions(
         arguments.data_format,
-        arguments.data,
+        arguments.data if arguments.data_option is None else arguments.data_option,
         images=arguments.images,
         split=arguments.split,
         missing=arguments.missing,

@@ -1,112 +1,181 @@
-"""`clipcap caption`"""
+"""`clipcap caption`."""
 
 import argparse
-import json
-import os
 import sys
 
-from .arguments import add_device_arguments, load_captioner, not_negative, positive
+from .arguments import add_device_arguments, beams, load_captioner, not_negative, positive
+from .output import escape, json_line
 
 
 def add_parser(commands):
     caption = commands.add_parser(
         "caption",
         help="caption image files",
-        description="Prints a line for each image, in order: the path, a tab, the caption. Files that cannot be read are "
-        "listed on standard error, and the exit status is then 1. Under torchrun the processes divide the images, and the "
-        "first prints for all.",
+        description="Prints a line for each image, in order: the path, a tab, the caption; or writes them to a file "
+        "with --out. Control characters are escaped. Files that cannot be read are listed on standard error, and the "
+        "exit status is then 1. Under torchrun the processes divide the images, and the first prints for all.",
     )
     caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
     caption.add_argument(
         "--model",
         default="emoji-mini",
-        help="a folder, a Hub id, emoji-mini, the embedded captioner of emoji drawings, or photo-mini, one of photographs "
+        help="a folder, a Hub id, emoji-mini, the embedded captioner of emoji drawings, or photo-mini, one for photos "
         "(default: %(default)s)",
     )
-    caption.add_argument(
-        "--beams", type=positive, default=1, metavar="N", help="beam search with N beams (default: greedy)"
+    decoding = caption.add_argument_group("captions")
+    decoding.add_argument(
+        "--beams", type=beams, default=1, metavar="N", help="beam search with N beams (default: greedy)"
     )
-    caption.add_argument(
-        "--captions", type=positive, default=1, metavar="N", help="print the N best captions, tab-separated"
-    )
-    caption.add_argument("--prompt", help="a beginning that every caption continues")
-    caption.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
-    caption.add_argument(
+    decoding.add_argument("--captions", type=beams, default=1, metavar="N", help="give the N best captions per image")
+    decoding.add_argument("--prompt", help="text that every caption continues")
+    decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
+    decoding.add_argument(
         "--explain",
         type=_number_of_tokens,
         nargs="?",
         const=1,
         default=0,
         metavar="N",
-        help="below each caption, the N vocabulary tokens nearest to each prefix vector, with their cosines (default: 1)",
+        help="below each caption, the N vocabulary tokens nearest to each prefix vector, with cosines (default: 1)",
     )
-    caption.add_argument("--json", action="store_true", help='print {"image": ..., "captions": [...]} lines')
-    caption.add_argument(
+    output = caption.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help='print {"image": ..., "captions": [...]} lines in UTF-8; a byte of a name that is not UTF-8 becomes an '
+        "escape (\\udc80 to \\udcff)",
+    )
+    output.add_argument("--out", metavar="FILE", help="write a .csv, .tsv or .jsonl file, line by line")
+    output.add_argument("--sidecar", action="store_true", help="write a .txt file beside each image")
+    output.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave out images that --out or --sidecar already have, for example after an interruption",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace existing files of --out and --sidecar")
+    speed = caption.add_argument_group("speed")
+    speed.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
     )
-    caption.add_argument(
-        "--workers", type=not_negative, metavar="N", help="processes that read images (default: by their number)"
+    speed.add_argument(
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that read images (default: by the number of images)",
     )
-    add_device_arguments(caption)
+    add_device_arguments(speed)
     caption.set_defaults(run=run)
 
 
 def _number_of_tokens(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; images stand before --explain")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; images go before --explain")
     return positive(text)
 
 
 def run(arguments) -> int:
-    from ..captioning import caption_files
     from ..files import find_images
     from ..processes import process_state
 
+    _check(arguments)
     paths, errors = find_images(arguments.paths)
-    failed = bool(errors)
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold any bytes
-        sys.stdout.reconfigure(errors="surrogateescape")
-    speaks = process_state().is_main_process  # under torchrun, for all
-    for error in errors if speaks else ():
-        print(f"clipcap: {error}", file=sys.stderr)
+    writes = process_state().is_main_process  # under torchrun, for all
+    for error in errors if writes else ():
+        print(f"clipcap: {escape(error)}", file=sys.stderr)
     if not paths:
         return 1
-    model, processor = load_captioner(arguments.model, arguments.device, arguments.dtype)
-    workers = arguments.workers
-    if workers is None:
-        # Starting a process costs as much as reading some dozens of images.
-        workers = 0 if len(paths) < 64 else min(4, os.cpu_count() or 1)
+    table, sidecars = _open_outputs(arguments, paths)
+    outputs = [output for output in (table, sidecars) if output is not None]
+    todo = [path for path in paths if not outputs or any(path not in output for output in outputs)]
+    failed = len(errors)
+    if todo:
+        model, processor = load_captioner(arguments.model, arguments.device, arguments.dtype)
+        results = _caption(arguments, model, processor, todo)
+        failed += _write(arguments, results, table, sidecars, writes)
+    if outputs and writes:
+        where = arguments.out or "sidecars"
+        print(f"{where}: {len(todo) - failed + len(errors)} images captioned, {len(paths) - len(todo)} done before")
+    # torchrun kills the other processes as soon as one fails, and the first may still have lines to print.
+    return int(failed > 0 and writes)
+
+
+def _check(arguments):
+    keeps = arguments.out is not None or arguments.sidecar
+    if (arguments.skip_existing or arguments.overwrite) and not keeps:
+        raise ValueError("--skip-existing and --overwrite go with --out or --sidecar")
+    if arguments.skip_existing and arguments.overwrite:
+        raise ValueError("choose one of --skip-existing and --overwrite")
+    if arguments.json and keeps:
+        raise ValueError("--json prints; for a file use --out captions.jsonl")
+    if arguments.explain and keeps and not str(arguments.out).endswith(".jsonl"):
+        raise ValueError("--explain goes with printed captions or --out FILE.jsonl")
+
+
+def _open_outputs(arguments, paths: list[str]):
+    from .caption_output import CaptionTable, Sidecars
+
+    existing = {"skip_existing": arguments.skip_existing, "overwrite": arguments.overwrite}
+    table = CaptionTable(arguments.out, arguments.captions, **existing) if arguments.out is not None else None
+    sidecars = Sidecars(paths, **existing) if arguments.sidecar else None
+    return table, sidecars
+
+
+def _caption(arguments, model, processor, paths: list[str]):
+    from ..captioning import caption_files
+    from .arguments import reading_workers
+
     generate_kwargs = {
         "num_beams": max(arguments.beams, arguments.captions),
         "num_return_sequences": arguments.captions,
     }
     if arguments.max_new_tokens:
         generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
-    results = caption_files(
+    return caption_files(
         model,
         processor,
         paths,
         batch_size=arguments.batch_size,
-        num_workers=workers,
+        num_workers=reading_workers(arguments.workers, len(paths)),
         prompt=arguments.prompt,
         explain=arguments.explain,
         progress=sys.stderr.isatty() and len(paths) > arguments.batch_size,
         **generate_kwargs,
     )
-    for result in results:
-        if not speaks:
-            continue
-        if result.error:
-            failed = True
-            print(f"clipcap: {result.error}", file=sys.stderr)
-        elif arguments.json:
-            print(json.dumps(_record(result), ensure_ascii=False), flush=True)
-        else:
-            print(result.path, *result.captions, sep="\t", flush=True)
-            for number, tokens in enumerate(result.prefix_tokens or [], start=1):
-                print(f"  {number}", *(f"{token!r} {cosine:.3f}" for token, cosine in tokens), sep="\t", flush=True)
-    # torchrun kills the other processes as soon as one fails, and the first may still have lines to print.
-    return int(failed and speaks)
+
+
+def _write(arguments, results, table, sidecars, writes: bool) -> int:
+    """Print or keep the results as they come, and return the number of images that could not be read."""
+    failed, opened = 0, False
+    try:
+        for result in results:
+            if not writes:
+                continue
+            if table is not None and not opened:
+                table.open()  # now that the first captions are there: nothing before has failed
+                opened = True
+            if result.error:
+                failed += 1
+                print(f"clipcap: {escape(result.error)}", file=sys.stderr)
+                continue
+            if table is not None and result.path not in table:
+                table.add(result.path, result.captions, _record(result))
+            if sidecars is not None and result.path not in sidecars:
+                sidecars.add(result.path, result.captions)
+            if table is None and sidecars is None:
+                _print(arguments, result)
+    finally:
+        if table is not None:
+            table.close()
+    return failed
+
+
+def _print(arguments, result):
+    if arguments.json:
+        print(json_line(_record(result)), flush=True)
+        return
+    print(escape(result.path), *map(escape, result.captions), sep="\t", flush=True)
+    for number, tokens in enumerate(result.prefix_tokens or [], start=1):
+        print(f"  {number}", *(f"{token!r} {cosine:.3f}" for token, cosine in tokens), sep="\t", flush=True)
 
 
 def _record(result) -> dict:

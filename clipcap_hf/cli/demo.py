@@ -1,4 +1,4 @@
-"""`clipcap demo`"""
+"""`clipcap demo`."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ def add_parser(commands):
     demo = commands.add_parser(
         "demo",
         help="train a captioner of emoji from scratch, offline, in minutes",
-        description="Encodes the embedded emoji drawings with the embedded image tower, trains a captioner from scratch, "
-        "scores it on two held-out splits beside baselines, and saves it with a picture of its captions.",
+        description="Encodes the embedded emoji drawings with the embedded image tower, trains a captioner from "
+        "scratch, scores it on two held-out splits beside baselines, and saves it with a picture of its captions.",
     )
     demo.add_argument(
         "--out", default="clipcap-demo", metavar="DIR", help="folder for the results (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""`clipcap export`"""
+"""`clipcap export`."""
 
 
 def add_parser(commands):

@@ -82,4 +82,6 @@ def _recipe(path: str, parser) -> dict:
 
 
 if __name__ == "__main__":  # torchrun -m clipcap_hf.cli.train
-    sys.exit(run(type("Arguments", (), {"rest": sys.argv[1:]})))
+    from . import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -154,7 +154,7 @@ def test_captions_of_animal_photographs(captioner):
         pytest.skip("set GCOMPRIS_DATA to the rcc folder of Debian's gcompris-qt-data")
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "embedded"))
     from score_photo_mini import score_animals
 
     assert score_animals(*captioner, Path(os.environ["GCOMPRIS_DATA"]))["photo-mini"]["exact_match"] >= 0.45

@@ -1,7 +1,7 @@
 """Score `photo-mini` on the animal photographs of gcompris-qt-data, which nobody trained on, beside two baselines.
 
     apt-get download gcompris-qt-data && dpkg-deb -x gcompris-qt-data_*.deb build/gcompris
-    python examples/score_photo_mini.py build/gcompris/usr/share/gcompris-qt/rcc
+    python examples/embedded/score_photo_mini.py build/gcompris/usr/share/gcompris-qt/rcc
 
 The 24 photographs lie in Qt resource files. Their file names are the references ("A polar bear.").
 """

@@ -3,8 +3,8 @@
 The tower is frozen. Each training drawing is embedded as it is and, with --views, in augmented views (the tower training's
 own augmentation); in training each embedding is moved as if by another designer (`clipcap_hf.demo.DesignShift`).
 
-    python examples/train_emoji_tower.py --output build/emoji-tower
-    python examples/train_emoji_mini.py --tower build/emoji-tower --out build/emoji-mini
+    python examples/embedded/train_emoji_tower.py --output build/emoji-tower
+    python examples/embedded/train_emoji_mini.py --tower build/emoji-tower --out build/emoji-mini
 
 writes the captioner, with weights in half precision, and scores.json: exact match and CIDEr on both test splits beside
 copying the caption of the nearest training image.

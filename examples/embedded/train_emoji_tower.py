@@ -24,10 +24,10 @@ Examples
     # The published tower: 1,239 steps in 37 minutes, 44 CPU minutes, on two CPU cores that others used, too.
     # Unseen design: 72.8 % exact by copying the nearest training image's caption (CIDEr 339), text retrieval R@1 71.1
     # and R@5 88.0 of 1,637 captions. Unseen captions: text retrieval R@1 73.3 and R@5 97.7 of all 3,313 captions.
-    python examples/train_emoji_tower.py --output build/emoji-tower --minutes 37 --test
+    python examples/embedded/train_emoji_tower.py --output build/emoji-tower --minutes 37 --test
 
     # Choose settings without looking at the test splits: one training design plays the unseen one
-    python examples/train_emoji_tower.py --output build/dev --steps 400 --hold-out-design fxemoji
+    python examples/embedded/train_emoji_tower.py --output build/dev --steps 400 --hold-out-design fxemoji
 
 With --steps a run can be repeated; with --minutes the learning rate and the image size follow the clock, so that a
 busy machine trains less instead of longer; there the environment variable ``OMP_WAIT_POLICY=PASSIVE`` helps much.

@@ -12,8 +12,8 @@ Examples
 --------
 .. code-block:: bash
 
-    python examples/build_emoji_dataset.py --output build/emoji
-    python examples/build_emoji_dataset.py --sources downloads --output build/emoji --workers 2
+    python examples/embedded/build_emoji_dataset.py --output build/emoji
+    python examples/embedded/build_emoji_dataset.py --sources downloads --output build/emoji --workers 2
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).resolve().parents[1] / "clipcap_hf" / "assets" / "emoji"
+ASSETS = Path(__file__).resolve().parents[2] / "clipcap_hf" / "assets" / "emoji"
 
 NAMES_PACKAGE = "emojibase-data@17.0.0"
 PACKAGES = {
@@ -268,7 +268,7 @@ The choice depends on a hash of the names only.
 
 ## How it was built
 
-`examples/build_emoji_dataset.py` in the `clipcap_hf` repository builds every file of this folder from npm packages at
+`examples/embedded/build_emoji_dataset.py` in the `clipcap_hf` repository builds every file of this folder from npm packages at
 pinned versions. SVG is rendered with resvg, 3D pictures are reduced from 256x256 pixels with a Lanczos filter, and all
 are stored as WebP of quality {quality}. Base emoji, gender variants and variants with one skin tone are included; couples
 with two different tones, regional indicators and components are not. Twemoji has base emoji only.

@@ -1,0 +1,65 @@
+"""The public classes and functions, and their registration with transformers."""
+
+from .model import versions_clipcap  # noqa: F401, I001  (first: it refuses releases that would fail later)
+from ._torchvision import ensure_torchvision_imports
+
+
+ensure_torchvision_imports()  # transformers imports torchvision wherever it is installed
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
+
+from .model.beam_search_clipcap import official_beam_search  # noqa: E402
+from .model.configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
+from .model.hub_clipcap import add_code  # noqa: E402
+from .model.image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
+from .model.model_card_clipcap import write_model_card  # noqa: E402
+from .model.modeling_clipcap import (  # noqa: E402
+    ClipCapCausalLMOutputWithPast,
+    ClipCapForConditionalGeneration,
+    ClipCapPreTrainedModel,
+)
+from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
+from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
+from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
+from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
+from .training.warm_start import warm_start_mapper  # noqa: E402
+
+
+AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
+AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
+AutoImageProcessor.register(OpenClipVisionConfig, image_processor_classes={"pil": OpenClipImageProcessor})
+AutoConfig.register(ConseVisionConfig.model_type, ConseVisionConfig)
+AutoModel.register(ConseVisionConfig, ConseVisionModel)
+AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig)
+for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(ClipCapConfig, ClipCapForConditionalGeneration)
+AutoProcessor.register(ClipCapConfig, ClipCapProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "image-captioning", pipeline_class=ImageCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+)
+
+__all__ = [
+    "ClipCapCausalLMOutputWithPast",
+    "ClipCapConfig",
+    "ClipCapForConditionalGeneration",
+    "ClipCapPreTrainedModel",
+    "ClipCapProcessor",
+    "ConseVisionConfig",
+    "ConseVisionModel",
+    "ImageCaptioningPipeline",
+    "OpenClipImageProcessor",
+    "OpenClipVisionConfig",
+    "OpenClipVisionModel",
+    "add_code",
+    "official_beam_search",
+    "warm_start_mapper",
+    "write_model_card",
+]

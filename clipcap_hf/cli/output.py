@@ -1,0 +1,51 @@
+"""What commands print: one record per line, whatever is in names and captions."""
+
+import codecs
+import json
+import re
+import sys
+
+
+def make_streams_safe():
+    """Let no character stop the output.
+
+    Names of files may hold bytes that are not UTF-8: they are printed as they are. Other characters that the
+    terminal or file cannot take are printed as backslash escapes.
+    """
+    codecs.register_error("clipcap", _keep_bytes)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="clipcap")
+
+
+def _keep_bytes(error: UnicodeError):
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    error.end = error.start + 1  # one character at a time: its neighbours may be of the other kind
+    is_byte = 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF
+    return codecs.lookup_error("surrogateescape" if is_byte else "backslashreplace")(error)
+
+
+def escape(text: str) -> str:
+    r"""
+    Write control characters and line separators as escapes, so that a field stays on its line and in its column.
+
+    ```python
+    >>> from clipcap_hf.cli.output import escape
+    >>> print(escape("two\tcolumns\nand lines"))
+    two\tcolumns\nand lines
+
+    ```
+    """
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def json_line(record: dict) -> str:
+    r"""
+    Return JSON on one line of valid UTF-8.
+
+    A byte of a file name that is not UTF-8 becomes an escape from `\udc80` to `\udcff`; Python's `json.loads` and
+    `os.fsencode` give the name back.
+    """
+    text = json.dumps(record, ensure_ascii=False)
+    return re.sub(r"[\ud800-\udfff\x7f-\x9f\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,0 +1,149 @@
+"""`clipcap caption --out` and `--sidecar`: nothing is lost when it is killed, and nothing foreign is overwritten."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from clipcap_hf.cli import main
+from clipcap_hf.cli.caption_output import CaptionTable
+from PIL import Image
+
+
+COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(24):
+        Image.new("RGB", (40 + index, 40), COLOURS[index % 6]).save(folder / f"{index:02}.png")
+    return folder
+
+
+def rows(path) -> list[list[str]]:
+    """The images and captions of a file, read by other means than those that wrote it."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [[record["image"], *record["captions"]] for record in map(json.loads, text.splitlines())]
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    header, *found = csv.reader(text.splitlines(), **dialect)
+    assert header == ["image", "caption", "caption_2"][: len(header)]
+    return found
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_files_hold_what_is_printed(tmp_path, pictures, capsys, suffix):
+    (pictures / "00.png").rename(pictures / '00, "a"\tb.png')
+    (pictures / "bad.png").write_text("no picture")
+    assert main(["caption", str(pictures), "--captions", "2"]) == 1
+    printed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    out = tmp_path / f"captions{suffix}"
+    command = ["caption", str(pictures), "--captions", "2", "--out", str(out)]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}: 24 images captioned, 0 done before\n" and "bad.png" in captured.err
+    found = rows(out)
+    if suffix == ".jsonl":
+        found = [[field.replace("\t", "\\t") for field in row] for row in found]
+    assert found == printed
+
+    before = out.read_bytes()
+    assert main(command) == 1
+    assert "exists already; --skip-existing goes on where it ends" in capsys.readouterr().err
+    assert main([*command, "--skip-existing"]) == 1, "the bad picture is tried again"
+    assert f"{out}: 0 images captioned, 24 done before" in capsys.readouterr().out
+    assert out.read_bytes() == before
+    assert main([*command, "--overwrite"]) == 1
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_goes_on_after_any_cut(tmp_path, pictures, capsys, suffix):
+    out = tmp_path / f"captions{suffix}"
+    assert main(["caption", str(pictures), "--out", str(out)]) == 0
+    whole = out.read_bytes()
+    for cut in (0, 3, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        out.write_bytes(whole[:cut])
+        assert main(["caption", str(pictures), "--out", str(out), "--skip-existing"]) == 0
+        assert out.read_bytes() == whole
+
+
+def test_killed_it_goes_on(tmp_path, pictures):
+    out, undisturbed = tmp_path / "captions.csv", tmp_path / "undisturbed.csv"
+    command = [sys.executable, "-m", "clipcap_hf", "caption", str(pictures), "--batch-size", "1", "--sidecar"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    kills = 0
+    for wanted in (3, 9):
+        process = subprocess.Popen(
+            [*command, "--out", out, "--skip-existing"], env=environment, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if out.exists() and out.read_bytes().count(b"\n") > wanted:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills, "no run was killed midway"
+    subprocess.run([*command, "--out", out, "--skip-existing"], env=environment, check=True, timeout=240)
+    assert main(["caption", str(pictures), "--out", str(undisturbed), "--batch-size", "1"]) == 0
+    assert out.read_bytes() == undisturbed.read_bytes()
+    for image, text in rows(out):
+        assert (pictures / image.replace(".png", ".txt")).read_text() == f"{text}\n"
+
+
+def test_sidecars_overwrite_nothing_foreign(pictures, capsys):
+    (pictures / "05.txt").write_text("my own words")
+    assert main(["caption", str(pictures), "--sidecar"]) == 1
+    assert "05.txt exist already" in capsys.readouterr().err
+    assert len(list(pictures.glob("*.txt"))) == 1, "found before any work"
+    assert main(["caption", str(pictures), "--sidecar", "--skip-existing"]) == 0
+    assert (pictures / "05.txt").read_text() == "my own words"
+    assert len(list(pictures.glob("*.txt"))) == 24
+    assert main(["caption", str(pictures), "--sidecar", "--overwrite"]) == 0
+    assert (pictures / "05.txt").read_text() != "my own words"
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--out", "captions.txt"], "must end in .csv, .tsv, .jsonl"),
+        (["--out", "no/such/folder/captions.csv"], "its folder does not exist"),
+        (["--out", "foreign.csv", "--skip-existing"], "is not a file that this command wrote"),
+        (["--out", "a.csv", "--json"], "--out captions.jsonl"),
+        (["--overwrite"], "go with --out or --sidecar"),
+        (["--sidecar", "--overwrite", "--skip-existing"], "choose one"),
+        (["--out", "a.csv", "--explain"], "FILE.jsonl"),
+        (["same", "--sidecar"], "would both have"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_is_loaded(
+    tmp_path, pictures, capsys, monkeypatch, arguments, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.csv").write_text("name,age\nAda,36\n")
+    (tmp_path / "same").mkdir()
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "same" / name)
+    assert main(["caption", str(pictures), *arguments, "--model", "/no/such/model"]) == 1
+    error = capsys.readouterr().err
+    assert complaint in error and "/no/such/model" not in error
+    assert (tmp_path / "foreign.csv").read_text() == "name,age\nAda,36\n"
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_table_with_other_columns_is_not_continued(tmp_path):
+    path = tmp_path / "captions.csv"
+    table = CaptionTable(path, captions=2)
+    table.open()
+    table.add("a.png", ["one", "two"], {})
+    table.close()
+    assert "a.png" in CaptionTable(path, captions=2, skip_existing=True)
+    with pytest.raises(ValueError, match="as many captions per image"):
+        CaptionTable(path, captions=1, skip_existing=True)

@@ -300,7 +300,7 @@ def test_round_trip(tmp_path, image_processor, make_tokenizer, images, padding_s
     assert again.image_processor.to_dict() == image_processor.to_dict()
     assert again.tokenizer.padding_side == processor.tokenizer.padding_side == "left"
     assert again.tokenizer.pad_token == "<|endoftext|>"
-    assert len(again.tokenizer) == len(tokenizer)
+    assert len(again.tokenizer) == len(processor.tokenizer) == len(tokenizer) + 1
     batch = {"images": images[:3], "text": ["a red", "", "woman"], "return_tensors": "pt"}
     expected, found = processor(**batch), again(**batch)
     assert expected["attention_mask"][1, 0] == 0 and expected["attention_mask"][1, -1] == 1

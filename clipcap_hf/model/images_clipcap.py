@@ -234,7 +234,7 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     top = {"f": 1, "u": 65535 if pixels.dtype == np.uint16 else 255, "i": 255}[pixels.dtype.kind]
     if pixels.min() < 0 or pixels.max() > top * (1 + 1e-3 if top == 1 else 1):  # resizing leaves floats a hair above 1
         raise ValueError(
-            f"the pixels of a {pixels.dtype} image lie in 0 to {top}, these in {pixels.min():g} to {pixels.max():g} "
+            f"pixels of dtype {pixels.dtype} must lie in 0 to {top}, these lie in {pixels.min():g} to {pixels.max():g} "
             "(pass uint8 for 0 to 255)"
         )
     return (pixels * (255.0 / top)).round().clip(0, 255).astype(np.uint8)

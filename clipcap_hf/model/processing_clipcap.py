@@ -39,7 +39,7 @@ class ClipCapImagesKwargs(ImagesKwargs, total=False):
         Seconds for the whole download of each URL; 30 by default.
     """
 
-    timeout: float | None
+    timeout: int | float | None
 
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):

@@ -123,8 +123,8 @@ class ClipCapProcessor(ProcessorMixin):
             ValueError: If there is nothing to process, the numbers of images and texts differ, or truncation would cut
                 placeholders.
         """
-        given = {"images": images, "videos": videos, "clip_embeds": clip_embeds}
-        given = [name for name, value in given.items() if value is not None]
+        visual = {"images": images, "videos": videos, "clip_embeds": clip_embeds}
+        given = [name for name, value in visual.items() if value is not None]
         if not given and text is None:
             raise ValueError("Pass `images`, `videos`, `clip_embeds` or `text`.")
         if len(given) > 1:
@@ -132,11 +132,13 @@ class ClipCapProcessor(ProcessorMixin):
         merged = self._merge_kwargs(ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         images_kwargs = dict(merged["images_kwargs"])
         timeout = images_kwargs.pop("timeout", None)
+        if self.image_processor is None and (images is not None or videos is not None):
+            raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
 
         visual_inputs, count = {}, 0
         if images is not None:
             images, *_ = self.prepare_inputs_layout(images=images, timeout=timeout)
-            visual_inputs, count = self._image_processor()(images, **images_kwargs), len(images)
+            visual_inputs, count = self.image_processor(images, **images_kwargs), len(images)
         elif videos is not None:
             num_frames = merged["videos_kwargs"].get("num_frames") or self.num_frames
             visual_inputs, count = self._videos_to_pixels(videos, num_frames, **images_kwargs)
@@ -144,10 +146,9 @@ class ClipCapProcessor(ProcessorMixin):
             visual_inputs = {"clip_embeds": _stack_embeds(clip_embeds)}
             count = len(visual_inputs["clip_embeds"])
 
-        text_kwargs = dict(merged["text_kwargs"])
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
-            if name in merged:  # newer releases of transformers know them as arguments of no one modality
-                text_kwargs.setdefault(name, merged[name])
+        flags = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        # Newer releases of transformers keep them apart from the tokenizer's arguments.
+        text_kwargs = {**{name: merged[name] for name in flags if name in merged}, **merged["text_kwargs"]}
         text_inputs = self.tokenize_prompts(text, count, **text_kwargs)
         return BatchFeature(
             {**text_inputs, **visual_inputs},
@@ -230,25 +231,19 @@ class ClipCapProcessor(ProcessorMixin):
 
     def _without_ignored(self, token_ids):
         if isinstance(token_ids, (int, np.integer)):
-            return max(int(token_ids), 0) if token_ids >= 0 else self.pad_token_id
-        if isinstance(token_ids, torch.Tensor):
-            return token_ids.masked_fill(token_ids < 0, self.pad_token_id)
-        if isinstance(token_ids, np.ndarray):
-            return np.where(token_ids < 0, self.pad_token_id, token_ids)
-        return [self._without_ignored(ids) for ids in token_ids]
+            return token_ids if token_ids >= 0 else self.pad_token_id
+        if isinstance(token_ids, (list, tuple)):
+            return [self._without_ignored(ids) for ids in token_ids]
+        token_ids = torch.as_tensor(token_ids)
+        return token_ids.masked_fill(token_ids < 0, self.pad_token_id)
 
     def _without_template(self, text: str) -> str:
         return text.removeprefix(self.prompt_template.replace(IMAGE_TOKEN, ""))
 
-    def _image_processor(self):
-        if self.image_processor is None:
-            raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
-        return self.image_processor
-
     def _videos_to_pixels(self, videos, num_frames: int, **images_kwargs) -> tuple[dict, int]:
         videos = [read_frames(video, num_frames) for video in list_videos(videos)]
         frames = [load_image(frame) for video in videos for frame in video]
-        inputs = self._image_processor()(frames, **{**images_kwargs, "return_tensors": "np"})
+        inputs = self.image_processor(frames, **{**images_kwargs, "return_tensors": "np"})
         pixel_values = inputs["pixel_values"]
         # Image processors of video models (VideoMAE's) take all frames for one video.
         return {"pixel_values": pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[-3:])}, len(videos)
@@ -283,9 +278,8 @@ class ClipCapProcessor(ProcessorMixin):
         # Serving engines ask for this before they see an image. A prefix has the same length for every image size.
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.prefix_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.prefix_length] * count, num_image_patches=[1] * count)
 
     def check_argument_for_proper_class(self, argument_name, argument):
         # A captioner that works on embeddings alone has no image processor.
@@ -320,16 +314,12 @@ class ClipCapProcessor(ProcessorMixin):
             ) from error
         image_processor = None
         image_processor_dict = (processor_dict or {}).get("image_processor", {})
-        if (
-            image_processor_dict is not None
-            and image_processor_dict.get("image_processor_type") == "OpenClipImageProcessor"
-        ):
+        if (image_processor_dict or {}).get("image_processor_type") == "OpenClipImageProcessor":
             # By its class, which need not be registered where this file is remote code.
             image_processor = OpenClipImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         elif image_processor_dict is not None:
-            image_processor = AutoImageProcessor.from_pretrained(
-                pretrained_model_name_or_path, backend=backend, **kwargs
-            )
+            name = pretrained_model_name_or_path
+            image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **kwargs)
         return [image_processor, tokenizer]
 
     @classmethod

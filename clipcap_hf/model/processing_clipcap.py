@@ -123,25 +123,24 @@ class ClipCapProcessor(ProcessorMixin):
             ValueError: If there is nothing to process, the numbers of images and texts differ, or truncation would cut
                 placeholders.
         """
-        visual = {"images": images, "videos": videos, "clip_embeds": clip_embeds}
-        given = [name for name, value in visual.items() if value is not None]
+        visual = (("images", images), ("videos", videos), ("clip_embeds", clip_embeds))
+        given = [name for name, value in visual if value is not None]
         if not given and text is None:
             raise ValueError("Pass `images`, `videos`, `clip_embeds` or `text`.")
         if len(given) > 1:
             raise ValueError(f"Pass either `{given[0]}` or `{given[1]}`, not both.")
         merged = self._merge_kwargs(ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        images_kwargs = dict(merged["images_kwargs"])
-        timeout = images_kwargs.pop("timeout", None)
+        timeout = merged["images_kwargs"].pop("timeout", None)
         if self.image_processor is None and (images is not None or videos is not None):
             raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
 
         visual_inputs, count = {}, 0
         if images is not None:
             images, *_ = self.prepare_inputs_layout(images=images, timeout=timeout)
-            visual_inputs, count = self.image_processor(images, **images_kwargs), len(images)
+            visual_inputs, count = self.image_processor(images, **merged["images_kwargs"]), len(images)
         elif videos is not None:
             num_frames = merged["videos_kwargs"].get("num_frames") or self.num_frames
-            visual_inputs, count = self._videos_to_pixels(videos, num_frames, **images_kwargs)
+            visual_inputs, count = self._videos_to_pixels(videos, num_frames, **merged["images_kwargs"])
         elif clip_embeds is not None:
             visual_inputs = {"clip_embeds": _stack_embeds(clip_embeds)}
             count = len(visual_inputs["clip_embeds"])

@@ -161,9 +161,9 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     Returns:
         `(paths, errors)`: each error says which argument names no image.
     """
-    Image.init()
-    # Some formats can be written alone (PDF), or are known by name only (MPEG).
-    formats = Image.OPEN.keys() - {"MPEG", "HDF5", "GRIB", "BUFR"}
+    from .model.images_clipcap import raster_formats  # here, since it imports torch
+
+    formats = raster_formats()
     extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in formats}
     paths, errors = [], []
     for argument in map(str, arguments):

@@ -1,28 +1,30 @@
 """A page in the browser that captions images: what `clipcap serve` shows."""
 
-import base64
-import html
-import io
+import errno
+import ipaddress
 import math
 import os
+import socket
+import tempfile
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.utils import logging
 
 from .captioning import CaptionedImage, caption_pixels
 from .extras import install_hint
-from .model.processing_clipcap import load_image
+from .model.images_clipcap import load_image
+from .serve_page import STYLE, results_page, thumbnail
 
 
 logger = logging.get_logger(__name__)
 
 MAX_IMAGES = 16
-# Nothing else: Pillow would give PostScript named .png to Ghostscript, for one.
+# What browsers show; other formats only enlarge what a stranger's file can reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EXPLAINED_TOKENS = 3
 DECODING = ("greedy", "beam search", "sampling")
@@ -75,13 +77,13 @@ class BatchedCaptioner:
         self._turn = threading.Lock()
 
     def caption(self, paths: list[str], settings: Settings) -> list[tuple[CaptionedImage, str | None]]:
-        """The captioned images of one request. Requests of other threads that wait for the model meanwhile go along."""
-        # gradio's own batches are no use here: one request with a bad value makes all of its batch fail.
+        """Caption the images of one request, together with those of other threads that wait for the model."""
+        # gradio's own batching does not serve here: one request with a bad value makes its whole batch fail.
         answer = Future()
         with self._list:
             self._waiting.append((paths, settings, answer))
         with self._turn:
-            if not answer.done():  # nobody who had the model before took this request along
+            if not answer.done():  # no earlier request took this one along
                 self._serve_waiting()
         return answer.result()
 
@@ -92,11 +94,11 @@ class BatchedCaptioner:
             for (_, _, answer), results in zip(taken, self([request[:2] for request in taken])):
                 answer.set_result(results)
         except BaseException as error:
-            for _, _, answer in taken:  # or they would wait for ever
+            for _, _, answer in taken:  # otherwise they wait for ever
                 answer.set_exception(error)
 
     def __call__(self, requests: list[tuple[list[str], Settings]]) -> list[list[tuple[CaptionedImage, str | None]]]:
-        """For each request, given as files and settings, its captioned images, each with a thumbnail as a data URL."""
+        """Caption requests of files and settings; return each one's images, with a thumbnail as a data URL."""
         answers = [[self._read(path) for path in paths] for paths, _ in requests]
         waiting: dict[Settings, list] = {}
         for answer, (_, settings) in zip(answers, requests):
@@ -106,7 +108,7 @@ class BatchedCaptioner:
                 batch = items[start : start + self.batch_size]
                 try:
                     self._caption(batch, settings)
-                except Exception as error:  # of these settings; other requests have their captions
+                except Exception as error:  # other requests, with other settings, keep their captions
                     if not isinstance(error, ValueError):
                         logger.exception("Captioning failed")
                         error = "captioning failed; the server's log says why"
@@ -120,9 +122,9 @@ class BatchedCaptioner:
             image = self._open(path)
             pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
-            # The visitor knows the file by its name, and need not know where it lies here.
+            # Visitors know the file by its name, and must not learn where it lies here.
             return CaptionedImage(path=name, error=str(error).replace(str(path), name)), None, None
-        return CaptionedImage(path=name), _thumbnail(image), pixels
+        return CaptionedImage(path=name), thumbnail(image), pixels
 
     def _open(self, path: str) -> Image.Image:
         try:
@@ -135,7 +137,7 @@ class BatchedCaptioner:
         if width * height > self.max_pixels:
             raise ValueError(
                 f"{path}: refused, {width} x {height} pixels are more than the {self.max_pixels / 1e6:.0f} million that are "
-                "taken here; make it smaller"
+                "allowed here; make it smaller"
             )
         return load_image(path)
 
@@ -154,65 +156,29 @@ class BatchedCaptioner:
             result.prefix_tokens = captioned.prefix_tokens
 
 
-def _thumbnail(image: Image.Image) -> str:
-    file = io.BytesIO()
-    ImageOps.contain(image, (320, 320)).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 # -- the page
 
-STYLE = """
-.clipcap-results {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem}
-.clipcap-card {border: 1px solid var(--border-color-primary, #ccc); border-radius: 10px; padding: .8rem; overflow: hidden}
-.clipcap-card img {display: block; max-width: 100%; max-height: 15rem; margin: 0 auto .6rem; border-radius: 6px}
-.clipcap-card .file {font-size: .8rem; opacity: .7; overflow-wrap: anywhere}
-.clipcap-card .caption {display: flex; justify-content: space-between; gap: 1rem; font-size: 1.05rem; margin: .35rem 0}
-.clipcap-card .probability {opacity: .7; white-space: nowrap; font-variant-numeric: tabular-nums}
-.clipcap-card .error {color: #b3261e; overflow-wrap: anywhere}
-.clipcap-card table {font-size: .85rem; width: 100%; border-collapse: collapse}
-.clipcap-card td {padding: .1rem .4rem .1rem 0; border: none}
-"""
 
-
-def results_page(results: list[tuple[CaptionedImage, str | None]]) -> str:
-    """HTML of captioned images. Nothing of what a visitor sent is taken as HTML."""
-    return f'<div class="clipcap-results">{"".join(_card(*result) for result in results)}</div>'
-
-
-def _card(result: CaptionedImage, thumbnail: str | None) -> str:
-    parts = []
-    if thumbnail:
-        parts.append(f'<img src="{thumbnail}" alt="{html.escape(result.path)}">')
-    if result.error:
-        parts.append(f'<div class="error">{html.escape(result.error)}</div>')
-        return f'<div class="clipcap-card">{"".join(parts)}</div>'
-    parts.append(f'<div class="file">{html.escape(result.path)}</div>')
-    for caption, score in zip(result.captions, result.scores):
-        parts.append(
-            f'<div class="caption"><span>{html.escape(caption) or "<i>no words</i>"}</span>'
-            f'<span class="probability" title="mean probability of a token">{math.exp(score):.0%}</span></div>'
-        )
-    rows = "".join(
-        f"<tr><td>{number}</td>"
-        + "".join(f"<td>{html.escape(token) or '&nbsp;'} <small>{cosine:.2f}</small></td>" for token, cosine in tokens)
-        + "</tr>"
-        for number, tokens in enumerate(result.prefix_tokens, start=1)
-    )
-    parts.append(f"<details><summary>Tokens nearest to each prefix vector</summary><table>{rows}</table></details>")
-    return f'<div class="clipcap-card">{"".join(parts)}</div>'
-
-
-def build_app(model, processor, title: str = "ClipCap", max_pixels: int = 40_000_000, batch_size: int = 16):
+def build_app(
+    model,
+    processor,
+    title: str = "ClipCap",
+    max_pixels: int = 40_000_000,
+    batch_size: int = 16,
+    about: str = "",
+    examples: list | None = None,
+):
     """
-    The page as a `gradio.Blocks`.
+    Build the page as a `gradio.Blocks`.
 
     Args:
-        model ([`ClipCapForConditionalGeneration`]): The captioner, on the device that is to be used.
+        model ([`ClipCapForConditionalGeneration`]): The captioner, on the device to use.
         processor ([`ClipCapProcessor`]): Its processor.
         title (`str`): Heading of the page.
         max_pixels (`int`): Larger images are refused before they are decoded.
         batch_size (`int`): Images, of any visitors, that go through the model at once.
+        about (`str`): One sentence on what the captioner knows.
+        examples (`list`, *optional*): Images to click, anything that [`load_image`] reads.
 
     Raises:
         ImportError: Without gradio.
@@ -225,34 +191,29 @@ def build_app(model, processor, title: str = "ClipCap", max_pixels: int = 40_000
 
     captioner = BatchedCaptioner(model, processor, max_pixels, batch_size)
 
-    def caption(files, *settings):
+    # Their names are those of the API's parameters.
+    def caption(files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt):
         files = files or []
         if len(files) > MAX_IMAGES:
             raise gr.Error(f"At most {MAX_IMAGES} images at once; these are {len(files)}.", print_exception=False)
-        results = captioner.caption(files, Settings(*settings))
-        records = [
-            {
-                "file": result.path,
-                "error": result.error,
-                "captions": result.captions,
-                "probabilities": [math.exp(score) for score in result.scores or []],
-            }
-            for result, _ in results
-        ]
+        settings = Settings(decoding, beams, captions, temperature, top_p, max_new_tokens, prompt)
+        results = captioner.caption(files, settings)
+        records = [_record(result) for result, _ in results]
         return results_page(results) if results else "<p>Drop an image first.</p>", records
 
     # Fonts of the visitor's system: nothing is fetched from other sites.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown(f"# {title}\nDrop images, choose how to decode, and read their captions.")
+        gr.Markdown(f"# {title}\nDrop images, choose how to decode, and read their captions. {about}")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 files = gr.File(label=f"Images (up to {MAX_IMAGES})", file_count="multiple", type="filepath")
+                gallery = _example_gallery(gr, app, examples or [])
                 decoding = gr.Radio(DECODING, value="greedy", label="Decoding")
                 beams = gr.Slider(2, 10, 5, step=1, label="Beams", visible=False)
                 temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", visible=False)
                 top_p = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top-p", visible=False)
-                captions = gr.Slider(1, 10, 1, step=1, label="Captions an image", visible=False)
+                captions = gr.Slider(1, 10, 1, step=1, label="Captions per image", visible=False)
                 max_new_tokens = gr.Slider(1, 60, 30, step=1, label="Longest caption, in tokens")
                 prompt = gr.Textbox(label="Prompt (a beginning that captions continue)", max_length=200)
                 button = gr.Button("Caption", variant="primary")
@@ -270,14 +231,124 @@ def build_app(model, processor, title: str = "ClipCap", max_pixels: int = 40_000
             api_visibility="private",
         )
         inputs = [files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt]
-        # Many at a time, so that those that wait for the model can be captioned together.
+        # Many at a time, so that requests that wait for the model can be captioned together.
         button.click(caption, inputs, [page, record], api_name="caption", concurrency_limit=32)
+        if gallery is not None:
+            chosen = gallery.select(_chosen_example(gr, app), None, files, api_visibility="private")
+            chosen.then(caption, inputs, [page, record], api_visibility="private", concurrency_limit=32)
     app.clipcap_launch = {"theme": theme, "css": STYLE}
     return app
 
 
-def launch(app, host: str = "127.0.0.1", port: int | None = None, share: bool = False, max_file_size: str = "20mb"):
-    """Serve the page until Ctrl-C. No file of this machine is given out but what visitors themselves have uploaded."""
+def _record(result: CaptionedImage) -> dict[str, Any]:
+    probabilities = [math.exp(score) for score in result.scores or []]
+    return {
+        "file": result.path,
+        "error": result.error,
+        "captions": result.captions,
+        "probabilities": probabilities,
+    }
+
+
+def _example_gallery(gr, app, examples: list):
+    if not examples:
+        return None
+    # Copies, so that no other file of their folder can be asked for.
+    app.clipcap_examples = tempfile.TemporaryDirectory(prefix="clipcap-examples-")
+    for number, example in enumerate(examples, start=1):
+        load_image(example).save(Path(app.clipcap_examples.name) / f"example-{number:02d}.png")
+    return gr.Gallery(
+        _example_paths(app),
+        label="Examples (click one)",
+        columns=6,
+        height=120,
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+    )
+
+
+def _example_paths(app) -> list[str]:
+    return sorted(map(str, Path(app.clipcap_examples.name).iterdir()))
+
+
+def _chosen_example(gr, app):
+    def chosen(event: gr.SelectData):
+        return [_example_paths(app)[event.index]]
+
+    return chosen
+
+
+# -- the server
+
+
+def check_address(host: str, port: int | None):
+    """Refuse an address that cannot be listened on, by the name of the option.
+
+    Raises:
+        ValueError: If `host` is no address of this machine, or `port` is taken or no port.
+    """
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"--port {port}: a port is a number from 1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host}: no such address") from error
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                reason = f"--port {port}: another program listens there; choose another --port, or leave it out"
+            elif error.errno == errno.EACCES:
+                reason = f"--port {port}: not allowed for you; choose one from 1024"
+            else:
+                reason = f"--host {host}: not an address of this machine"
+            raise ValueError(reason) from error
+
+
+class _KnownHosts:
+    """Refuse requests under a name that is not this server's.
+
+    A page of another site can point its own name at this machine (DNS rebinding), and then read all answers.
+    """
+
+    def __init__(self, app, names: tuple[str, ...]):
+        self.app = app
+        self.names = {name.lower() for name in names}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or self._knows(dict(scope["headers"]).get(b"host", b"").decode("latin-1")):
+            await self.app(scope, receive, send)
+            return
+        headers = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 403, "headers": headers})
+        await send({"type": "http.response.body", "body": b"Unknown host name: see `clipcap serve --allowed-host`.\n"})
+
+    def _knows(self, host: str) -> bool:
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        name = name.strip("[]").lower()
+        try:
+            ipaddress.ip_address(name)
+            return True  # no other site's name
+        except ValueError:
+            return name in self.names or ("*.gradio.live" in self.names and name.endswith(".gradio.live"))
+
+
+def launch(
+    app,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    max_file_size: str = "20mb",
+    allowed_hosts: tuple[str, ...] = (),
+):
+    """Serve the page until Ctrl-C. It gives out no file of this machine but visitors' own uploads and the examples."""
+    from starlette.middleware import Middleware
+
+    names = ("localhost", socket.gethostname(), host, *allowed_hosts, *(["*.gradio.live"] if share else []))
     return app.queue(max_size=256).launch(
         server_name=host,
         server_port=port,
@@ -288,5 +359,6 @@ def launch(app, host: str = "127.0.0.1", port: int | None = None, share: bool = 
         quiet=True,
         footer_links=[],
         prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(_KnownHosts, names=names)]},
         **app.clipcap_launch,
     )

@@ -1,10 +1,14 @@
 """`clipcap serve`: a real server, clients that come together, a real browser."""
 
+import base64
+import csv
+import html
 import io
 import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +20,8 @@ import pytest
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import caption_images
 from clipcap_hf.data import load_emoji
-from clipcap_hf.serve import BatchedCaptioner, Settings, results_page
+from clipcap_hf.serve import BatchedCaptioner, Settings, check_address
+from clipcap_hf.serve_page import results_csv, results_page
 from PIL import Image
 
 
@@ -121,6 +126,44 @@ def test_unknown_decoding(captioner, drawings):
     assert "decoding must be one of greedy, beam search, sampling" in result.error
 
 
+def test_table_of_results(captioner, drawings, tmp_path):
+    (tmp_path / "page.png").write_text("<html></html>")
+    beams = Settings(decoding="beam search", beams=3, captions=2)
+    (answer,) = BatchedCaptioner(*captioner)([([drawings[0], str(tmp_path / "page.png")], beams)])
+    results = [result for result, _ in answer]
+    rows = list(csv.reader(io.StringIO(results_csv(results))))
+    assert rows[0] == ["file", "caption", "probability", "error"]
+    assert [row[1] for row in rows[1:3]] == results[0].captions and all(0 < float(row[2]) < 1 for row in rows[1:3])
+    assert rows[3][0] == "page.png" and "not an image that can be read" in rows[3][3]
+    page = results_page(answer)
+    (table,) = re.findall(r'download="captions.csv" href="data:text/csv;base64,([^"]+)"', page)
+    assert base64.b64decode(table).decode("utf-8-sig") == results_csv(results)
+    assert f'data-captions="{html.escape(chr(10).join(results[0].captions))}"' in page
+    assert "<button" not in results_page(answer[1:]), "nothing to copy"
+
+
+def test_addresses_are_checked_before_anything_is_loaded():
+    check_address("127.0.0.1", None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {taken}: another program listens there; choose another --port"):
+            check_address("127.0.0.1", taken)
+    for host, says in (("999.1.1.1", "no such address"), ("192.0.2.1", "not an address of this machine")):
+        with pytest.raises(ValueError, match=f"--host {host}: {says}"):
+            check_address(host, 7860)
+    with pytest.raises(ValueError, match="--port 70000: a port is a number from 1 to 65535"):
+        check_address("127.0.0.1", 70000)
+
+
+@pytest.mark.parametrize("option", [("--host", "999.1.1.1"), ("--port", "70000"), ("--examples", "/nowhere")])
+def test_a_bad_option_ends_at_once(option):
+    command = [sys.executable, "-m", "clipcap_hf.cli", "serve", *option]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and option[0] in result.stderr and "Traceback" not in result.stderr
+
+
 def test_import_is_lazy():
     code = "import sys, clipcap_hf, clipcap_hf.cli; sys.exit('gradio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -133,6 +176,7 @@ def test_import_is_lazy():
 def server():
     pytest.importorskip("gradio", reason="needs gradio: pip install 'clipcap-hf[serve]'")
     command = [sys.executable, "-m", "clipcap_hf.cli", "serve", "--max-file-size", "2mb"]
+    command += ["--allowed-host", "page.example"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     if not line:
@@ -216,6 +260,49 @@ def test_no_file_of_the_server_is_readable(server, drawings):
         assert "not uploaded by a user" in ask(server, place)
     for path in ("file=/etc/passwd", "static/..%2f..%2f..%2fetc/passwd", "gradio_api/file=..%2f..%2fetc/passwd"):
         assert status(f"{server}/{path}") in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("127.0.0.1:1", True),
+        ("localhost", True),
+        ("[::1]:80", True),
+        ("page.example", True),
+        ("evil.example:7860", False),
+        ("evil.gradio.live", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+    ],
+)
+def test_other_sites_cannot_point_their_name_here(server, host, allowed):
+    for path in ("", "/config", "/gradio_api/info"):
+        request = urllib.request.Request(server + path, headers={"Host": host})
+        try:
+            code = urllib.request.urlopen(request, timeout=20).status
+        except urllib.error.HTTPError as error:
+            code = error.code
+        assert (code == 403) is not allowed, path
+
+
+def test_parameters_of_the_api_have_names(server):
+    with urllib.request.urlopen(f"{server}/gradio_api/info", timeout=20) as response:
+        info = json.load(response)
+    names = [parameter["parameter_name"] for parameter in info["named_endpoints"]["/caption"]["parameters"]]
+    settings = ["decoding", "beams", "captions", "temperature", "top_p", "max_new_tokens", "prompt"]
+    assert names == ["files", *settings]
+    assert list(info["named_endpoints"]) == ["/caption"]
+
+
+def test_page_says_what_the_model_knows_and_offers_examples(server):
+    with urllib.request.urlopen(f"{server}/config", timeout=20) as response:
+        config = json.load(response)
+    texts = [component["props"].get("value") for component in config["components"] if component["type"] == "markdown"]
+    assert any("drawings of emoji only" in text for text in texts)
+    (gallery,) = [component["props"]["value"] for component in config["components"] if component["type"] == "gallery"]
+    assert len(gallery) == 6
+    path = gallery[0]["image"]["path"]
+    assert status(f"{server}/gradio_api/file={path}") == 200
 
 
 def test_large_uploads_are_refused(server):

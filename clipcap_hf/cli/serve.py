@@ -3,17 +3,34 @@
 from .arguments import add_device_arguments, load_captioner, positive
 
 
+# What the embedded captioners know; others may know anything.
+_ABOUT = {
+    "emoji-mini": "This captioner knows drawings of emoji only: captions of anything else are fluent and wrong.",
+    "photo-mini": "This captioner knows everyday photographs: captions of anything else are fluent and wrong.",
+}
+_ABOUT_OTHERS = "Captions can be wrong, above all for images unlike those that the captioner was trained on."
+_MAX_EXAMPLES = 12
+
+
 def add_parser(commands):
     serve = commands.add_parser(
         "serve",
         help="caption images in the browser",
-        description="Serves a page on this machine: drop images, choose how to decode, see captions, their probabilities and "
-        "the tokens nearest to each prefix vector. Ctrl-C ends it.",
+        description="Serve a page on this machine: drop images, choose how to decode, read captions, their probabilities "
+        "and the tokens nearest to each prefix vector. Ctrl-C ends it.",
     )
     serve.add_argument("--model", default="emoji-mini", help="a folder, a Hub id, emoji-mini or photo-mini")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     serve.add_argument("--port", type=positive, help="port (default: the first free one from 7860)")
+    serve.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name under which a proxy shows the page; may be repeated (always allowed: addresses, this machine's name)",
+    )
     serve.add_argument("--share", action="store_true", help="also through a public address that gradio provides")
+    serve.add_argument("--examples", metavar="DIR", help="folder of images to click (default: emoji, for emoji-mini)")
     serve.add_argument("--max-file-size", default="20mb", metavar="SIZE", help="largest upload (default: %(default)s)")
     serve.add_argument(
         "--max-megapixels", type=positive, default=40, metavar="N", help="largest image (default: %(default)s)"
@@ -24,8 +41,10 @@ def add_parser(commands):
 
 
 def run(arguments) -> int:
-    from ..serve import build_app, launch
+    from ..serve import build_app, check_address, launch
 
+    check_address(arguments.host, arguments.port)  # before the model is loaded
+    examples = _examples(arguments)
     model, processor = load_captioner(arguments.model, arguments.device, arguments.dtype)
     app = build_app(
         model,
@@ -33,11 +52,36 @@ def run(arguments) -> int:
         title=f"Captions by {arguments.model}",
         max_pixels=arguments.max_megapixels * 1_000_000,
         batch_size=arguments.batch_size,
+        about=_ABOUT.get(arguments.model, _ABOUT_OTHERS),
+        examples=examples,
     )
-    _, url, shared = launch(app, arguments.host, arguments.port, arguments.share, arguments.max_file_size)
+    _, url, shared = launch(
+        app,
+        arguments.host,
+        arguments.port,
+        arguments.share,
+        arguments.max_file_size,
+        tuple(arguments.allowed_host),
+    )
     print(f"clipcap: serving {arguments.model} at {shared or url} (Ctrl-C ends it)", flush=True)
     try:
         app.block_thread()
     finally:
         app.close()
     return 0
+
+
+def _examples(arguments) -> list:
+    if arguments.examples is not None:
+        from ..files import find_images
+
+        paths, errors = find_images([arguments.examples])
+        if errors:
+            raise ValueError(f"--examples {errors[0]}")
+        return paths[:_MAX_EXAMPLES]
+    if arguments.model != "emoji-mini":
+        return []
+    from ..data import load_emoji
+
+    # Of a design that the captioner has not seen.
+    return list(load_emoji("new_design").select(range(5, 1600, 270))["image"])

@@ -1,38 +1,16 @@
-"""open_clip's evaluation transform, to the bit, and the conversion of any picture to the RGB that it takes."""
+"""open_clip's evaluation transform, to the bit."""
 
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to upright 8-bit RGB: apply EXIF rotation, put transparency on white, scale 16-bit greys down."""
-    # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith(("I", "F")):
-        return _grey_to_8_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64)
-    if image.mode == "F" and pixels.max() <= 1:
-        scale = 255.0  # floating-point images are in [0, 1] by convention
-    else:
-        # "I" holds 32 bits, but in practice pictures of 8 or 16.
-        scale = 255 / 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 1.0
-    return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
+from .images_clipcap import to_rgb
 
 
 class OpenClipImageProcessorKwargs(ImagesKwargs, total=False):

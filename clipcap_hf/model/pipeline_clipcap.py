@@ -1,12 +1,17 @@
 """`pipeline("image-captioning", ...)`."""
 
 import os
+from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import Pipeline
 
 from .generation_clipcap import mean_log_probs
 from .hub_clipcap import add_code
+from .images_clipcap import shorten
 from .model_card_clipcap import PushesModelCard, write_model_card
 
 
@@ -35,14 +40,21 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
     _push_with_code = False
 
     def _sanitize_parameters(
-        self, prompt=None, return_scores=None, max_new_tokens=None, generate_kwargs=None, **generation_parameters
+        self,
+        prompt=None,
+        timeout=None,
+        return_scores=None,
+        max_new_tokens=None,
+        generate_kwargs=None,
+        **generation_parameters,
     ):
-        # Anything that is not the pipeline's own is for generate(): `num_beams=3`, `num_return_sequences=5`, ...
+        # Every other argument is one of generate(): `num_beams=3`, `num_return_sequences=5`, ...
         generate_kwargs = {**(generate_kwargs or {}), **generation_parameters}
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
-        preprocess = {} if prompt is None else {"prompt": prompt}
-        # Flat, so that what is given at a call is added to what was given at the start.
+        preprocess = {"prompt": prompt, "timeout": timeout}
+        preprocess = {name: value for name, value in preprocess.items() if value is not None}
+        # Flat, so that arguments of a call are added to those given at the start.
         forward = generate_kwargs
         if return_scores is not None:
             forward["return_scores"] = return_scores
@@ -51,21 +63,36 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
     def __call__(self, images, **kwargs):
         r"""
         Args:
-            images (path, URL, `PIL.Image.Image`, a list of them, or a dataset): What to caption. A list may be batched
-                with `batch_size=`. A video is given as `{"video": VIDEO}`, with anything that the processor takes as one.
-            kwargs: `prompt` (`str`), a beginning that every caption continues; `return_scores` (`bool`), adds the
-                `score`, the mean log-probability of the caption's tokens; `max_new_tokens`, `num_beams`,
-                `num_return_sequences` and every other argument of `generate()`, also as `generate_kwargs`.
+            images (path, URL, bytes, base64 text, array, `PIL.Image.Image`, a list of them, or a dataset): What to
+                caption, see [`~clipcap_hf.model.images_clipcap.load_image`]. Several may be a list, an array of images
+                (batch, height, width, channels), a column of `datasets` (`dataset["image"]`), a data set with a column
+                `image`, or a generator. They may be batched with `batch_size=`. A video is given as `{"video": VIDEO}`,
+                with anything that the processor takes as one.
+            kwargs: `prompt` (`str`), a beginning that every caption continues; `timeout` (`float`), seconds for the whole
+                download of each URL; `return_scores` (`bool`), adds the `score`, the mean log-probability of the
+                caption's tokens; `max_new_tokens`, `num_beams`, `num_return_sequences` and every other argument of
+                `generate()`, also as `generate_kwargs`.
 
         Returns:
-            `list[dict]` for one image, a list of them for several: `generated_text`, prompt included, of each caption.
+            `list[dict]` for one image, a list of them for several (from a generator or a torch data set, an iterator over
+            them): `generated_text`, prompt included, of each caption.
         """
-        return super().__call__(images, **kwargs)
+        images, several = _as_pipeline_input(images)
+        if several and len(images) == 0:
+            return []
+        outputs = super().__call__(images, **kwargs)
+        return list(outputs) if several else outputs
 
-    def preprocess(self, image, prompt=None):
-        is_video = isinstance(image, dict) and "video" in image
-        visual = {"videos": [image["video"]]} if is_video else {"images": [image]}
-        inputs = self.processor(**visual, text=prompt, return_tensors="pt")
+    def preprocess(self, image, prompt=None, timeout=None):
+        if isinstance(image, dict) and "video" in image:
+            inputs = self.processor(videos=[image["video"]], text=prompt, return_tensors="pt")
+        else:
+            inputs = self.processor(images=[_of_row(image)], text=prompt, timeout=timeout, return_tensors="pt")
+        if len(inputs["input_ids"]) != 1:
+            raise ValueError(
+                f"One image or video expected, got {len(inputs['input_ids'])} in a nested list or array: pass them as "
+                "one flat list."
+            )
         return inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs, return_scores=False, **generate_kwargs):
@@ -96,12 +123,12 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
         **kwargs,
     ):
         r"""
-        Save model, processor and, where there is none, a model card.
+        Save model and processor, and a model card unless the folder has one.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
             save_frozen (`bool`, *optional*): See [`ClipCapForConditionalGeneration.save_pretrained`].
-            with_code (`bool`, *optional*): Put the code beside the weights, too, for people without this package; see
+            with_code (`bool`, *optional*): Also put the code next to the weights, for people without this package; see
                 [`add_code`].
             kwargs: For `save_pretrained` of model and processor (`max_shard_size`, ...).
         """
@@ -109,7 +136,7 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
             raise ValueError(
                 "Use `push_to_hub(repo_id)` of the pipeline: it pushes model, processor and card in one commit."
             )
-        # Pipeline's own leaves the processor out, and copies this file alone beside the weights.
+        # Pipeline's own method leaves the processor out, and copies only this file next to the weights.
         self.model.save_pretrained(save_directory, save_frozen=save_frozen, **kwargs)
         self.processor.save_pretrained(save_directory)
         if self._push_with_code if with_code is None else with_code:
@@ -125,11 +152,53 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
             with_code (`bool`): As in [`save_pretrained`](#save_pretrained).
             kwargs: As in transformers: `private`, `token`, `revision`, `max_shard_size`, `commit_message`, ...
         """
-        self._push_with_code = with_code  # push_to_hub of transformers hands no such thing to save_pretrained
+        self._push_with_code = with_code  # transformers' push_to_hub does not pass it on to save_pretrained
         try:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
             self._push_with_code = False
+
+
+class _Rows(torch.utils.data.Dataset):
+    """A column or data set that is read row by row, when a row's turn comes."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        return self.rows[index]
+
+
+def _as_pipeline_input(images: Any) -> tuple[Any, bool]:
+    """What `Pipeline` understands, and whether it is a sequence whose captions come as a list."""
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return (list(images), True) if images.ndim == 4 else (images, False)
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, dict, Image.Image)) or hasattr(
+        images, "read"
+    ):
+        return images, False
+    if isinstance(images, (list, tuple)):
+        return list(images), True
+    if isinstance(images, torch.utils.data.Dataset):
+        return images, False
+    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        return _Rows(images), True
+    if isinstance(images, Iterable):
+        return (image for image in images), False
+    raise ValueError(f"{shorten(type(images).__name__)}: neither an image nor several")
+
+
+def _of_row(image: Any) -> Any:
+    """The image of a data set's row, or the image itself."""
+    if not isinstance(image, dict) or "bytes" in image or "path" in image:
+        return image
+    if "image" not in image:
+        found = shorten(", ".join(map(str, image)) or "nothing")
+        raise ValueError(f'A row needs a column `image`, this one has {found}: pass `dataset["COLUMN"]`.')
+    return image["image"]
 
 
 __all__ = ["ImageCaptioningPipeline"]

@@ -1,105 +1,71 @@
-"""Images and prompts to model inputs."""
+"""Prompts with placeholders, and images, videos or embeddings, to model inputs."""
 
-import base64
-import io
+import copy
+import json
 import os
-from http.client import HTTPException
-from pathlib import Path
-from urllib.request import Request, urlopen
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_clipcap import IMAGE_TOKEN
 from .donors_clipcap import donor_folder
-from .image_processing_open_clip import OpenClipImageProcessor, image_processor_from_open_clip, to_rgb
+from .image_processing_open_clip import OpenClipImageProcessor, image_processor_from_open_clip
+from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (known by this module's name, too)
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 from .modeling_vision import load_vision_config
 from .video_frames import list_videos, read_frames
 
 
-_URL_TIMEOUT = 30  # seconds without a byte
-_MAX_ASPECT_RATIO = 200  # most transforms make the shorter edge 224 pixels, and then the longer one takes all memory
-_MAX_URL_BYTES = 100 << 20
+# Images and videos become the prompt template, texts stay as they are; what the assistant said is marked for masks.
+_CHAT_TEMPLATE = """{%- macro render(content) -%}
+{%- if content is string %}{{ content }}
+{%- else %}{%- for part in content %}
+{%- if part['type'] in ('image', 'video') %}{{ PROMPT_TEMPLATE }}{%- else %}{{ part['text'] }}{%- endif %}
+{%- endfor %}{%- endif %}
+{%- endmacro -%}
+{%- for message in messages %}
+{%- if message['role'] == 'assistant' %}{% generation %}{{ render(message['content']) }}{% endgeneration %}
+{%- else %}{{ render(message['content']) }}{%- endif %}
+{%- endfor %}"""
 
 
-def load_image(image: str | Path | Image.Image) -> Image.Image:
-    """Read an image from a path or URL as upright RGB.
-
-    Raises:
-        ValueError: If there is no such file, or it is not a complete image that Pillow can read within its limit on
-            decompressed size. The message names the file.
+class ClipCapImagesKwargs(ImagesKwargs, total=False):
+    r"""
+    timeout (`float`, *optional*):
+        Seconds for the whole download of each URL; 30 by default.
     """
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if str(image).startswith(("http://", "https://", "data:image/")):
-        shown = str(image)[:100]
-        return _decode_image(shown, io.BytesIO(_fetch(str(image), shown)))
-    path = Path(image)
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder, not an image")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    return _decode_image(str(path), path)
 
-
-def _decode_image(name: str, file: Path | io.BytesIO) -> Image.Image:
-    try:
-        with Image.open(file) as opened:
-            if max(opened.size) > _MAX_ASPECT_RATIO * min(opened.size):
-                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
-            return to_rgb(opened)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: refused, the image is too large or too narrow ({error})") from error
-    # Pillow's decoders raise whatever they stumble over in a damaged file.
-    except Exception as error:
-        raise ValueError(f"{name}: not a readable image ({error})") from error
-
-
-def _fetch(url: str, shown: str) -> bytes:
-    """The bytes behind a URL. load_image of transformers would put transparency on black."""
-    if url.startswith("data:"):
-        try:
-            return base64.b64decode(url.partition(",")[2], validate=True)
-        except ValueError as error:
-            raise ValueError(f"{shown}: not a readable image (base64: {error})") from error
-    # Not by the session of huggingface_hub, which goes nowhere where `HF_HUB_OFFLINE` is set.
-    request = Request(url, headers={"User-Agent": "clipcap_hf"})
-    try:
-        with urlopen(request, timeout=_URL_TIMEOUT) as response:
-            data = response.read(_MAX_URL_BYTES + 1)
-    except (OSError, HTTPException) as error:
-        raise ValueError(f"{shown}: could not be fetched ({type(error).__name__}: {error})") from error
-    if len(data) > _MAX_URL_BYTES:
-        raise ValueError(f"{shown}: refused, the file has more than {_MAX_URL_BYTES >> 20} MB")
-    return data
+    timeout: int | float | None
 
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {}
+    images_kwargs: ClipCapImagesKwargs
+    # A captioner's own tokenizer adds no begin and end tokens (Llama, OPT, BERT): they belong neither before the prefix,
+    # where generate() without a prompt has none, nor after a prompt that is to be continued.
+    _defaults = {"text_kwargs": {"add_special_tokens": False}}
 
 
 class ClipCapProcessor(ProcessorMixin):
     r"""
     Image processor and tokenizer of a [`ClipCapForConditionalGeneration`]. It puts `prefix_length` placeholders
-    `<image>` in front of each text that has none, in whose place the model puts the prefix.
+    `<image>` in front of each text that has none; the model replaces them by the prefix.
 
     Args:
         image_processor ([`~transformers.BaseImageProcessor`], *optional*): The transform that the vision tower was
-            trained with. `None` for a captioner that is fed with embeddings alone.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's. It gets a padding token (its end
-            token) if it has none, and pads on the left, as generation needs; the collator for training pads on the
-            right.
+            trained with. `None` for a captioner that works on embeddings alone.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's. The processor works with a copy that
+            has the placeholder, a padding token (the end token, if it has none), and pads on the left, as generation
+            needs; the collator for training pads on the right.
         prefix_length (`int`): The model's `config.prefix_length`.
-        num_frames (`int`): Frames that are taken of each video.
-        prompt_template (`str`): Text around the placeholder, with one `<image>`, that a frozen language model was trained to
-            be prompted with; put around each text that has no placeholder, and taken off decoded captions.
-        chat_template (`str`, *optional*): For chat-style input.
+        num_frames (`int`): Number of frames taken from each video.
+        prompt_template (`str`): Text around the placeholder, with one `<image>`, that a frozen language model was trained
+            to be prompted with. It goes around each text without a placeholder, and is removed from decoded captions.
+        chat_template (`str`, *optional*): For [`~ProcessorMixin.apply_chat_template`]. By default the messages follow
+            each other as they are, with `prompt_template` in place of images and videos.
     """
 
     valid_processor_kwargs = ClipCapProcessorKwargs
@@ -118,21 +84,14 @@ class ClipCapProcessor(ProcessorMixin):
             raise ValueError(f"`prompt_template` must hold one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
             raise ValueError("ClipCapProcessor needs a tokenizer.")
-        if IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-        if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
-                raise ValueError(
-                    "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
-                    "`tokenizer.eos_token`, at which captions end, and save the tokenizer beside its language model."
-                )
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "left"
+        tokenizer = _captioning_tokenizer(tokenizer)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.prefix_length = prefix_length
         self.num_frames = num_frames
         self.prompt_template = prompt_template
+        if chat_template is None:
+            chat_template = _CHAT_TEMPLATE.replace("PROMPT_TEMPLATE", json.dumps(prompt_template))
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __call__(
@@ -141,126 +100,188 @@ class ClipCapProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         videos=None,
         clip_embeds: torch.Tensor | None = None,
-        num_frames: int | None = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
         Args:
-            images (image, path, URL, or a list of them, *optional*): One image for each text. Images of any mode are
-                made upright RGB first, see [`to_rgb`].
+            images (anything that [`load_image`] reads, or a list, *optional*): One image per text. Images of any kind
+                become upright RGB first.
             text (`str` or `list[str]`, *optional*): Prompts to continue; one prompt serves all images. None by default.
-            videos (list of frames, array (frames, height, width, 3), path, or a list of them, *optional*): One video for
-                each text, in place of images, see [`~clipcap_hf.model.video_frames.read_frames`].
+            videos (list of frames, array (frames, height, width, 3), path, or a list of them, *optional*): One video per
+                text, in place of images, see [`~clipcap_hf.model.video_frames.read_frames`].
             clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images; or
                 patch tokens, `(batch, patches, clip_embed_dim)`.
-            num_frames (`int`, *optional*): Frames to take of each video, evenly spread; the processor's own by default.
-            kwargs: Arguments of the tokenizer and the image processor (`return_tensors`, `padding`, ...). Texts of
-                unequal length are padded.
+            kwargs: `num_frames` (`int`), the number of frames taken from each video, evenly spread, by default the
+                processor's own; `timeout` (`float`), seconds for each URL; and arguments of the tokenizer and the image
+                processor (`return_tensors`, `padding`, ...). Texts of unequal length are padded.
 
         Returns:
             [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` (batch, sequence), and `pixel_values`
             (batch, 3, height, width), of videos (batch, frames, 3, height, width), or `clip_embeds`.
 
         Raises:
-            ValueError: If there is nothing to process, or the numbers of images and texts differ.
+            ValueError: If there is nothing to process, the numbers of images and texts differ, or truncation would cut
+                placeholders.
         """
-        given = [
-            name
-            for name, value in (("images", images), ("videos", videos), ("clip_embeds", clip_embeds))
-            if value is not None
-        ]
+        visual = (("images", images), ("videos", videos), ("clip_embeds", clip_embeds))
+        given = [name for name, value in visual if value is not None]
         if not given and text is None:
             raise ValueError("Pass `images`, `videos`, `clip_embeds` or `text`.")
         if len(given) > 1:
             raise ValueError(f"Pass either `{given[0]}` or `{given[1]}`, not both.")
         merged = self._merge_kwargs(ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        timeout = merged["images_kwargs"].pop("timeout", None)
+        if self.image_processor is None and (images is not None or videos is not None):
+            raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
 
-        image_inputs, num_images = {}, 0
+        visual_inputs, count = {}, 0
         if images is not None:
-            image_inputs, num_images = self._process(images, **merged["images_kwargs"])
+            images, *_ = self.prepare_inputs_layout(images=images, timeout=timeout)
+            visual_inputs, count = self.image_processor(images, **merged["images_kwargs"]), len(images)
         elif videos is not None:
-            image_inputs, num_images = self._videos_to_pixels(videos, num_frames, **merged["images_kwargs"])
+            num_frames = merged["videos_kwargs"].get("num_frames") or self.num_frames
+            visual_inputs, count = self._videos_to_pixels(videos, num_frames, **merged["images_kwargs"])
         elif clip_embeds is not None:
-            clip_embeds = torch.stack([torch.as_tensor(embeds) for embeds in clip_embeds])
-            if clip_embeds.ndim not in (2, 3):
-                raise ValueError(
-                    "`clip_embeds` must have the shape (batch, clip_embed_dim), or (batch, patches, clip_embed_dim) of "
-                    f"patches, got {tuple(clip_embeds.shape)}."
-                )
-            image_inputs, num_images = {"clip_embeds": clip_embeds}, len(clip_embeds)
+            visual_inputs = {"clip_embeds": _stack_embeds(clip_embeds)}
+            count = len(visual_inputs["clip_embeds"])
 
-        return_tensors = merged["text_kwargs"].get("return_tensors")
-        text_inputs = self.tokenize_prompts(text, num_images, **merged["text_kwargs"])
-        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=return_tensors)
+        flags = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        # Newer releases of transformers keep them apart from the tokenizer's arguments.
+        text_kwargs = {**{name: merged[name] for name in flags if name in merged}, **merged["text_kwargs"]}
+        text_inputs = self.tokenize_prompts(text, count, **text_kwargs)
+        return BatchFeature(
+            {**text_inputs, **visual_inputs},
+            tensor_type=text_kwargs.get("return_tensors"),
+            skip_tensor_conversion=["text_replacement_offsets"],
+        )
 
-    def tokenize_prompts(self, text: str | list[str] | None, num_images: int, **text_kwargs) -> BatchFeature:
-        """`input_ids` and `attention_mask` (batch, sequence) of prompts, with the placeholders of so many images.
+    def tokenize_prompts(
+        self,
+        text: str | list[str] | None,
+        num_images: int,
+        return_mm_token_type_ids: bool = False,
+        return_text_replacement_offsets: bool = False,
+        **text_kwargs,
+    ) -> BatchFeature:
+        """Turn prompts into `input_ids` and `attention_mask` (batch, sequence), with placeholders for the images.
 
         Args:
             text (`str` or `list[str]`, *optional*): A prompt for all images, or one for each; none by default.
             num_images (`int`): Number of images.
+            return_mm_token_type_ids (`bool`): Also return `mm_token_type_ids` (batch, sequence), 1 for placeholders.
+            return_text_replacement_offsets (`bool`): Also return which characters of each text became placeholders.
             text_kwargs: For the tokenizer. Texts of unequal length are padded.
+
+        Raises:
+            ValueError: If the numbers of images and texts differ, or truncation would cut placeholders.
         """
-        text = self._with_placeholders(text, num_images)
-        if len(text) > 1:
+        prompts = self._one_placeholder_per_image(text, num_images)
+        replacements = [self.replace_image_token({}, index) for index in range(num_images)]
+        prompts, offsets = self.get_text_with_replacements(prompts, replacements)
+        if len(prompts) > 1:
             text_kwargs.setdefault("padding", True)
-        # A tokenizer's own begin and end tokens (Llama, OPT, BERT) belong neither before the prefix, where generate()
-        # without a prompt has none, nor after a prompt that is to be continued.
         text_kwargs.setdefault("add_special_tokens", False)
-        return self.tokenizer(text, **text_kwargs)
+        inputs = self.tokenizer(prompts, **text_kwargs)
+        if text_kwargs.get("truncation"):
+            self._check_no_placeholder_is_cut(inputs["input_ids"], num_images, text_kwargs.get("max_length"))
+        if return_text_replacement_offsets:
+            inputs["text_replacement_offsets"] = offsets
+        if return_mm_token_type_ids:
+            token_types = self.create_mm_token_type_ids(inputs["input_ids"])
+            as_tensors = isinstance(inputs["input_ids"], torch.Tensor)
+            inputs["mm_token_type_ids"] = torch.tensor(token_types) if as_tensors else token_types
+        return inputs
 
-    def batch_decode(self, *args, **kwargs) -> list[str]:
-        """As the tokenizer's, without the text of `prompt_template`."""
-        texts = super().batch_decode(*args, **kwargs)
-        template = self.prompt_template.replace(IMAGE_TOKEN, "")
-        return [text.removeprefix(template) for text in texts] if template else texts
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, timeout=None, **kwargs):
+        """Make images a flat list of upright RGB, and text a list."""
+        if images is not None:
+            images = [load_image(image, timeout) for image in flat_list_of_images(images)]
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+        return images, text, videos, audio
 
-    def _process(self, images, **images_kwargs) -> tuple[dict, int]:
-        if self.image_processor is None:
-            raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
-        if isinstance(images, (str, Path)):
-            images = [images]
-        if isinstance(images, (list, tuple)):
-            images = [load_image(image) if isinstance(image, (str, Path)) else image for image in images]
-        images = [
-            to_rgb(image) if isinstance(image, Image.Image) else image for image in make_flat_list_of_images(images)
-        ]
-        return self.image_processor(images, **images_kwargs), len(images)
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one image, in whose place the model puts the prefix."""
+        return IMAGE_TOKEN * self.prefix_length
 
-    def _videos_to_pixels(self, videos, num_frames: int | None, **images_kwargs) -> tuple[dict, int]:
-        num_frames = num_frames or self.num_frames
+    def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
+        """Decode token ids (batch, sequence), without the text of `prompt_template`. Ids below 0, as in the labels and
+        predictions of trainers, count as padding."""
+        texts = self.tokenizer.batch_decode(self._without_ignored(sequences), *args, **kwargs)
+        return [self._without_template(text) for text in texts]
+
+    def decode(self, token_ids, *args, **kwargs) -> str | list[str]:
+        """As [`batch_decode`], of one sequence or of several."""
+        text = self.tokenizer.decode(self._without_ignored(token_ids), *args, **kwargs)
+        return self._without_template(text) if isinstance(text, str) else [self._without_template(one) for one in text]
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+        """Decode what `generate()` returned, for pipelines of transformers."""
+        return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    # `Seq2SeqTrainer` pads captions that end early with its processing class' own.
+    @property
+    def pad_token(self) -> str:
+        return self.tokenizer.pad_token
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def _without_ignored(self, token_ids):
+        if isinstance(token_ids, (int, np.integer)):
+            return token_ids if token_ids >= 0 else self.pad_token_id
+        if isinstance(token_ids, (list, tuple)):
+            return [self._without_ignored(ids) for ids in token_ids]
+        token_ids = torch.as_tensor(token_ids)
+        return token_ids.masked_fill(token_ids < 0, self.pad_token_id)
+
+    def _without_template(self, text: str) -> str:
+        return text.removeprefix(self.prompt_template.replace(IMAGE_TOKEN, ""))
+
+    def _videos_to_pixels(self, videos, num_frames: int, **images_kwargs) -> tuple[dict, int]:
         videos = [read_frames(video, num_frames) for video in list_videos(videos)]
-        frames = [frame for video in videos for frame in video]
-        inputs, _ = self._process(frames, **{**images_kwargs, "return_tensors": "np"})
+        frames = [load_image(frame) for video in videos for frame in video]
+        inputs = self.image_processor(frames, **{**images_kwargs, "return_tensors": "np"})
         pixel_values = inputs["pixel_values"]
         # Image processors of video models (VideoMAE's) take all frames for one video.
         return {"pixel_values": pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[-3:])}, len(videos)
 
-    def _with_placeholders(self, text: str | list[str] | None, num_images: int) -> list[str]:
+    def _one_placeholder_per_image(self, text: str | list[str] | None, num_images: int) -> list[str]:
         if text is None:
             text = [""] * num_images
         elif isinstance(text, str):
             text = [text] * max(num_images, 1)
+        elif not all(isinstance(prompt, str) for prompt in text):
+            raise ValueError("`text` must be a string or a list of strings.")
         if num_images and not any(IMAGE_TOKEN in prompt for prompt in text):
             text = [self.prompt_template + prompt for prompt in text]
         found = sum(prompt.count(IMAGE_TOKEN) for prompt in text)
         if found != num_images:
             raise ValueError(
+                f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images: "
                 f"{num_images} images need as many {IMAGE_TOKEN} placeholders, one in each of {num_images} texts; "
                 f"found {found} in {len(text)} texts."
             )
-        return [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.prefix_length) for prompt in text]
+        return list(text)
+
+    def _check_no_placeholder_is_cut(self, input_ids, num_images: int, max_length: int | None):
+        kept = sum(list(map(int, ids)).count(self.image_token_id) for ids in input_ids)
+        if kept != num_images * self.prefix_length:
+            raise ValueError(
+                f"Truncation to {max_length} tokens would cut placeholders: each image takes {self.prefix_length} tokens. "
+                "Raise `max_length` or shorten the prompt."
+            )
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
-        # What serving engines ask before they see an image: a prefix is as long for every size.
+        # Serving engines ask for this before they see an image. A prefix has the same length for every image size.
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.prefix_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.prefix_length] * count, num_image_patches=[1] * count)
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        # A captioner that is fed with embeddings has no image processor.
+        # A captioner that works on embeddings alone has no image processor.
         if argument is not None or argument_name != "image_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
 
@@ -286,22 +307,18 @@ class ClipCapProcessor(ProcessorMixin):
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except ValueError as error:
             raise OSError(
-                f"{pretrained_model_name_or_path} has no processor, at least no tokenizer that can be read: "
-                "save one beside the model by `processor.save_pretrained(...)`, or by `processor.push_to_hub(...)`, or pass "
+                f"{pretrained_model_name_or_path} has no processor, at least no tokenizer that can be read: save one into "
+                "the model's folder by `processor.save_pretrained(...)` or `processor.push_to_hub(...)`, or pass "
                 "`processor=` to the pipeline."
             ) from error
         image_processor = None
         image_processor_dict = (processor_dict or {}).get("image_processor", {})
-        if (
-            image_processor_dict is not None
-            and image_processor_dict.get("image_processor_type") == "OpenClipImageProcessor"
-        ):
+        if (image_processor_dict or {}).get("image_processor_type") == "OpenClipImageProcessor":
             # By its class, which need not be registered where this file is remote code.
             image_processor = OpenClipImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         elif image_processor_dict is not None:
-            image_processor = AutoImageProcessor.from_pretrained(
-                pretrained_model_name_or_path, backend=backend, **kwargs
-            )
+            name = pretrained_model_name_or_path
+            image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **kwargs)
         return [image_processor, tokenizer]
 
     @classmethod
@@ -315,13 +332,13 @@ class ClipCapProcessor(ProcessorMixin):
         text_kwargs: dict | None = None,
     ) -> "ClipCapProcessor":
         """
-        The processor that goes with [`ClipCapForConditionalGeneration.from_vision_text_pretrained`] of the same names.
+        Make the processor of [`ClipCapForConditionalGeneration.from_vision_text_pretrained`] with the same names.
 
         Args:
             vision (`str` or `None`): Hub id, folder or open_clip name of the vision tower.
             text (`str`): Hub id or folder of the language model.
             prefix_length (`int`): The model's `config.prefix_length`.
-            num_frames (`int`): Frames that are taken of each video; a video encoder's own where it has one.
+            num_frames (`int`): Number of frames taken from each video; a video encoder's own number comes first.
             vision_kwargs (`dict`, *optional*): For loading the image processor (`revision`, `token`, ...).
             text_kwargs (`dict`, *optional*): For loading the tokenizer.
         """
@@ -332,12 +349,40 @@ class ClipCapProcessor(ProcessorMixin):
             num_frames = own_num_frames or num_frames
         tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ValueError(f"{text} has no tokenizer: put the files of the language model's tokenizer beside it.")
+            raise ValueError(f"{text} has no tokenizer: add the files of the language model's tokenizer to it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)
 
 
+def _captioning_tokenizer(tokenizer):
+    """A copy, where it needs a change, with placeholder and padding token, that pads on the left."""
+    if IMAGE_TOKEN in tokenizer.get_vocab() and tokenizer.pad_token is not None and tokenizer.padding_side == "left":
+        return tokenizer
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
+            "`tokenizer.eos_token`, at which captions end, and save the tokenizer in its language model's folder."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _stack_embeds(clip_embeds: Any) -> torch.Tensor:
+    clip_embeds = torch.stack([torch.as_tensor(embeds) for embeds in clip_embeds])
+    if clip_embeds.ndim not in (2, 3):
+        raise ValueError(
+            "`clip_embeds` must have the shape (batch, clip_embed_dim), or (batch, patches, clip_embed_dim) of patches, "
+            f"got {tuple(clip_embeds.shape)}."
+        )
+    return clip_embeds
+
+
 def load_image_processor(vision: str, **kwargs) -> tuple:
-    """The transform of a vision tower by its name, and the number of frames of a video encoder or `None`."""
+    """Load a vision tower's transform by name, and the number of frames of a video encoder, or `None`."""
     if is_open_clip_name(vision):
         _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **kwargs)
         return image_processor_from_open_clip(preprocess_cfg), None

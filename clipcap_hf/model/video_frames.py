@@ -1,14 +1,17 @@
-"""Videos as frames: evenly spread ones, of whatever a video is given as."""
+"""Evenly spread frames of a video: a list of images, an array, an animation or a video file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from .images_clipcap import raster_formats, shorten
+
 
 def list_videos(videos) -> list:
-    """The videos that are meant: one, as [`read_frames`] takes it, or a list (or 5-D array) of them."""
+    """List the videos of a single one, as [`read_frames`] takes it, of a list (or 5-D array), or of a list per chat."""
     if isinstance(videos, (str, Path)):
         return [videos]
     if isinstance(videos, (np.ndarray, torch.Tensor)):
@@ -20,22 +23,27 @@ def list_videos(videos) -> list:
     videos = list(videos)
     if videos and _is_frame(videos[0]):
         return [videos]
-    return videos
+    return [video[0] if _is_list_of_one_video(video) else video for video in videos]
 
 
 def _is_frame(item) -> bool:
     return isinstance(item, Image.Image) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3)
 
 
+def _is_list_of_one_video(item) -> bool:
+    """Whether it is a chat's list of videos, which holds one."""
+    return isinstance(item, (list, tuple)) and len(item) == 1 and not _is_frame(item[0])
+
+
 def read_frames(video, num_frames: int) -> list:
     r"""
-    Frames of a video, evenly spread: the middle ones of `num_frames` equal parts. Shorter videos repeat frames.
+    Read the middle frames of `num_frames` equal parts of a video. Shorter videos repeat frames.
 
     Args:
         video (list of frames, array or path): A list of images (`PIL.Image.Image`, arrays or paths); an array of shape
             (frames, height, width, 3) or (frames, 3, height, width); an animated GIF, WebP or PNG file; or a video file
             that [`~transformers.video_utils.load_video`] reads, for which PyAV (`pip install av`) must be installed.
-        num_frames (`int`): How many.
+        num_frames (`int`): Number of frames.
 
     Raises:
         ValueError: If there are no frames, or the file cannot be read.
@@ -52,15 +60,16 @@ def _spread(total: int, num_frames: int) -> list[int]:
 
 
 def _read_file(path: Path, num_frames: int) -> list | np.ndarray:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    shown = shorten(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"{shown}: no such file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=raster_formats()) as image:
             return [frame.convert("RGBA") for frame in ImageSequence.Iterator(image)]
     except UnidentifiedImageError:
-        pass  # no animation that Pillow knows, so a video
+        pass  # Pillow knows no such animation, so it is a video
     except Exception as error:  # Pillow's decoders raise whatever they stumble over in a damaged file
-        raise ValueError(f"{path}: not a readable animation ({error})") from error
+        raise ValueError(f"{shown}: not a readable animation ({shorten(error)})") from error
     from transformers.video_utils import load_video
 
     def sample(metadata, **kwargs) -> np.ndarray:
@@ -69,6 +78,6 @@ def _read_file(path: Path, num_frames: int) -> list | np.ndarray:
     try:
         return load_video(str(path), backend="pyav", sample_indices_fn=sample)[0]
     except ImportError as error:
-        raise ImportError(f"{path} is a video file, and reading it needs PyAV: `pip install av`.") from error
+        raise ImportError(f"{shown} is a video file, and reading it needs PyAV: `pip install av`.") from error
     except Exception as error:
-        raise ValueError(f"{path}: not a readable video ({error})") from error
+        raise ValueError(f"{shown}: not a readable video ({shorten(error)})") from error

@@ -4,6 +4,7 @@ import http.server
 import importlib.util
 import threading
 
+import numpy as np
 import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline, official_beam_search
@@ -54,6 +55,61 @@ def test_every_kind_of_input(tmp_path, captioner, images):
     assert texts([captioner(path) for path in paths]) == expected
     assert texts(captioner(KeyDataset(dataset, "image"))) == expected
     assert texts(captioner(image for image in images[:3])) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_columns_data_sets_and_rows(tmp_path, captioner, images, batch_size):
+    for i, image in enumerate(images[:3]):
+        image.save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    data = [open(path, "rb").read() for path in paths]
+    dataset = Dataset.from_dict({"image": paths, "id": [0, 1, 2]}).cast_column("image", Image())
+    undecoded = dataset.cast_column("image", Image(decode=False))
+    same_size = [image.resize((32, 32)) for image in images[:3]]
+    expected = texts(captioner(images[:3]))
+    for given in (
+        dataset["image"],
+        dataset,
+        undecoded["image"],
+        undecoded,
+        list(undecoded["image"]),
+        [dataset[i] for i in range(3)],
+        [{"bytes": one, "path": None} for one in data],
+        data,
+        [base64.b64encode(one).decode() for one in data],
+        tuple(images[:3]),
+        [[image] for image in images[:3]],
+    ):
+        outputs = captioner(given, batch_size=batch_size)
+        assert isinstance(outputs, list) and texts(outputs) == expected
+    assert texts(captioner(dataset.to_iterable_dataset(), batch_size=batch_size)) == expected
+    arrays = np.stack([np.asarray(image) for image in same_size])
+    assert captioner(arrays, batch_size=batch_size) == captioner(same_size)
+    assert captioner([], batch_size=batch_size) == [] == captioner(dataset.select([])["image"])
+
+
+def test_one_image_in_other_containers(tmp_path, captioner, images):
+    grey = images[0].convert("L")
+    images[0].save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    for given in (data, base64.b64encode(data).decode(), {"bytes": data, "path": None}, tmp_path / "a.png"):
+        assert captioner(given) == captioner(images[0])
+    assert captioner(np.asarray(grey)) == captioner(torch.tensor(np.asarray(grey))) == captioner(grey)
+    assert captioner(np.asarray(images[0]) / 255) == captioner(images[0])
+
+
+def test_inputs_that_are_refused_in_a_line(captioner, images):
+    for given, says in (
+        (3, "int: neither an image nor several"),
+        ([3], "int: not an image"),
+        ([{"picture": images[0]}], "needs a column `image`, this one has picture"),
+        ([[images[0], images[1]]], "One image or video expected, got 2"),
+        ([b"\0" * 200_000], "the bytes: not a readable image"),
+        (["x" * 200_000], "no such file"),
+    ):
+        with pytest.raises(ValueError, match=says) as error:
+            captioner(given)
+        assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
@@ -176,6 +232,21 @@ def test_image_text_to_text_of_transformers(model_folder, captioner, images):
     assert [record["generated_text"].strip() for record in prompted] == [
         record["generated_text"] for record in expected
     ]
+
+
+def test_chats_by_url(tmp_path, model_folder, captioner, images, web):
+    images[0].save(tmp_path / "a.png")
+    stock = pipeline("image-text-to-text", model=str(model_folder))
+
+    def chat(image):
+        return [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": "a red"}]}]
+
+    expected = captioner(images[0], prompt="a red", max_new_tokens=4)[0]["generated_text"].removeprefix("a red")
+    for image in ({"url": f"{web}/a.png"}, {"path": str(tmp_path / "a.png")}, {"image": images[0]}):
+        (answer,) = stock(text=chat(image), max_new_tokens=4, return_full_text=False)
+        assert answer["generated_text"].strip() == expected.strip()
+    both = stock(text=[chat({"url": f"{web}/a.png"})] * 2, max_new_tokens=4, return_full_text=False)
+    assert [answer[0]["generated_text"].strip() for answer in both] == [expected.strip()] * 2
 
 
 @pytest.fixture

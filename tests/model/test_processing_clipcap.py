@@ -1,3 +1,4 @@
+import base64
 import struct
 import zlib
 
@@ -300,7 +301,7 @@ def test_round_trip(tmp_path, image_processor, make_tokenizer, images, padding_s
     assert again.image_processor.to_dict() == image_processor.to_dict()
     assert again.tokenizer.padding_side == processor.tokenizer.padding_side == "left"
     assert again.tokenizer.pad_token == "<|endoftext|>"
-    assert len(again.tokenizer) == len(tokenizer)
+    assert len(again.tokenizer) == len(processor.tokenizer) == len(tokenizer) + 1
     batch = {"images": images[:3], "text": ["a red", "", "woman"], "return_tensors": "pt"}
     expected, found = processor(**batch), again(**batch)
     assert expected["attention_mask"][1, 0] == 0 and expected["attention_mask"][1, -1] == 1
@@ -352,3 +353,146 @@ def test_from_a_language_model_without_a_tokenizer(tmp_path, text_config):
     text_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{tmp_path} has no tokenizer"):
         ClipCapProcessor.from_vision_text_pretrained(None, str(tmp_path))
+
+
+# -- chats
+
+
+def chat(image, answer="red heart"):
+    question = {"role": "user", "content": [image, {"type": "text", "text": "a "}]}
+    answers = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else []
+    return [question, *answers]
+
+
+TENSORS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+
+def test_chats_with_images_of_every_kind(tmp_path, processor, images):
+    images[0].save(tmp_path / "a.png")
+    text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    expected = processor(images=images[0], text="a red heart", return_tensors="pt")
+    for block in (
+        {"image": images[0]},
+        {"path": str(tmp_path / "a.png")},
+        {"base64": text},
+        {"url": f"data:image/png;base64,{text}"},
+    ):
+        block = {"type": "image", **block}
+        alone = processor.apply_chat_template(chat(block), **TENSORS)
+        assert alone.keys() == expected.keys()
+        assert all(torch.equal(alone[name], expected[name]) for name in expected)
+        batch = processor.apply_chat_template([chat(block), chat(block, answer=None)], **TENSORS)
+        assert batch["input_ids"].shape[0] == 2 and torch.equal(*batch["pixel_values"])
+        assert (batch["attention_mask"][1] == 0).any(), "the shorter chat is padded"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_assistant_masks_mark_what_the_assistant_said(processor, images, side):
+    processor.tokenizer.padding_side = side
+    chats = [chat({"type": "image", "image": image}, answer) for image, answer in zip(images, ("red heart", "dog"))]
+    inputs = processor.apply_chat_template(chats, return_assistant_tokens_mask=True, **TENSORS)
+    for ids, mask, answer in zip(inputs["input_ids"], inputs["assistant_masks"], ("red heart", "dog")):
+        assert processor.tokenizer.decode(ids[mask.bool()]).strip() == answer
+
+
+def test_a_chat_about_a_video(processor, images):
+    block = {"type": "video", "video": images[:5]}
+    inputs = processor.apply_chat_template(chat(block), processor_kwargs={"num_frames": 3}, **TENSORS)
+    expected = processor(videos=[images[:5]], num_frames=3, text="a red heart", return_tensors="pt")
+    assert all(torch.equal(inputs[name], expected[name]) for name in ("input_ids", "pixel_values"))
+
+
+def test_default_chat_template(tmp_path, image_processor, make_tokenizer, images):
+    template = 'Question: <image> "Answer": '
+    processor = ClipCapProcessor(image_processor, make_tokenizer(), prefix_length=3, prompt_template=template)
+    processor.save_pretrained(tmp_path)
+    again = ClipCapProcessor.from_pretrained(tmp_path)
+    found = again.apply_chat_template(chat({"type": "image", "image": images[0]}), **TENSORS)
+    expected = processor(images=images[0], text="a red heart", return_tensors="pt")
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert again.apply_chat_template([{"role": "user", "content": "a red"}]) == "a red"
+    own = ClipCapProcessor(image_processor, make_tokenizer(), chat_template="{{ messages[0]['content'] }}!")
+    assert own.apply_chat_template([{"role": "user", "content": "a red"}]) == "a red!"
+
+
+def test_token_types_and_offsets(processor, images):
+    inputs = processor(
+        images=images[:2],
+        text=["a red", "a"],
+        return_mm_token_type_ids=True,
+        return_text_replacement_offsets=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(inputs["mm_token_type_ids"].bool(), inputs["input_ids"] == processor.image_token_id)
+    ((offset,), _) = inputs["text_replacement_offsets"]
+    assert (offset["type"], offset["span"], offset["new_span"]) == ("image", (0, 7), (0, 28))
+
+
+def test_truncation_may_not_cut_placeholders(processor, images):
+    with pytest.raises(ValueError, match="Truncation to 3 tokens would cut placeholders: each image takes 4 tokens"):
+        processor(images=images[:2], text="a red heart", truncation=True, max_length=3)
+    assert len(processor(images=images[0], text="a red heart", truncation=True, max_length=5)["input_ids"][0]) == 5
+
+
+# -- decoding, as trainers and pipelines ask for it
+
+
+def test_every_way_of_decoding_is_the_same(image_processor, make_tokenizer, images):
+    processor = ClipCapProcessor(image_processor, make_tokenizer(), prefix_length=3, prompt_template="Q: <image> A:")
+    ids = processor(images=images[:2], text=["a red heart", "a dog"], return_tensors="pt")["input_ids"]
+    wanted = ["a red heart", "a dog"]
+    for given in (ids, ids.numpy(), ids.tolist()):
+        assert processor.batch_decode(given, skip_special_tokens=True) == wanted
+        assert processor.decode(given, skip_special_tokens=True) == wanted
+        assert processor.post_process_image_text_to_text(given) == wanted
+        assert processor.decode(given[0], skip_special_tokens=True) == wanted[0]
+
+
+def test_ignored_ids_decode_as_padding(processor):
+    ids = np.array([[5, 6, -100, -100], [7, 8, 9, -100]])
+    wanted = [processor.tokenizer.decode(row[row >= 0].tolist()) for row in ids]
+    for given in (ids, torch.tensor(ids), ids.tolist()):
+        assert processor.batch_decode(given, skip_special_tokens=True) == wanted
+
+
+def test_the_tokenizer_that_is_passed_stays_as_it_was(make_tokenizer):
+    tokenizer = make_tokenizer(padding_side="right")
+    processor = ClipCapProcessor(None, tokenizer)
+    assert "<image>" not in tokenizer.get_vocab() and tokenizer.padding_side == "right" and tokenizer.pad_token is None
+    assert (processor.pad_token, processor.pad_token_id) == ("<|endoftext|>", 0)
+
+
+def test_seq2seq_trainer_pads_captions_that_end_early(tmp_path, make_model, processor, images):
+    from clipcap_hf import CaptioningCollator
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    rows = [{"image": image, "captions": ["a red heart" if place % 2 else "a"]} for place, image in enumerate(images)]
+    decoded = []
+
+    def compute_metrics(prediction):
+        for ids in (prediction.predictions, prediction.label_ids):
+            decoded.append(processor.batch_decode(ids, skip_special_tokens=True))
+        assert (prediction.label_ids == -100).any()
+        return {}
+
+    model = make_model()
+    model.generation_config.eos_token_id = list(range(0, 290, 3))  # captions of unequal length
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        per_device_eval_batch_size=3,
+        remove_unused_columns=False,
+        predict_with_generate=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        eval_dataset=rows,
+        data_collator=CaptioningCollator(processor),
+        processing_class=processor,
+        compute_metrics=compute_metrics,
+    ).evaluate()
+    predictions, labels = decoded
+    assert len(predictions) == len(images) and labels == [row["captions"][0] for row in rows]

@@ -1,0 +1,298 @@
+"""Any picture to upright RGB: a file, URL, bytes, base64, array, tensor and PIL image of it come out alike."""
+
+import base64
+import binascii
+import io
+import os
+import re
+import stat
+import threading
+import time
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+# Raster formats only: Pillow hands PostScript, whatever the file is called, to a `gs` that it finds on PATH.
+_RASTER_FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "JXL", "MPO", "PCX", "PNG"),
+    *("PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+)
+_MAX_ASPECT_RATIO = 200  # most transforms make the shorter edge 224 pixels, and then the longer one takes all memory
+_MAX_URL_BYTES = 100 << 20
+_URL_TIMEOUT = 30.0  # seconds for the whole download
+_MIN_BASE64 = 64  # characters; shorter strings are meant as paths
+
+
+def raster_formats() -> tuple[str, ...]:
+    """The image formats that are read, of those that this Pillow and its plug-ins know."""
+    Image.init()
+    return tuple(name for name in _RASTER_FORMATS if name in Image.OPEN)
+
+
+def load_image(image: Any, timeout: float | None = None) -> Image.Image:
+    r"""
+    Read an image of any kind as upright 8-bit RGB, with transparency put on white.
+
+    The range of an array's values follows from its dtype: `bool` 0 or 1, `uint8` and the other integers 0 to 255,
+    `uint16` 0 to 65535, floating point 0 to 1. Values outside of the range are refused.
+
+    Args:
+        image: A path, an http(s) or data URL, base64 text, bytes, a binary file, a row `{"bytes": ..., "path": ...}` of
+            `datasets`, a `PIL.Image.Image`, or an array or tensor of shape (height, width), (height, width, channels) or
+            (channels, height, width) with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels. Where both ends could
+            be channels, they come last in arrays and first in tensors.
+        timeout (`float`, *optional*): Seconds for the whole download of a URL; 30 by default.
+
+    Raises:
+        ValueError: If it is not a complete image that can be read within the limits on size. The message names it.
+    """
+    if isinstance(image, dict) and ("bytes" in image or "path" in image):
+        return _load_row(image, timeout)
+    if isinstance(image, Image.Image):
+        return _convert(getattr(image, "filename", "") or "the image", image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return _convert("the array", _array_to_picture(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _decode("the bytes", io.BytesIO(image))
+    if isinstance(image, (str, os.PathLike)):
+        return _load_named(os.fspath(image), timeout)
+    if hasattr(image, "read"):
+        return _decode(shorten(getattr(image, "name", "the file")), image)
+    raise ValueError(
+        f"{type(image).__name__}: not an image (pass a path, URL, bytes, base64 text, array, tensor or PIL image)"
+    )
+
+
+def flat_list_of_images(images: Any) -> list:
+    """The images of a single one, of a list that may be nested, or of a 4-D array."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in flat_list_of_images(item)]
+    return [images]
+
+
+def shorten(value: Any, most: int = 250) -> str:
+    """Text for a message, cut where it is long."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:80]}... ({len(text)} characters)"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Make an upright 8-bit RGB image: EXIF rotation applied, transparency put on white, 16-bit grey scaled down."""
+    # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _grey_to_8_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError("it has NaN or infinite pixels")
+    if image.mode == "F" and pixels.max() <= 1:
+        scale = 255.0  # floating-point images are in [0, 1] by convention; some TIFF files hold 0 to 255
+    else:
+        # "I" holds 32 bits, but in practice pictures of 8 or 16.
+        scale = 255 / 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 1.0
+    return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
+
+
+# -- what has a name
+
+
+def _load_row(row: dict, timeout: float | None) -> Image.Image:
+    if row.get("bytes") is not None:
+        return _decode(shorten(row.get("path") or "the bytes"), io.BytesIO(row["bytes"]))
+    if row.get("path") is None:
+        raise ValueError("the row holds neither the bytes nor the path of an image")
+    return load_image(row["path"], timeout)
+
+
+def _load_named(name: str | bytes, timeout: float | None) -> Image.Image:
+    path = os.fsdecode(name)
+    shown = shorten(path)
+    if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://|data:", path):
+        if scheme[0] == "data:":
+            return _decode(shown, io.BytesIO(_decode_base64(shown, path.partition(",")[2])))
+        if scheme[1].lower() not in ("http", "https"):
+            raise ValueError(f"{shown}: only http, https and data URLs are read (pass a file by its path)")
+        return _decode(shown, io.BytesIO(_fetch(path, shown, _URL_TIMEOUT if timeout is None else timeout)))
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        if len(path) >= _MIN_BASE64 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", path):
+            try:
+                return _decode(shown, io.BytesIO(_decode_base64(shown, path)))
+            except ValueError:
+                raise ValueError(f"{shown}: no such file, and not the base64 text of a readable image") from None
+        absent = isinstance(error, FileNotFoundError)
+        reason = "no such file" if absent else getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{shown}: {reason}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{shown}: a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{shown}: not a regular file")  # a pipe would wait for ever
+    if status.st_size == 0:
+        raise ValueError(f"{shown}: the file is empty")
+    return _decode(shown, Path(path))
+
+
+def _decode_base64(shown: str, text: str) -> bytes:
+    try:
+        return base64.b64decode(re.sub(r"\s", "", text), validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise ValueError(f"{shown}: not a readable image (base64: {error})") from error
+
+
+# -- encoded pictures
+
+
+def _decode(name: str, file: Any) -> Image.Image:
+    try:
+        with Image.open(file, formats=raster_formats()) as opened:
+            return _convert(name, opened)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: refused, the image is too large or too narrow ({error})") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a readable image (no image format that is read here)") from error
+    except ValueError as error:
+        if str(error).startswith(f"{name}: "):
+            raise
+        raise ValueError(f"{name}: not a readable image ({shorten(error)})") from error
+    # Pillow's decoders raise whatever they stumble over in a damaged file.
+    except Exception as error:
+        raise ValueError(f"{name}: not a readable image ({shorten(error)})") from error
+
+
+def _convert(name: str, image: Image.Image) -> Image.Image:
+    """Apply [`to_rgb`], with errors that name the image."""
+    name = shorten(name)
+    width, height = image.size
+    if image.format not in (None, *_RASTER_FORMATS):
+        raise ValueError(f"{name}: not a readable image ({image.format} is not read)")
+    if min(image.size) == 0:
+        raise ValueError(f"{name}: the image has no pixels ({width} x {height})")
+    if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"{name}: refused, the image is too large or too narrow ({width} x {height} pixels)")
+    try:
+        return to_rgb(image)
+    # An image that is opened but not yet read is decoded here.
+    except Exception as error:
+        raise ValueError(f"{name}: not a readable image ({shorten(error)})") from error
+
+
+# -- arrays
+
+
+def _array_to_picture(array: np.ndarray | torch.Tensor) -> Image.Image:
+    channels_first = isinstance(array, torch.Tensor)
+    if channels_first:
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    pixels = _channels_last(array, channels_first)
+    return Image.fromarray(np.ascontiguousarray(_to_8_bit(pixels)))
+
+
+def _channels_last(array: np.ndarray, first_if_both: bool) -> np.ndarray:
+    """To (height, width), or (height, width, 2 to 4)."""
+    if array.ndim == 2:
+        return array
+    first, last = (array.ndim == 3 and 1 <= array.shape[place] <= 4 for place in (0, -1))
+    if not (first or last):
+        raise ValueError(
+            "an image is an array (height, width), (height, width, channels) or (channels, height, width) with 1 to 4 "
+            f"channels; got the shape {tuple(array.shape)}"
+        )
+    if first and (first_if_both or not last):
+        array = np.moveaxis(array, 0, -1)
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype == np.uint8 or pixels.size == 0:
+        return pixels.astype(np.uint8)
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind not in "uif":
+        raise ValueError(f"an image is an array of integer or floating-point numbers, got {pixels.dtype}")
+    if not np.isfinite(pixels).all():
+        raise ValueError("the array has NaN or infinite pixels")
+    top = {"f": 1, "u": 65535 if pixels.dtype == np.uint16 else 255, "i": 255}[pixels.dtype.kind]
+    if pixels.min() < 0 or pixels.max() > top * (1 + 1e-3 if top == 1 else 1):  # resizing leaves floats a hair above 1
+        raise ValueError(
+            f"pixels of dtype {pixels.dtype} must lie in 0 to {top}, these lie in {pixels.min():g} to {pixels.max():g} "
+            "(pass uint8 for 0 to 255)"
+        )
+    return (pixels * (255.0 / top)).round().clip(0, 255).astype(np.uint8)
+
+
+# -- URLs
+
+
+class _WebRedirects(HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.startswith(("http://", "https://")):
+            raise URLError(f"redirected to {shorten(newurl)}, which is not http or https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch(url: str, shown: str, timeout: float) -> bytes:
+    """The bytes behind an http(s) URL, within `timeout` seconds from name look-up to last byte."""
+    if timeout <= 0:
+        raise ValueError(f"`timeout` is a number of seconds above 0, got {timeout}.")
+    found: list[bytes | Exception] = []
+
+    def download():
+        try:
+            found.append(_download(url, timeout))
+        except Exception as error:  # raised again by the caller
+            found.append(error)
+
+    # A socket's own timeout begins anew with each byte that a slow server sends.
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    result = found[0] if found else TimeoutError(f"not complete after {timeout:g} seconds")
+    if isinstance(result, (OSError, HTTPException, ValueError)):
+        reason = f"{type(result).__name__}: {shorten(result)}"
+        raise ValueError(f"{shown}: could not be fetched ({reason})") from result
+    if isinstance(result, Exception):
+        raise result
+    if len(result) > _MAX_URL_BYTES:
+        raise ValueError(f"{shown}: refused, the file has more than {_MAX_URL_BYTES >> 20} MB")
+    return result
+
+
+def _download(url: str, timeout: float) -> bytes:
+    # Not by the session of huggingface_hub, which goes nowhere where `HF_HUB_OFFLINE` is set.
+    deadline = time.monotonic() + timeout
+    request = Request(url, headers={"User-Agent": "clipcap_hf"})
+    data = bytearray()
+    with build_opener(_WebRedirects).open(request, timeout=timeout) as response:
+        while chunk := response.read1(1 << 16):
+            data += chunk
+            if len(data) > _MAX_URL_BYTES:
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not complete after {timeout:g} seconds")
+        else:
+            if response.length:  # read1 does not tell a connection that was cut from an end
+                raise HTTPException(f"the connection ended {response.length} bytes early")
+    return bytes(data)
+
+
+__all__ = ["load_image", "to_rgb"]

@@ -273,7 +273,7 @@ def _example_paths(app) -> list[str]:
 
 
 def _chosen_example(gr, app):
-    def chosen(event: gr.SelectData):
+    def chosen(event: gr.SelectData):  # type: ignore[name-defined]  # gradio reads the annotation
         return [_example_paths(app)[event.index]]
 
     return chosen

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import caption_files
+from clipcap_hf.cli.output import escape
 
 
 SCRIPT = """
@@ -58,7 +59,9 @@ def test_two_processes_caption_as_one(tmp_path, model_folder, images):
         for size, results in found.items():
             assert results == expected[: int(size)], (rank, size)
     printed = [line for line in result.stdout.splitlines() if line.startswith(str(tmp_path))]
-    assert printed == [f"{path}\t{captions[0]}" for path, captions, _ in expected[:5]], "one process prints, in order"
+    assert printed == [f"{escape(path)}\t{escape(captions[0])}" for path, captions, _ in expected[:5]], (
+        "one process prints, in order"
+    )
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def test_no_module_imports_itself_by_way_of_others():
     graph = import_graph()
     print(f"{len(graph)} modules, {sum(map(len, graph.values()))} imports of each other")
-    assert len(graph) > 50 and "clipcap_hf.model.modeling_clipcap" in graph["clipcap_hf"]
+    assert len(graph) > 50 and "clipcap_hf.model.modeling_clipcap" in graph["clipcap_hf._public"]
     assert not circles(graph)
 
 

@@ -9,7 +9,18 @@ import sys
 
 MOST_BEAMS = 1000  # memory and time grow with it
 #: The names of `clipcap_hf.data.READERS`, whose import takes seconds.
-DATA_FORMATS = ("karpathy", "coco", "stair", "nocaps", "official", "conceptual", "imagefolder", "webdataset", "hub")
+DATA_FORMATS = (
+    "karpathy",
+    "coco",
+    "stair",
+    "nocaps",
+    "official",
+    "conceptual",
+    "flickr8k",
+    "imagefolder",
+    "webdataset",
+    "hub",
+)
 
 
 def positive(text: str) -> int:

@@ -127,7 +127,9 @@ for step in range(10):
 if rank == 0:
     open(file, "w").write(" ".join(map(repr, losses)))
 if sharded:
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may outlive Python and abort it
 """
 
 

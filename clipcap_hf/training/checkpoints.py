@@ -13,8 +13,9 @@ from torch import nn
 
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from .arguments import CaptioningArguments
-    from .trainer import ClipCapTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def remove_leftovers(folder: str | os.PathLike):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def save_whole(trainer: "ClipCapTrainer", out: Path):
+def save_whole(trainer: "Trainer", out: Path):
     """Save the captioner aside and move it file by file, so that an earlier one is never half replaced."""
     with tempfile.TemporaryDirectory(dir=out, prefix=SAVING) as folder:
         trainer.save_model(folder, _internal_call=True)

@@ -51,6 +51,8 @@ __all__ = [
     "ClipCapTrainer",
     "ConseVisionConfig",
     "ConseVisionModel",
+    "DetectorVisionConfig",
+    "DetectorVisionModel",
     "ImageCaptioningPipeline",
     "OpenClipImageProcessor",
     "OpenClipVisionConfig",

@@ -18,6 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from .model.beam_search_clipcap import official_beam_search  # noqa: E402
 from .model.configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # noqa: E402
+from .model.configuration_detector import DetectorVisionConfig  # noqa: E402
 from .model.hub_clipcap import add_code  # noqa: E402
 from .model.image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
 from .model.model_card_clipcap import write_model_card  # noqa: E402
@@ -27,6 +28,7 @@ from .model.modeling_clipcap import (  # noqa: E402
     ClipCapPreTrainedModel,
 )
 from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
+from .model.modeling_detector import DetectorVisionModel  # noqa: E402
 from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
 from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
@@ -38,6 +40,8 @@ AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
 AutoImageProcessor.register(OpenClipVisionConfig, image_processor_classes={"pil": OpenClipImageProcessor})
 AutoConfig.register(ConseVisionConfig.model_type, ConseVisionConfig)
 AutoModel.register(ConseVisionConfig, ConseVisionModel)
+AutoConfig.register(DetectorVisionConfig.model_type, DetectorVisionConfig)
+AutoModel.register(DetectorVisionConfig, DetectorVisionModel)
 AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(ClipCapConfig, ClipCapForConditionalGeneration)
@@ -54,6 +58,8 @@ __all__ = [
     "ClipCapProcessor",
     "ConseVisionConfig",
     "ConseVisionModel",
+    "DetectorVisionConfig",
+    "DetectorVisionModel",
     "ImageCaptioningPipeline",
     "OpenClipImageProcessor",
     "OpenClipVisionConfig",

@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_detector import DetectorVisionConfig
+
 
 IMAGE_TOKEN = "<image>"
 
@@ -335,9 +337,11 @@ class ClipCapConfig(PreTrainedConfig):
             )
 
 
-if _IS_REMOTE_CODE and OpenClipVisionConfig.model_type not in CONFIG_MAPPING:
+if _IS_REMOTE_CODE:
     # `auto_map` of a repository names the captioner's classes only, not its tower's.
-    AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
+    for _tower_config in (OpenClipVisionConfig, DetectorVisionConfig):
+        if _tower_config.model_type not in CONFIG_MAPPING:
+            AutoConfig.register(_tower_config.model_type, _tower_config)
 
 
 __all__ = ["ClipCapConfig", "OpenClipVisionConfig"]

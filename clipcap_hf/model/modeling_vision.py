@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .checkpoints_open_clip import is_open_clip_name, list_open_clip_names
 from .configuration_clipcap import PROJECTED_TOWERS, clip_embed_dim_of
 from .modeling_conse import ConseVisionModel
+from .modeling_detector import DetectorVisionModel
 from .modeling_open_clip import OpenClipVisionModel, clip_vision_obstacle, load_open_clip_config
 from .modeling_xclip import XCLIPVideoModel
 
@@ -28,6 +29,7 @@ _TOWER_CLASSES = {
     "open_clip_vision_model": OpenClipVisionModel,
     "xclip_vision_model": XCLIPVideoModel,
     "conse_vision_model": ConseVisionModel,
+    "detector_vision_model": DetectorVisionModel,
 }
 
 # For suggestions only: the Hub cannot be asked what names are near.

@@ -1,4 +1,4 @@
-"""The ConSE tower, and the captioner of photographs that is shipped on it."""
+"""The ConSE tower, and photo-mini, the photo captioner built on it."""
 
 import importlib.util
 import json
@@ -149,7 +149,7 @@ def test_captions_of_sample_photographs(captioner):
 @pytest.mark.slow
 @needs_language_model
 def test_captions_of_animal_photographs(captioner):
-    """The card says 54.2 %; rounding on another machine may change a caption or two of the 24."""
+    """The card says 54.2 %; rounding on another machine may change a caption or two out of 24."""
     if "GCOMPRIS_DATA" not in os.environ:
         pytest.skip("set GCOMPRIS_DATA to the rcc folder of Debian's gcompris-qt-data")
     import sys

@@ -98,7 +98,7 @@ def test_prompt_template_surrounds_the_image_and_is_no_caption():
     assert (ids == processor.image_token_id).sum() == processor.prefix_length
     caption = processor.tokenizer(" A dog.", return_tensors="pt", add_special_tokens=False)["input_ids"]
     assert processor.batch_decode(torch.cat([ids, caption], 1), skip_special_tokens=True) == [" A dog."]
-    with pytest.raises(ValueError, match="`prompt_template` must hold one"):
+    with pytest.raises(ValueError, match="`prompt_template` must hold exactly one"):
         ClipCapProcessor(tokenizer=processor.tokenizer, prompt_template="A photo of")
 
 

@@ -194,7 +194,7 @@ def test_widths_are_compared_before_weights_are_loaded(tmp_path, clip_config, te
 
 
 def test_width_by_hand(text_config):
-    # No `hidden_size`, but a clear message.
+    # Without `hidden_size`, but with an explicit width.
     config = ClipCapConfig(vision_config=tower_config("resnet"), text_config=text_config, clip_embed_dim=24)
     assert config.clip_embed_dim == 24
     with pytest.raises(ValueError, match="Cannot tell the embedding width of a `resnet` tower.*`clip_embed_dim="):

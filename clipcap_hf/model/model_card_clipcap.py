@@ -184,7 +184,8 @@ def _base_models(config: dict[str, Any]) -> list[str]:
 
 def _body(config: dict[str, Any], repo: str, metadata: dict[str, Any], training: str | None) -> str:
     left_out = [
-        f"The {_plain(part.replace('_', ' '))} is not in this repository and is loaded from {_shown(donor['name'])}."
+        f"The {_plain(part.replace('_', ' '))} is not part of this repository and is loaded from "
+        f"{_shown(donor['name'])}."
         for part, donor in (config.get("donors") or {}).items()
         if not donor.get("in_checkpoint", True)
     ]

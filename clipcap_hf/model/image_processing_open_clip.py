@@ -1,4 +1,4 @@
-"""open_clip's evaluation transform, to the bit."""
+"""A bit-exact copy of open_clip's evaluation transform."""
 
 from typing import Literal
 
@@ -15,11 +15,13 @@ from .images_clipcap import to_rgb
 
 class OpenClipImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
+    Arguments of open_clip's transform.
+
     resize_mode (`str`):
         `"shortest"`: scale until the image covers the target, then crop its centre. `"longest"`: scale until it fits
         into the target, then pad. `"squash"`: scale both sides to the target's.
     fill_color (`int`):
-        Grey value, 0 to 255, of the padding.
+        Grey value of the padding, 0 to 255.
     """
 
     resize_mode: Literal["shortest", "longest", "squash"]
@@ -28,19 +30,20 @@ class OpenClipImageProcessorKwargs(ImagesKwargs, total=False):
 
 class OpenClipImageProcessor(PilBackend):
     r"""
-    What open_clip's `image_transform(..., is_train=False)` does, to the last bit of each float.
+    Prepare images as open_clip's `image_transform(..., is_train=False)` does, equal to the last bit.
 
-    [`~transformers.CLIPImageProcessorPil`] differs from it where the margin that the centre crop cuts off is odd (it
-    rounds half of it down, torchvision to the even number), in the last bit of the normalisation, and has neither
-    `"longest"` nor oblong targets. Images are made RGB before they are resized, as open_clip's training data are.
+    [`~transformers.CLIPImageProcessorPil`] differs: it crops another pixel when the margin is odd (it rounds half the
+    margin down, torchvision rounds it to even), normalises differently in the last bit, and supports neither
+    `"longest"` nor targets that are not square. Images become RGB before resizing, as in open_clip's training.
 
     Args:
         size (`dict`): `{"height": int, "width": int}` of the output, in pixels.
         resize_mode (`str`): `"shortest"`, `"longest"` or `"squash"`, as in open_clip's `preprocess_cfg`.
-        fill_color (`int`): Grey value of the padding that `"longest"` needs.
-        resample (`PIL.Image.Resampling`): Bicubic or bilinear. Oblong `"shortest"` is always bicubic, as in open_clip.
-        image_mean (`list[float]`): Of the normalisation, for values in [0, 1].
-        image_std (`list[float]`): Likewise.
+        fill_color (`int`): Grey value of the padding for `"longest"`.
+        resample (`PIL.Image.Resampling`): Bicubic or bilinear. As in open_clip, `"shortest"` with a target that is not
+            square is always bicubic.
+        image_mean (`list[float]`): Mean of each channel for the normalisation, for values in [0, 1].
+        image_std (`list[float]`): Standard deviation of each channel, likewise.
 
     Example:
 
@@ -52,7 +55,8 @@ class OpenClipImageProcessor(PilBackend):
     >>> image_processor(Image.new("RGB", (50, 41)), return_tensors="pt")["pixel_values"].shape
     torch.Size([1, 3, 32, 32])
 
-    ```"""
+    ```
+    """
 
     valid_kwargs = OpenClipImageProcessorKwargs
     model_input_names = ["pixel_values"]
@@ -69,9 +73,8 @@ class OpenClipImageProcessor(PilBackend):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        if any(
-            not 0 < std < float("inf") for std in self.image_std
-        ):  # zero would give infinite pixels, without a word
+        # Zero would silently give infinite pixels.
+        if any(not 0 < std < float("inf") for std in self.image_std):
             raise ValueError(f"`image_std` must be positive numbers, got {list(self.image_std)}.")
 
     def process_image(self, image, **kwargs) -> np.ndarray:
@@ -101,7 +104,7 @@ class OpenClipImageProcessor(PilBackend):
                 picture = _center_crop_or_pad(picture, (size.height, size.width), fill_color)
                 image = np.moveaxis(np.asarray(picture), -1, 0)
             if do_rescale:
-                # A division, like torchvision's: multiplying by 1/255 gives another last bit.
+                # Divide, like torchvision: multiplying by 1/255 changes the last bit.
                 image = image.astype(np.float32) / np.float32(round(1 / rescale_factor))
             if do_normalize:
                 image = image - np.asarray(image_mean, np.float32).reshape(-1, 1, 1)
@@ -116,7 +119,7 @@ def _resize(image: Image.Image, target: tuple[int, int], resize_mode: str, resam
     if resize_mode == "squash":
         new = (target_width, target_height)
     elif resize_mode == "shortest" and target_height == target_width:
-        # torchvision's rule for one number: the long side is rounded down.
+        # torchvision's rule for a single size: round the long side down.
         short, long = sorted(image.size)
         new_long = int(target_width * long / short)
         new = (target_width, new_long) if width <= height else (new_long, target_width)
@@ -136,13 +139,13 @@ def _center_crop_or_pad(image: Image.Image, target: tuple[int, int], fill_color:
         padded = Image.new("RGB", (image.width + missing[0], image.height + missing[1]), (fill_color,) * 3)
         padded.paste(image, (missing[0] // 2, missing[1] // 2))
         image = padded
-    # Python rounds halves to the even number, like torchvision.
+    # Python rounds halves to even, like torchvision.
     left, top = round((image.width - target_width) / 2), round((image.height - target_height) / 2)
     return image.crop((left, top, left + target_width, top + target_height))
 
 
 def image_processor_from_open_clip(preprocess_cfg: dict) -> OpenClipImageProcessor:
-    """Make the image processor that equals open_clip's evaluation transform of this `preprocess_cfg`.
+    """Make the image processor for a `preprocess_cfg` of open_clip.
 
     Raises:
         ValueError: If `mode`, `resize_mode` or `interpolation` is unknown to open_clip, or `std` is not positive.
@@ -151,7 +154,7 @@ def image_processor_from_open_clip(preprocess_cfg: dict) -> OpenClipImageProcess
     height, width = (size, size) if isinstance(size, int) else (size * 2 if len(size) == 1 else size)
     resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
     interpolation = preprocess_cfg.get("interpolation") or "bicubic"
-    # "random" is drawn in training only.
+    # "random" only matters in training.
     resample = {
         "bicubic": PILImageResampling.BICUBIC,
         "bilinear": PILImageResampling.BILINEAR,

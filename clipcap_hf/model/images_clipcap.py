@@ -1,4 +1,4 @@
-"""Any picture to upright RGB: a file, URL, bytes, base64, array, tensor and PIL image of it come out alike."""
+"""Any picture to upright RGB: files, URLs, bytes, base64 text, arrays, tensors and PIL images."""
 
 import base64
 import binascii
@@ -19,39 +19,39 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-# Raster formats only: Pillow hands PostScript, whatever the file is called, to a `gs` that it finds on PATH.
+# Raster formats only: Pillow passes PostScript, under any file name, to the `gs` program on PATH.
 _RASTER_FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "JXL", "MPO", "PCX", "PNG"),
     *("PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
 )
-_MAX_ASPECT_RATIO = 200  # most transforms make the shorter edge 224 pixels, and then the longer one takes all memory
+_MAX_ASPECT_RATIO = 200  # transforms scale the shorter edge to 224 pixels, so a long edge could use up all memory
 _MAX_URL_BYTES = 100 << 20
 _URL_TIMEOUT = 30.0  # seconds for the whole download
-_MIN_BASE64 = 64  # characters; shorter strings are meant as paths
+_MIN_BASE64 = 64  # characters; shorter strings are paths
 
 
 def raster_formats() -> tuple[str, ...]:
-    """The image formats that are read, of those that this Pillow and its plug-ins know."""
+    """List the supported image formats that the installed Pillow and its plug-ins can read."""
     Image.init()
     return tuple(name for name in _RASTER_FORMATS if name in Image.OPEN)
 
 
 def load_image(image: Any, timeout: float | None = None) -> Image.Image:
     r"""
-    Read an image of any kind as upright 8-bit RGB, with transparency put on white.
+    Read an image of any kind as upright 8-bit RGB, with transparency on white.
 
-    The range of an array's values follows from its dtype: `bool` 0 or 1, `uint8` and the other integers 0 to 255,
-    `uint16` 0 to 65535, floating point 0 to 1. Values outside of the range are refused.
+    An array's dtype sets the range of its values: `bool` 0 or 1, `uint8` and the other integers 0 to 255, `uint16` 0
+    to 65535, floating point 0 to 1. Values outside the range are refused.
 
     Args:
-        image: A path, an http(s) or data URL, base64 text, bytes, a binary file, a row `{"bytes": ..., "path": ...}` of
-            `datasets`, a `PIL.Image.Image`, or an array or tensor of shape (height, width), (height, width, channels) or
-            (channels, height, width) with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels. Where both ends could
-            be channels, they come last in arrays and first in tensors.
+        image: A path, an http(s) or data URL, base64 text, bytes, a binary file, a row `{"bytes": ..., "path": ...}`
+            of `datasets`, a `PIL.Image.Image`, or an array or tensor of shape (height, width), (height, width,
+            channels) or (channels, height, width) with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels. If the
+            shape is ambiguous, channels come last in arrays and first in tensors.
         timeout (`float`, *optional*): Seconds for the whole download of a URL; 30 by default.
 
     Raises:
-        ValueError: If it is not a complete image that can be read within the limits on size. The message names it.
+        ValueError: If it is not a readable, complete image within the size limits. The message names the image.
     """
     if isinstance(image, dict) and ("bytes" in image or "path" in image):
         return _load_row(image, timeout)
@@ -71,7 +71,7 @@ def load_image(image: Any, timeout: float | None = None) -> Image.Image:
 
 
 def flat_list_of_images(images: Any) -> list:
-    """The images of a single one, of a list that may be nested, or of a 4-D array."""
+    """Flatten a single image, a (nested) list of images or a 4-D array to a list of images."""
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     if isinstance(images, (list, tuple)):
@@ -80,14 +80,14 @@ def flat_list_of_images(images: Any) -> list:
 
 
 def shorten(value: Any, most: int = 250) -> str:
-    """Text for a message, cut where it is long."""
+    """Shorten a long text for a message."""
     text = str(value)
     return text if len(text) <= most else f"{text[:80]}... ({len(text)} characters)"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Make an upright 8-bit RGB image: EXIF rotation applied, transparency put on white, 16-bit grey scaled down."""
-    # A bare convert("RGB") turns transparent backgrounds black and clips 16-bit greys to white.
+    """Convert to upright 8-bit RGB: apply EXIF rotation, put transparency on white, scale 16-bit grey down."""
+    # A plain convert("RGB") turns transparent backgrounds black and clips 16-bit grey to white.
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -106,12 +106,12 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F" and pixels.max() <= 1:
         scale = 255.0  # floating-point images are in [0, 1] by convention; some TIFF files hold 0 to 255
     else:
-        # "I" holds 32 bits, but in practice pictures of 8 or 16.
+        # "I" has 32 bits, but in practice holds 8-bit or 16-bit pictures.
         scale = 255 / 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 1.0
     return Image.fromarray((pixels * scale).clip(0, 255).round().astype(np.uint8))
 
 
-# -- what has a name
+# -- rows, paths, URLs and base64 text
 
 
 def _load_row(row: dict, timeout: float | None) -> Image.Image:
@@ -145,7 +145,7 @@ def _load_named(name: str | bytes, timeout: float | None) -> Image.Image:
     if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{shown}: a folder, not an image")
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{shown}: not a regular file")  # a pipe would wait for ever
+        raise ValueError(f"{shown}: not a regular file")  # reading a pipe could block forever
     if status.st_size == 0:
         raise ValueError(f"{shown}: the file is empty")
     return _decode(shown, Path(path))
@@ -168,29 +168,29 @@ def _decode(name: str, file: Any) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: refused, the image is too large or too narrow ({error})") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not a readable image (no image format that is read here)") from error
+        raise ValueError(f"{name}: not a readable image (no supported image format)") from error
     except ValueError as error:
         if str(error).startswith(f"{name}: "):
             raise
         raise ValueError(f"{name}: not a readable image ({shorten(error)})") from error
-    # Pillow's decoders raise whatever they stumble over in a damaged file.
+    # Pillow's decoders raise errors of any kind on damaged files.
     except Exception as error:
         raise ValueError(f"{name}: not a readable image ({shorten(error)})") from error
 
 
 def _convert(name: str, image: Image.Image) -> Image.Image:
-    """Apply [`to_rgb`], with errors that name the image."""
+    """Apply [`to_rgb`], and name the image in errors."""
     name = shorten(name)
     width, height = image.size
     if image.format not in (None, *_RASTER_FORMATS):
-        raise ValueError(f"{name}: not a readable image ({image.format} is not read)")
+        raise ValueError(f"{name}: not a readable image (the format {image.format} is not supported)")
     if min(image.size) == 0:
         raise ValueError(f"{name}: the image has no pixels ({width} x {height})")
     if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(f"{name}: refused, the image is too large or too narrow ({width} x {height} pixels)")
     try:
         return to_rgb(image)
-    # An image that is opened but not yet read is decoded here.
+    # Images that were opened lazily are decoded here.
     except Exception as error:
         raise ValueError(f"{name}: not a readable image ({shorten(error)})") from error
 
@@ -208,7 +208,7 @@ def _array_to_picture(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def _channels_last(array: np.ndarray, first_if_both: bool) -> np.ndarray:
-    """To (height, width), or (height, width, 2 to 4)."""
+    """Arrange an array as (height, width) or (height, width, channels), with 2 to 4 channels."""
     if array.ndim == 2:
         return array
     first, last = (array.ndim == 3 and 1 <= array.shape[place] <= 4 for place in (0, -1))
@@ -232,10 +232,10 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     if not np.isfinite(pixels).all():
         raise ValueError("the array has NaN or infinite pixels")
     top = {"f": 1, "u": 65535 if pixels.dtype == np.uint16 else 255, "i": 255}[pixels.dtype.kind]
-    if pixels.min() < 0 or pixels.max() > top * (1 + 1e-3 if top == 1 else 1):  # resizing leaves floats a hair above 1
+    if pixels.min() < 0 or pixels.max() > top * (1 + 1e-3 if top == 1 else 1):  # resized floats can slightly exceed 1
         raise ValueError(
-            f"pixels of dtype {pixels.dtype} must lie in 0 to {top}, these lie in {pixels.min():g} to {pixels.max():g} "
-            "(pass uint8 for 0 to 255)"
+            f"pixels of dtype {pixels.dtype} must lie in 0 to {top}, these lie in {pixels.min():g} to "
+            f"{pixels.max():g} (pass uint8 for 0 to 255)"
         )
     return (pixels * (255.0 / top)).round().clip(0, 255).astype(np.uint8)
 
@@ -251,9 +251,9 @@ class _WebRedirects(HTTPRedirectHandler):
 
 
 def _fetch(url: str, shown: str, timeout: float) -> bytes:
-    """The bytes behind an http(s) URL, within `timeout` seconds from name look-up to last byte."""
+    """Download an http(s) URL within `timeout` seconds in all, including the name look-up."""
     if timeout <= 0:
-        raise ValueError(f"`timeout` is a number of seconds above 0, got {timeout}.")
+        raise ValueError(f"`timeout` must be a number of seconds above 0, got {timeout}.")
     found: list[bytes | Exception] = []
 
     def download():
@@ -262,7 +262,7 @@ def _fetch(url: str, shown: str, timeout: float) -> bytes:
         except Exception as error:  # raised again by the caller
             found.append(error)
 
-    # A socket's own timeout begins anew with each byte that a slow server sends.
+    # A socket's own timeout restarts with each byte from a slow server.
     thread = threading.Thread(target=download, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -278,7 +278,7 @@ def _fetch(url: str, shown: str, timeout: float) -> bytes:
 
 
 def _download(url: str, timeout: float) -> bytes:
-    # Not by the session of huggingface_hub, which goes nowhere where `HF_HUB_OFFLINE` is set.
+    # Not with huggingface_hub's session, which refuses all requests if `HF_HUB_OFFLINE` is set.
     deadline = time.monotonic() + timeout
     request = Request(url, headers={"User-Agent": "clipcap_hf"})
     data = bytearray()
@@ -290,7 +290,7 @@ def _download(url: str, timeout: float) -> bytes:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {timeout:g} seconds")
         else:
-            if response.length:  # read1 does not tell a connection that was cut from an end
+            if response.length:  # read1 cannot tell a lost connection from the end
                 raise HTTPException(f"the connection ended {response.length} bytes early")
     return bytes(data)
 

@@ -1,4 +1,4 @@
-"""A vision tower made of an image classifier and the names of its classes."""
+"""ConSE: a vision tower made of an image classifier and the text embeddings of its class names."""
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -16,11 +16,11 @@ class ConseVisionConfig(PreTrainedConfig):
 
     Args:
         classifier (`str`): Name of the image classifier in timm.
-        num_classes (`int`): Its number of classes.
-        embed_dim (`int`): Width of the text embeddings of the class names, and so of the image embedding.
-        top_k (`int`): Number of classes, the most probable ones, that an image is embedded by.
-        temperature (`float`): The classifier's logits are divided by it before the softmax.
-        image_size (`int`): Side in pixels of the images that the classifier was trained with.
+        num_classes (`int`): Number of classes of the classifier.
+        embed_dim (`int`): Width of the image embedding and of the class names' text embeddings.
+        top_k (`int`): Number of most probable classes that make up the image embedding.
+        temperature (`float`): Divisor of the classifier's logits before the softmax.
+        image_size (`int`): Side of the classifier's training images, in pixels.
 
     Example:
 
@@ -30,7 +30,8 @@ class ConseVisionConfig(PreTrainedConfig):
     >>> ConseVisionConfig(embed_dim=256).hidden_size
     256
 
-    ```"""
+    ```
+    """
 
     model_type = "conse_vision_model"
     base_config_key = "vision_config"
@@ -55,22 +56,25 @@ class ConseVisionConfig(PreTrainedConfig):
 def embed_by_classes(
     logits: torch.Tensor, class_embeds: torch.Tensor, top_k: int, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Embeddings (batch, embed_dim) of L2 norm 1: the mean of `class_embeds` (classes, embed_dim) of the `top_k` most
-    probable classes, weighted by their probabilities under `logits` (batch, classes)."""
+    """Embed images as the probability-weighted mean of the embeddings of their `top_k` most probable classes.
+
+    Takes `logits` (batch, classes) and `class_embeds` (classes, embed_dim); returns (batch, embed_dim) of L2 norm 1.
+    """
     probabilities, classes = (logits.float() / temperature).softmax(-1).topk(top_k)
     return F.normalize((probabilities.unsqueeze(-1) * class_embeds[classes].float()).sum(1), dim=-1)
 
 
 class ConseVisionModel(PreTrainedModel):
     r"""
-    Convex combination of semantic embeddings (Norouzi et al. 2014, "Zero-Shot Learning by Convex Combination of Semantic
-    Embeddings", arXiv 1312.5650): an image is embedded as the mean of the text embeddings of class names, weighted by the
-    probabilities that a classifier gives to the classes. Images then lie among the texts that describe them, without any
-    training on pairs of the two.
+    Embed images by a convex combination of semantic embeddings (ConSE).
 
-    `pixel_values` (batch, 3, height, width), normalised as the classifier was trained, in; `pooler_output` (batch,
-    embed_dim) out, of L2 norm 1. Parameters: `network`, the classifier of timm, and `class_embeds` (num_classes,
-    embed_dim).
+    After Norouzi et al. 2014, "Zero-Shot Learning by Convex Combination of Semantic Embeddings", arXiv 1312.5650. The
+    image embedding is the mean of the class names' text embeddings, weighted by a classifier's probabilities. Images
+    thus share the space of the texts that describe them, without training on image-text pairs.
+
+    Takes `pixel_values` (batch, 3, height, width), normalised as in the classifier's training, and returns
+    `pooler_output` (batch, embed_dim) of L2 norm 1. Parameters: `network`, the timm classifier, and `class_embeds`
+    (num_classes, embed_dim).
     """
 
     config: ConseVisionConfig
@@ -84,7 +88,7 @@ class ConseVisionModel(PreTrainedModel):
         try:
             from timm import create_model
         except ImportError as error:
-            raise ImportError("This model has an image classifier of timm: `pip install timm`.") from error
+            raise ImportError("This model needs timm for its image classifier: `pip install timm`.") from error
         self.network = create_model(config.classifier, pretrained=False, num_classes=config.num_classes)
         self.class_embeds = nn.Parameter(torch.empty(config.num_classes, config.embed_dim))
         self.post_init()

@@ -1,15 +1,15 @@
-"""Any image tower of open_clip as a transformers model."""
+"""Any open_clip image tower as a transformers model."""
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
-from .checkpoints_open_clip import is_open_clip_name, load_open_clip_checkpoint  # noqa: F401  (others look for it here)
+from .checkpoints_open_clip import is_open_clip_name, load_open_clip_checkpoint  # noqa: F401  (also imported from here)
 from .configuration_clipcap import OpenClipVisionConfig
 
 
-# Far above every published tower; a damaged configuration could ask for all memory.
+# Far above every published tower; a damaged configuration could use up all memory.
 _LARGEST = {"width": 65_536, "layers": 1024, "image_size": 8192, "patch_size": 1024, "mlp_ratio": 64}
 
 
@@ -22,15 +22,15 @@ def _check_sizes(vision_cfg: dict):
 
 
 def _build_visual(config: OpenClipVisionConfig) -> nn.Module:
-    # The tower is built from its configuration alone: open_clip's `create_model` wants to download, and fails under the
-    # meta device that `from_pretrained` uses. The public `CLIP` needs a text tower, which is made as small as can be.
+    # Not with open_clip's `create_model`: it downloads, and fails on the meta device that `from_pretrained` uses. The
+    # public `CLIP` needs a text tower, so it gets the smallest possible.
     try:
         from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
     except ImportError as error:
-        raise ImportError("This model has an open_clip image tower: `pip install open_clip_torch`.") from error
+        raise ImportError("This model needs open_clip for its image tower: `pip install open_clip_torch`.") from error
     unknown = sorted(set(config.vision_cfg) - set(CLIPVisionCfg.__dataclass_fields__))
     if unknown:
-        raise ValueError(f"open_clip's `vision_cfg` has no such fields: {', '.join(unknown)}.")
+        raise ValueError(f"open_clip's `vision_cfg` has unknown fields: {', '.join(unknown)}.")
     _check_sizes(config.vision_cfg)
     text_cfg = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
     vision_cfg = CLIPVisionCfg(**config.vision_cfg)
@@ -39,10 +39,12 @@ def _build_visual(config: OpenClipVisionConfig) -> nn.Module:
 
 class OpenClipVisionModel(PreTrainedModel):
     r"""
-    The image tower of an open_clip model: `pixel_values` (batch, 3, height, width), normalised as the tower was
-    trained, in; `image_embeds` (batch, embed_dim) out, as from [`~transformers.CLIPVisionModelWithProjection`]. With
-    `output_patches=True`, `last_hidden_state` (batch, patches, config.hidden_size) are the patch tokens of the last layer
-    without class and register tokens, before any pooling, or the places of a convolutional tower's feature map.
+    Embed images with the image tower of an open_clip model.
+
+    Takes `pixel_values` (batch, 3, height, width), normalised as in the tower's training, and returns `image_embeds`
+    (batch, embed_dim), like [`~transformers.CLIPVisionModelWithProjection`]. With `output_patches=True`, it also
+    returns `last_hidden_state` (batch, patches, config.hidden_size): the last layer's patch tokens before pooling,
+    without class and register tokens, or the positions of a convolutional tower's feature map.
     """
 
     config: OpenClipVisionConfig
@@ -54,15 +56,15 @@ class OpenClipVisionModel(PreTrainedModel):
     def __init__(self, config: OpenClipVisionConfig):
         super().__init__(config)
         self.visual = _build_visual(config)
-        if config.hidden_size is None:  # of timm's architectures only they know
+        if config.hidden_size is None:  # only timm knows the width of its architectures
             config.hidden_size = self.visual.trunk.num_features
         self.supports_gradient_checkpointing = False
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # timm keeps some tables (rotary embeddings, attention masks) as buffers outside the checkpoint; built under
-        # the meta device they hold rubbish until they are computed again. Without this EVA is silently wrong.
+        # timm keeps some tables (rotary embeddings, attention masks) as buffers outside the checkpoint; built on the
+        # meta device they hold garbage until computed again. Without this, EVA gives wrong embeddings silently.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
 
@@ -82,13 +84,13 @@ class OpenClipVisionModel(PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _check_size(self, pixel_values: torch.Tensor):
-        # Convolutional towers take images of any size, and give worse embeddings without a word.
+        # Convolutional towers accept any image size, but silently give worse embeddings.
         size = self.config.vision_cfg.get("image_size", 224)
         expected = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if tuple(pixel_values.shape[-2:]) != expected:
             raise ValueError(
                 f"This tower takes images of {expected[0]} x {expected[1]} pixels, got {pixel_values.shape[-2]} x "
-                f"{pixel_values.shape[-1]}: use the image processor that belongs to the tower."
+                f"{pixel_values.shape[-1]}: use the tower's own image processor."
             )
 
     def _embeds_and_patches(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,10 +107,10 @@ class OpenClipVisionModel(PreTrainedModel):
         return image_embeds, features.flatten(2).transpose(1, 2)
 
     def to_clip_vision_model(self) -> CLIPVisionModelWithProjection:
-        """Convert the tower to a class of transformers, which gives the same `image_embeds` without open_clip.
+        """Convert the tower to transformers' CLIP, which gives the same `image_embeds` without open_clip.
 
         Raises:
-            ValueError: If the tower is not a plain ViT; the message says what transformers' CLIP lacks.
+            ValueError: If the tower is not a plain ViT; the message names what transformers' CLIP lacks.
         """
         if obstacle := clip_vision_obstacle(self.config):
             raise ValueError(f"This open_clip tower cannot become a CLIPVisionModelWithProjection: it has {obstacle}.")
@@ -128,7 +130,7 @@ class OpenClipVisionModel(PreTrainedModel):
         with torch.device("meta"):
             model = CLIPVisionModelWithProjection(config)
         state = _clip_vision_state_dict(state)
-        # Made by its own rule, as it is in no checkpoint.
+        # Computed here, since no checkpoint holds it.
         positions = {
             name: torch.arange(buffer.shape[-1]).expand(buffer.shape) for name, buffer in model.named_buffers()
         }
@@ -148,12 +150,12 @@ class OpenClipVisionModel(PreTrainedModel):
 
                 - `"ARCHITECTURE/TAG"` from `open_clip.list_pretrained()`, for example `"ViT-B-32/openai"`;
                 - `"hf-hub:ORG/REPO"` or a folder, with `open_clip_config.json` and `open_clip_model.safetensors`;
-                - `"ARCHITECTURE/FILE"`, with a file of weights or a checkpoint of open_clip's training;
-                - a checkpoint of open_clip's training alone, in its run's folder (which has a `params.txt`).
+                - `"ARCHITECTURE/FILE"`, with a weight file or a training checkpoint of open_clip;
+                - a training checkpoint of open_clip in the folder of its run (which has a `params.txt`).
             kwargs: `dtype` of the weights, and `revision`, `token` and `cache_dir` for the Hub.
 
         Raises:
-            ValueError: If the checkpoint's weights are not those of the tower that its configuration describes.
+            ValueError: If the checkpoint's weights do not fit its configuration.
         """
         dtype = kwargs.pop("dtype", None)
         model_cfg, _, weights = load_open_clip_checkpoint(name, with_weights=True, **kwargs)
@@ -167,10 +169,10 @@ class OpenClipVisionModel(PreTrainedModel):
 
 
 def clip_vision_obstacle(config: OpenClipVisionConfig) -> str | None:
-    """Say what keeps a tower from being a [`~transformers.CLIPVisionModelWithProjection`]; `None` for plain ViTs."""
+    """Say why a tower cannot be a [`~transformers.CLIPVisionModelWithProjection`]; `None` for plain ViTs."""
     cfg = config.vision_cfg
     if "timm_model_name" in cfg:
-        return f"an architecture of timm, {cfg['timm_model_name']}"
+        return f"a timm architecture, {cfg['timm_model_name']}"
     if isinstance(cfg.get("layers", 12), (list, tuple)):
         return "the layers of a ResNet"
     if cfg.get("pool_type", "tok") != "tok":
@@ -180,7 +182,7 @@ def clip_vision_obstacle(config: OpenClipVisionConfig) -> str | None:
     if set(cfg.get("norm_kwargs") or {}) - {"eps"}:
         return f"`norm_kwargs` {cfg['norm_kwargs']}"
     plain = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "pool_type", "norm_kwargs"}
-    # With one token to pool it is all the same whether the norm comes before; tables of positions are weights.
+    # The order of norm and pooling does not matter for a single token; position tables are weights.
     harmless = {"final_ln_after_pool", "pos_embed_type", "output_tokens", "attn_pooler_queries", "attn_pooler_heads"}
     others = [
         key for key, value in cfg.items() if value and key not in plain | harmless and not key.startswith("timm_")
@@ -189,7 +191,7 @@ def clip_vision_obstacle(config: OpenClipVisionConfig) -> str | None:
 
 
 def _clip_vision_state_dict(visual: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the weights of open_clip's plain ViT to those of transformers' CLIP."""
+    """Rename the weights of open_clip's plain ViT as transformers' CLIP names them."""
     renamed = {
         "vision_model.embeddings.class_embedding": visual["class_embedding"],
         "vision_model.embeddings.patch_embedding.weight": visual["conv1.weight"],
@@ -201,12 +203,12 @@ def _clip_vision_state_dict(visual: dict[str, torch.Tensor]) -> dict[str, torch.
     for key, value in visual.items():
         path, _, kind = key.rpartition(".")
         if path in ("ln_pre", "ln_post"):
-            # "pre_layrnorm" is spelled so in transformers.
+            # transformers does spell it "pre_layrnorm".
             renamed[f"vision_model.{'pre_layrnorm' if path == 'ln_pre' else 'post_layernorm'}.{kind}"] = value
         elif path.startswith("transformer.resblocks."):
             layer, _, part = path.removeprefix("transformer.resblocks.").partition(".")
             prefix = f"vision_model.encoder.layers.{layer}"
-            if part == "attn":  # in_proj_weight and in_proj_bias: query, key and value above one another
+            if part == "attn":  # in_proj_weight and in_proj_bias: query, key and value stacked
                 for name, third in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3)):
                     renamed[f"{prefix}.self_attn.{name}.{kind.removeprefix('in_proj_')}"] = third
             else:

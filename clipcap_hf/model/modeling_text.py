@@ -20,65 +20,64 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig
 
 
-# Their `forward` looks like any other, but they carry one state from token to token, not keys and values.
+# Their `forward` looks like any other, but they carry a recurrent state, not keys and values.
 _RECURRENT = ("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm")
 
 
 def check_language_model(config: PreTrainedConfig):
-    """Check that a language model of this configuration can write captions, before its weights are read.
+    """Check before loading the weights that a language model of this configuration can write captions.
 
-    A captioner hands over a prefix of embeddings, masks padding on the left and reorders keys and values between beams.
+    Captioning needs a prefix of embeddings, a mask for left padding, and keys and values that beams can reorder.
 
     Raises:
-        ValueError: If this kind of language model cannot do so.
+        ValueError: If this kind of language model lacks one of these.
     """
     config = config.get_text_config()
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None:  # code of its own
+    if model_class is None:  # custom code
         return
     arguments = inspect.signature(model_class.forward).parameters
     lacks = None
     if config.model_type in _RECURRENT:
         lacks = "carries a recurrent state instead of keys and values, which beam search and padding need"
     elif "inputs_embeds" not in arguments:
-        lacks = "takes no embeddings (`inputs_embeds`), and the prefix is made of them"
+        lacks = "takes no embeddings (`inputs_embeds`), which the prefix consists of"
     elif "attention_mask" not in arguments:
         lacks = "takes no attention mask, which padded prompts need"
     elif not {"cache", "past_key_values"} & set(arguments):
         lacks = "has no cache of keys and values, which decoding needs"
     if lacks is not None:
         raise ValueError(
-            f"A `{config.model_type}` cannot be a captioner's language model: it {lacks}. Choose another, such as GPT-2, "
-            "Llama, Qwen or OPT."
+            f"A `{config.model_type}` cannot be a captioner's language model: it {lacks}. Choose another, such as "
+            "GPT-2, Llama, Qwen or OPT."
         )
 
 
 def load_tokenizer(folder: str, config: PreTrainedConfig, **kwargs) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer beside a language model, or return `None` where there is none.
+    """Load the tokenizer in a language model's folder; return `None` if there is none.
 
     Raises:
-        ValueError: If the language model of this configuration is unfit for captions, or embeds fewer tokens than the
-            tokenizer has.
+        ValueError: If the language model cannot write captions, or embeds fewer tokens than the tokenizer has.
     """
     check_language_model(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
     except (ImportError, OSError, TypeError, ValueError):  # TypeError: old tokenizers without their files
         return None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one of weights alone
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers for want of files
         return None
     tokens, rows = placeholder_id(tokenizer), config.get_text_config().vocab_size
     if tokens > rows:
         raise ValueError(
             f"The tokenizer of {folder} has {tokens} tokens, but its language model embeds {rows}: does it belong to "
-            "another model? If tokens were added to it, load both, call `resize_token_embeddings(len(tokenizer))` on "
-            "the language model, and save it beside the tokenizer."
+            "another model? If you added tokens to it, load both, call `resize_token_embeddings(len(tokenizer))` on "
+            "the language model, and save both into one folder."
         )
     return tokenizer
 
 
 def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the `<image>` placeholder, by default the first that the tokenizer does not use.
+    """Return the id of the `<image>` placeholder, by default the tokenizer's first unused id.
 
     It may lie below `vocab_size`: many language models (OPT, Qwen) embed more tokens than their tokenizers have.
     """
@@ -86,10 +85,10 @@ def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def fuse_gelu(language_model: PreTrainedModel):
-    """Replace GPT-2's activation, which takes eight passes over memory, by torch's single kernel for it.
+    """Replace GPT-2's activation, which takes eight passes over memory, by torch's single kernel.
 
-    `activation_function="gelu_pytorch_tanh"` would do the same where a model is built from its configuration. By hand it
-    also serves models that are already loaded, and `config.json` keeps saying what the language model was trained with.
+    Unlike `activation_function="gelu_pytorch_tanh"`, this also works on a loaded model and leaves its configuration
+    unchanged.
     """
     for module in language_model.modules():
         for name, child in module.named_children():
@@ -100,14 +99,14 @@ def fuse_gelu(language_model: PreTrainedModel):
 def caption_generation_config(
     language_model: PreTrainedModel, config: ClipCapConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> GenerationConfig:
-    """Build the generation settings of a new captioner: where captions end, and how long they may be."""
+    """Build a new captioner's generation settings: the end of captions and their largest length."""
     text_config = config.text_config.get_text_config()
     eos_token_id, pad_token_id = _end_ids(language_model, tokenizer), language_model.generation_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
     if pad_token_id is not None and pad_token_id >= text_config.vocab_size:
-        pad_token_id = 0  # finished captions are padded with it while others go on, so it needs an embedding
-    # 67 tokens is the official decoders' limit, and they do not sample.
+        pad_token_id = 0  # it pads finished captions while others continue, so it needs an embedding
+    # The official decoders stop after 67 tokens.
     context = getattr(text_config, "max_position_embeddings", None)
     return GenerationConfig(
         max_new_tokens=67 if context is None else min(67, context - config.prefix_length),
@@ -118,7 +117,7 @@ def caption_generation_config(
 
 
 def _end_ids(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | list[int] | None:
-    # Captions are trained to end with the tokenizer's end token, which the language model may not list as one.
+    # Training captions end with the tokenizer's end token, which the language model's settings may lack.
     ends, own = language_model.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)
     if own is None or own == ends:
         return ends
@@ -131,7 +130,7 @@ def _end_ids(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def load_language_model(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
     """Load a causal language model by Hub id or folder.
 
-    Code from its repository is not run unless `trust_remote_code=True` is passed.
+    Code in its repository only runs with `trust_remote_code=True`.
 
     Raises:
         ValueError: If this kind of language model cannot write captions, see [`check_language_model`].
@@ -149,7 +148,7 @@ def load_language_model(name: str, dtype: torch.dtype | str, **kwargs) -> PreTra
 def _load_gguf(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
     check_can_read_gguf(name)
     read = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    # transformers takes the model for a quantised one and refuses to save it, though its weights are ordinary ones.
+    # transformers considers the model quantised and refuses to save it, though its weights are ordinary.
     config = copy.deepcopy(read.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -159,6 +158,6 @@ def _load_gguf(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel
 
 
 def check_can_read_gguf(name: str):
-    """Raise an `ImportError` that says what to install, if the package that reads GGUF files is missing."""
+    """Raise an `ImportError` that says what to install if the `gguf` package is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"The weights of {name} are a GGUF file, which needs the package gguf: `pip install gguf`.")

@@ -1,4 +1,4 @@
-"""Vision towers: which class a tower has, how it is loaded by name, and what the mapping network reads of it."""
+"""Vision towers: their classes, loading by name, and the features that the mapping network reads."""
 
 import difflib
 import math
@@ -22,7 +22,7 @@ from .modeling_open_clip import OpenClipVisionModel, clip_vision_obstacle, load_
 from .modeling_xclip import XCLIPVideoModel
 
 
-# AutoModel would leave out CLIP's projection, and X-CLIP's integration of the frames.
+# AutoModel would omit CLIP's projection and X-CLIP's integration of frames.
 _TOWER_CLASSES = {
     "clip_vision_model": CLIPVisionModelWithProjection,
     "metaclip_2_vision_model": MetaClip2VisionModelWithProjection,
@@ -32,7 +32,7 @@ _TOWER_CLASSES = {
     "detector_vision_model": DetectorVisionModel,
 }
 
-# For suggestions only: the Hub cannot be asked what names are near.
+# For suggestions only: the Hub offers no search for similar names.
 _POPULAR_TOWERS = (
     "openai/clip-vit-base-patch32",
     "openai/clip-vit-base-patch16",
@@ -51,12 +51,12 @@ _POPULAR_TOWERS = (
 
 
 def vision_tower_class(model_type: str) -> type:
-    """Return the class that gives the image embedding; by name, since remote code has classes of its own."""
+    """Return the class of a tower; by name, since remote code has its own configuration classes."""
     return _TOWER_CLASSES.get(model_type, AutoModel)
 
 
 def build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a tower of this configuration with random weights."""
+    """Build a tower with random weights from its configuration."""
     tower_class = vision_tower_class(vision_config.model_type)
     if tower_class is not AutoModel:
         return tower_class(vision_config)
@@ -66,15 +66,15 @@ def build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(
-            f"AutoModel of transformers knows no `{vision_config.model_type}`: choose another tower."
+            f"transformers' AutoModel does not support `{vision_config.model_type}`: choose another tower."
         ) from None
 
 
 def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
-    """Load the configuration of a tower by name, as [`load_vision_tower`] takes it, without its weights.
+    """Load a tower's configuration by any name that [`load_vision_tower`] accepts, without the weights.
 
     Raises:
-        ValueError: If there is no such tower; the message suggests the nearest names.
+        ValueError: If there is no such tower; the message suggests similar names.
     """
     if is_open_clip_name(name):
         return load_open_clip_config(name, **_hub_kwargs(kwargs))
@@ -82,14 +82,14 @@ def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         if name in _POPULAR_TOWERS:
-            raise ValueError(f"The vision tower {name!r} could not be loaded: {error}") from error
+            raise ValueError(f"Could not load the vision tower {name!r}: {error}") from error
         raise ValueError(f"There is no vision tower {name!r}{_suggestion(name)} ({error})") from error
     if config.model_type == "clipcap":
-        raise ValueError(f"{name} is a captioner, not a vision tower: pass the name of the tower that it has.")
-    # A repository of a whole CLIP holds its tower's configuration inside its own.
+        raise ValueError(f"{name} is a captioner, not a vision tower: pass the name of its vision tower.")
+    # The configuration of a complete CLIP contains its tower's.
     vision_config = getattr(config, "vision_config", None) or config
     if vision_config.model_type in PROJECTED_TOWERS:
-        # A whole CLIP goes by its own.
+        # A complete CLIP uses its own, not the tower's.
         vision_config.projection_dim = getattr(config, "projection_dim", vision_config.projection_dim)
     return vision_config
 
@@ -103,17 +103,17 @@ def load_vision_tower(
     makes the captioner loadable without open_clip; its other towers are [`OpenClipVisionModel`].
 
     Args:
-        name (`str`): A Hub id or folder of transformers, of a tower or of a model with a `vision_config`
-            (`"openai/clip-vit-base-patch32"`), or an open_clip checkpoint (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"` or a
-            folder with `open_clip_config.json`).
-        dtype (`torch.dtype`, *optional*): Of the weights.
-        vision_feature (`str`): As in [`ClipCapConfig`]; the weights of a pooling layer may be missing for `"patches"`.
-        kwargs: For the tower's `from_pretrained` (`revision`, `token`, ...).
+        name (`str`): The Hub id or folder of a tower or of a model with a `vision_config`
+            (`"openai/clip-vit-base-patch32"`), or an open_clip checkpoint (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"` or
+            a folder with `open_clip_config.json`).
+        dtype (`torch.dtype`, *optional*): The dtype of the weights.
+        vision_feature (`str`): As in [`ClipCapConfig`]; `"patches"` needs no weights of a pooling layer.
+        kwargs: Arguments of the tower's `from_pretrained` (`revision`, `token`, ...).
 
     Raises:
         ValueError: If there is no such tower, or its checkpoint lacks weights, which would be random.
     """
-    kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and whatever is on stdin answers
+    kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks on standard input
     vision_config = load_vision_config(name, **kwargs)
     if is_open_clip_name(name):
         tower = OpenClipVisionModel.from_open_clip(name, dtype=dtype, **_hub_kwargs(kwargs))
@@ -127,8 +127,8 @@ def load_vision_tower(
         missing = [key for key in missing if "pool" not in key and "head" not in key]
     if missing:
         raise ValueError(
-            f"{name} lacks {len(missing)} weights of its `{vision_config.model_type}` tower, for example {missing[0]}, "
-            "which would be random. Choose a checkpoint that has them"
+            f"{name} lacks {len(missing)} weights of its `{vision_config.model_type}` tower, for example "
+            f"{missing[0]}, which would be random. Choose a checkpoint that has them"
             + ('; `vision_feature="patches"` needs no pooling layer.' if "pool" in missing[0] else ".")
         )
     return tower
@@ -139,7 +139,7 @@ def _hub_kwargs(kwargs: dict) -> dict:
 
 
 def _suggestion(name: str) -> str:
-    # The official code says "ViT-B/32" for what is "ViT-B-32/openai" here.
+    # The official code's "ViT-B/32" is "ViT-B-32/openai" here.
     known = {known.lower(): known for known in (*list_open_clip_names(), *_POPULAR_TOWERS) if known != name}
     names = (name.lower(), f"{name.lower().replace('/', '-')}/openai")
     near = [known[found] for text in names for found in difflib.get_close_matches(text, known, n=2, cutoff=0.75)]
@@ -149,7 +149,7 @@ def _suggestion(name: str) -> str:
 
 
 def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> int:
-    """Find the width of what the mapping network reads of a tower, by a pass of the tower without weights.
+    """Find the width of a tower's feature by a forward pass on the meta device, without weights.
 
     Raises:
         ValueError: If the tower cannot give this feature.
@@ -164,7 +164,7 @@ def vision_feature_dim(vision_config: PreTrainedConfig, vision_feature: str) -> 
             if tower.main_input_name != "pixel_values":
                 raise TypeError(f"it takes `{tower.main_input_name}`")
             embeds, _ = embed_pixels(tower, torch.zeros(1, 3, height, width), vision_feature)
-    except NotImplementedError:  # an operation that needs real numbers
+    except NotImplementedError:  # an operation that the meta device cannot run
         return clip_embed_dim_of(vision_config, vision_feature)
     except TypeError as error:
         raise ValueError(f"A `{vision_config.model_type}` is not an encoder of plain images: {error}") from error
@@ -179,13 +179,13 @@ def embed_pixels(
     Args:
         tower ([`~transformers.PreTrainedModel`]): The vision tower.
         pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)` or `(batch, frames, 3, height, width)`):
-            Preprocessed images, or videos. Towers of images embed each frame, and the embeddings are averaged.
+            Preprocessed images or videos. Image towers embed each frame, and the embeddings are averaged.
         vision_feature (`str`): `"pooled"`: the projected or pooled embedding, or the mean of the patch tokens where a
             tower has neither. `"patches"`: the last hidden state of each patch, without class and register tokens.
-        kwargs: For the tower.
+        kwargs: Arguments of the tower's `forward`.
 
     Returns:
-        Embeddings of shape `(batch, dim)`, or `(batch, patches, dim)` of patches, and the tower's outputs.
+        Embeddings of shape `(batch, dim)`, or `(batch, patches, dim)` for patches, and the tower's outputs.
     """
     model_type = tower.config.model_type
     if pixel_values.ndim not in (4, 5):
@@ -211,7 +211,7 @@ def embed_pixels(
 def _pooled_embeds(outputs: ModelOutput, config: PreTrainedConfig, image_size: tuple[int, int]) -> torch.Tensor:
     for name in ("image_embeds", "pooler_output"):
         if (embeds := outputs.get(name)) is not None:
-            return embeds.flatten(1)  # convolutional towers of transformers pool to (batch, channels, 1, 1)
+            return embeds.flatten(1)  # convolutional towers pool to (batch, channels, 1, 1)
     return _patch_tokens(outputs, config, image_size).mean(1)
 
 
@@ -227,6 +227,6 @@ def _patch_tokens(outputs: ModelOutput, config: PreTrainedConfig, image_size: tu
     patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size[-2:]
     patches = (image_size[0] // patch_height) * (image_size[1] // patch_width)
     tokens = hidden_states.shape[1]
-    if patches > tokens and image_size[0] == image_size[1]:  # a pyramid, whose last stage is coarser than its patches
+    if patches > tokens and image_size[0] == image_size[1]:  # a pyramid: its last stage is coarser than its patches
         patches = math.isqrt(tokens) ** 2
     return hidden_states[:, -patches:]

@@ -1,4 +1,4 @@
-"""The video encoder of X-CLIP, which transformers has only together with its text encoder."""
+"""X-CLIP's video encoder, which transformers offers only together with the text encoder."""
 
 import copy
 
@@ -11,12 +11,13 @@ from transformers.models.x_clip.modeling_x_clip import XCLIPMultiframeIntegratio
 
 class XCLIPVideoModel(XCLIPPreTrainedModel):
     r"""
-    `pixel_values` (batch, frames, 3, height, width), with `config.num_frames` frames, in; `pooler_output` (batch,
-    `config.mit_hidden_size`) out: what [`~transformers.XCLIPModel.get_video_features`] gives. Loads from a repository
-    of a whole X-CLIP.
+    Embed videos as [`~transformers.XCLIPModel.get_video_features`] does.
+
+    Takes `pixel_values` (batch, frames, 3, height, width) with `config.num_frames` frames, and returns `pooler_output`
+    (batch, `config.mit_hidden_size`). Loads from the repository of a complete X-CLIP.
 
     Raises:
-        ValueError: If the pixels are those of single images, or the number of frames is another.
+        ValueError: If `pixel_values` are single images, or have another number of frames.
     """
 
     config: XCLIPVisionConfig
@@ -26,7 +27,7 @@ class XCLIPVideoModel(XCLIPPreTrainedModel):
     def __init__(self, config: XCLIPVisionConfig):
         super().__init__(config)
         self.vision_model = XCLIPVisionModel(config)
-        # What is projected goes straight into the integration transformer, so the widths are the same.
+        # The projection feeds the integration transformer, so it has that transformer's width.
         self.visual_projection = nn.Linear(config.hidden_size, config.mit_hidden_size, bias=False)
         mit_config = copy.copy(config)
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

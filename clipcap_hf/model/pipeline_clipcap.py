@@ -1,4 +1,4 @@
-"""`pipeline("image-captioning", ...)`."""
+"""The image-captioning pipeline: `pipeline("image-captioning", ...)`."""
 
 import os
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from .model_card_clipcap import PushesModelCard, write_model_card
 
 class ImageCaptioningPipeline(PushesModelCard, Pipeline):
     r"""
-    Captions for images: `pipeline("image-captioning", model=...)`.
+    Caption images: `pipeline("image-captioning", model=...)`.
 
     Example:
 
@@ -31,7 +31,8 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
     >>> len(captions), sorted(captions[0][0])
     (2, ['generated_text'])
 
-    ```"""
+    ```
+    """
 
     _load_processor = True
     _load_image_processor = False
@@ -48,13 +49,13 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
         generate_kwargs=None,
         **generation_parameters,
     ):
-        # Every other argument is one of generate(): `num_beams=3`, `num_return_sequences=5`, ...
+        # All other arguments go to generate(): `num_beams=3`, `num_return_sequences=5`, ...
         generate_kwargs = {**(generate_kwargs or {}), **generation_parameters}
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
         preprocess = {"prompt": prompt, "timeout": timeout}
         preprocess = {name: value for name, value in preprocess.items() if value is not None}
-        # Flat, so that arguments of a call are added to those given at the start.
+        # Flat, so that a call's arguments add to those of the constructor.
         forward = generate_kwargs
         if return_scores is not None:
             forward["return_scores"] = return_scores
@@ -62,20 +63,22 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
 
     def __call__(self, images, **kwargs):
         r"""
+        Caption one image or several.
+
         Args:
             images (path, URL, bytes, base64 text, array, `PIL.Image.Image`, a list of them, or a dataset): What to
-                caption, see [`~clipcap_hf.model.images_clipcap.load_image`]. Several may be a list, an array of images
+                caption, see [`~clipcap_hf.model.images_clipcap.load_image`]. Pass several images as a list, an array
                 (batch, height, width, channels), a column of `datasets` (`dataset["image"]`), a data set with a column
-                `image`, or a generator. They may be batched with `batch_size=`. A video is given as `{"video": VIDEO}`,
-                with anything that the processor takes as one.
-            kwargs: `prompt` (`str`), a beginning that every caption continues; `timeout` (`float`), seconds for the whole
-                download of each URL; `return_scores` (`bool`), adds the `score`, the mean log-probability of the
+                `image`, or a generator; `batch_size=` batches them. Pass a video as `{"video": VIDEO}`, in any form
+                that the processor accepts.
+            kwargs: `prompt` (`str`), which every caption continues; `timeout` (`float`), seconds for the whole
+                download of each URL; `return_scores` (`bool`), to add a `score`, the mean log-probability of the
                 caption's tokens; `max_new_tokens`, `num_beams`, `num_return_sequences` and every other argument of
                 `generate()`, also as `generate_kwargs`.
 
         Returns:
-            `list[dict]` for one image, a list of them for several (from a generator or a torch data set, an iterator over
-            them): `generated_text`, prompt included, of each caption.
+            For one image, a `list[dict]` with the `generated_text` of each caption, prompt included. For several, a
+            list of such lists, or an iterator over them for a generator or a torch data set.
         """
         images, several = _as_pipeline_input(images)
         if several and len(images) == 0:
@@ -90,7 +93,7 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
             inputs = self.processor(images=[_of_row(image)], text=prompt, timeout=timeout, return_tensors="pt")
         if len(inputs["input_ids"]) != 1:
             raise ValueError(
-                f"One image or video expected, got {len(inputs['input_ids'])} in a nested list or array: pass them as "
+                f"Expected one image or video, got {len(inputs['input_ids'])} in a nested list or array: pass them as "
                 "one flat list."
             )
         return inputs.to(dtype=self.dtype)
@@ -123,20 +126,20 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
         **kwargs,
     ):
         r"""
-        Save model and processor, and a model card unless the folder has one.
+        Save model, processor and, unless the folder has one, a model card.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
             save_frozen (`bool`, *optional*): See [`ClipCapForConditionalGeneration.save_pretrained`].
-            with_code (`bool`, *optional*): Also put the code next to the weights, for people without this package; see
+            with_code (`bool`, *optional*): Also save the code next to the weights, for users without this package; see
                 [`add_code`].
-            kwargs: For `save_pretrained` of model and processor (`max_shard_size`, ...).
+            kwargs: Arguments of the model's `save_pretrained` (`max_shard_size`, ...).
         """
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
-                "Use `push_to_hub(repo_id)` of the pipeline: it pushes model, processor and card in one commit."
+                "Use the pipeline's `push_to_hub(repo_id)`: it pushes model, processor and card in one commit."
             )
-        # Pipeline's own method leaves the processor out, and copies only this file next to the weights.
+        # Pipeline's own method omits the processor, and copies only this file next to the weights.
         self.model.save_pretrained(save_directory, save_frozen=save_frozen, **kwargs)
         self.processor.save_pretrained(save_directory)
         if self._push_with_code if with_code is None else with_code:
@@ -145,7 +148,7 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
 
     def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs):
         r"""
-        Push model, processor and model card to the Hub, in one commit.
+        Push model, processor and model card to the Hub in one commit.
 
         Args:
             repo_id (`str`): The repository.
@@ -160,7 +163,7 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
 
 
 class _Rows(torch.utils.data.Dataset):
-    """A column or data set that is read row by row, when a row's turn comes."""
+    """A column or data set, read lazily row by row."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -173,7 +176,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 def _as_pipeline_input(images: Any) -> tuple[Any, bool]:
-    """What `Pipeline` understands, and whether it is a sequence whose captions come as a list."""
+    """Convert images to a form that `Pipeline` accepts, and tell whether their captions should be a list."""
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return (list(images), True) if images.ndim == 4 else (images, False)
     if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, dict, Image.Image)) or hasattr(
@@ -188,16 +191,16 @@ def _as_pipeline_input(images: Any) -> tuple[Any, bool]:
         return _Rows(images), True
     if isinstance(images, Iterable):
         return (image for image in images), False
-    raise ValueError(f"{shorten(type(images).__name__)}: neither an image nor several")
+    raise ValueError(f"{shorten(type(images).__name__)}: neither an image nor a collection of images")
 
 
 def _of_row(image: Any) -> Any:
-    """The image of a data set's row, or the image itself."""
+    """Return the image in a data set's row, or the image itself."""
     if not isinstance(image, dict) or "bytes" in image or "path" in image:
         return image
     if "image" not in image:
         found = shorten(", ".join(map(str, image)) or "nothing")
-        raise ValueError(f'A row needs a column `image`, this one has {found}: pass `dataset["COLUMN"]`.')
+        raise ValueError(f'A row needs a column `image`, but this one has {found}: pass `dataset["COLUMN"]`.')
     return image["image"]
 
 

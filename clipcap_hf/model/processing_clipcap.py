@@ -1,4 +1,4 @@
-"""Prompts with placeholders, and images, videos or embeddings, to model inputs."""
+"""The processor: turns prompts with images, videos or embeddings into model inputs."""
 
 import copy
 import json
@@ -14,13 +14,13 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from .configuration_clipcap import IMAGE_TOKEN
 from .donors_clipcap import donor_folder
 from .image_processing_open_clip import OpenClipImageProcessor, image_processor_from_open_clip
-from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (known by this module's name, too)
+from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 from .modeling_vision import load_vision_config
 from .video_frames import list_videos, read_frames
 
 
-# Images and videos become the prompt template, texts stay as they are; what the assistant said is marked for masks.
+# Images and videos become the prompt template, texts stay unchanged; the assistant's words are marked for loss masks.
 _CHAT_TEMPLATE = """{%- macro render(content) -%}
 {%- if content is string %}{{ content }}
 {%- else %}{%- for part in content %}
@@ -34,7 +34,8 @@ _CHAT_TEMPLATE = """{%- macro render(content) -%}
 
 
 class ClipCapImagesKwargs(ImagesKwargs, total=False):
-    r"""
+    r"""Arguments for the images.
+
     timeout (`float`, *optional*):
         Seconds for the whole download of each URL; 30 by default.
     """
@@ -44,28 +45,28 @@ class ClipCapImagesKwargs(ImagesKwargs, total=False):
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: ClipCapImagesKwargs
-    # A captioner's own tokenizer adds no begin and end tokens (Llama, OPT, BERT): they belong neither before the prefix,
-    # where generate() without a prompt has none, nor after a prompt that is to be continued.
+    # No begin or end tokens (Llama, OPT, BERT): generate() without a prompt has none, and prompts are to be continued.
     _defaults = {"text_kwargs": {"add_special_tokens": False}}
 
 
 class ClipCapProcessor(ProcessorMixin):
     r"""
-    Image processor and tokenizer of a [`ClipCapForConditionalGeneration`]. It puts `prefix_length` placeholders
-    `<image>` in front of each text that has none; the model replaces them by the prefix.
+    Combine the image processor and the tokenizer of a [`ClipCapForConditionalGeneration`].
+
+    Texts without `<image>` get `prefix_length` of these placeholders in front; the model replaces them by the prefix.
 
     Args:
-        image_processor ([`~transformers.BaseImageProcessor`], *optional*): The transform that the vision tower was
-            trained with. `None` for a captioner that works on embeddings alone.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's. The processor works with a copy that
-            has the placeholder, a padding token (the end token, if it has none), and pads on the left, as generation
-            needs; the collator for training pads on the right.
+        image_processor ([`~transformers.BaseImageProcessor`], *optional*): The vision tower's own image processor.
+            `None` for a captioner that takes embeddings only.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's tokenizer. The processor uses
+            a copy with the placeholder and a padding token (by default the end token), which pads on the left for
+            generation; the training collator pads on the right.
         prefix_length (`int`): The model's `config.prefix_length`.
         num_frames (`int`): Number of frames taken from each video.
-        prompt_template (`str`): Text around the placeholder, with one `<image>`, that a frozen language model was trained
-            to be prompted with. It goes around each text without a placeholder, and is removed from decoded captions.
-        chat_template (`str`, *optional*): For [`~ProcessorMixin.apply_chat_template`]. By default the messages follow
-            each other as they are, with `prompt_template` in place of images and videos.
+        prompt_template (`str`): The prompt that a frozen language model expects, with one `<image>`. It is put before
+            each text without a placeholder, and removed from decoded captions.
+        chat_template (`str`, *optional*): For [`~ProcessorMixin.apply_chat_template`]. By default, it joins the
+            unchanged messages, with `prompt_template` in place of images and videos.
     """
 
     valid_processor_kwargs = ClipCapProcessorKwargs
@@ -81,7 +82,7 @@ class ClipCapProcessor(ProcessorMixin):
         **kwargs,
     ):
         if prompt_template.count(IMAGE_TOKEN) != 1:
-            raise ValueError(f"`prompt_template` must hold one {IMAGE_TOKEN}, got {prompt_template!r}.")
+            raise ValueError(f"`prompt_template` must hold exactly one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
             raise ValueError("ClipCapProcessor needs a tokenizer.")
         tokenizer = _captioning_tokenizer(tokenizer)
@@ -103,25 +104,25 @@ class ClipCapProcessor(ProcessorMixin):
         **kwargs,
     ) -> BatchFeature:
         r"""
+        Prepare the model's inputs.
+
         Args:
-            images (anything that [`load_image`] reads, or a list, *optional*): One image per text. Images of any kind
-                become upright RGB first.
-            text (`str` or `list[str]`, *optional*): Prompts to continue; one prompt serves all images. None by default.
-            videos (list of frames, array (frames, height, width, 3), path, or a list of them, *optional*): One video per
-                text, in place of images, see [`~clipcap_hf.model.video_frames.read_frames`].
-            clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images; or
-                patch tokens, `(batch, patches, clip_embed_dim)`.
-            kwargs: `num_frames` (`int`), the number of frames taken from each video, evenly spread, by default the
-                processor's own; `timeout` (`float`), seconds for each URL; and arguments of the tokenizer and the image
-                processor (`return_tensors`, `padding`, ...). Texts of unequal length are padded.
+            images (anything that [`load_image`] reads, or a list, *optional*): One image per text, made upright RGB.
+            text (`str` or `list[str]`, *optional*): Prompts to continue; a single one is for all images.
+            videos (list of frames, array (frames, height, width, 3), path, or a list of them, *optional*): One video
+                per text, in place of images, see [`~clipcap_hf.model.video_frames.read_frames`].
+            clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images,
+                or patch tokens `(batch, patches, clip_embed_dim)`.
+            kwargs: `num_frames` (`int`), evenly spaced frames per video, by default the processor's; `timeout`
+                (`float`), seconds for each URL; and arguments of the tokenizer and the image processor
+                (`return_tensors`, `padding`, ...). Texts of unequal length are padded.
 
         Returns:
-            [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` (batch, sequence), and `pixel_values`
-            (batch, 3, height, width), of videos (batch, frames, 3, height, width), or `clip_embeds`.
+            [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` (batch, sequence), with `clip_embeds` or
+            `pixel_values`, (batch, 3, height, width) for images, (batch, frames, 3, height, width) for videos.
 
         Raises:
-            ValueError: If there is nothing to process, the numbers of images and texts differ, or truncation would cut
-                placeholders.
+            ValueError: If nothing is given, the numbers of images and texts differ, or truncation cuts placeholders.
         """
         visual = (("images", images), ("videos", videos), ("clip_embeds", clip_embeds))
         given = [name for name, value in visual if value is not None]
@@ -146,7 +147,7 @@ class ClipCapProcessor(ProcessorMixin):
             count = len(visual_inputs["clip_embeds"])
 
         flags = ("return_mm_token_type_ids", "return_text_replacement_offsets")
-        # Newer releases of transformers keep them apart from the tokenizer's arguments.
+        # Newer releases of transformers list these flags separately from the tokenizer's arguments.
         text_kwargs = {**{name: merged[name] for name in flags if name in merged}, **merged["text_kwargs"]}
         text_inputs = self.tokenize_prompts(text, count, **text_kwargs)
         return BatchFeature(
@@ -193,7 +194,7 @@ class ClipCapProcessor(ProcessorMixin):
         return inputs
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, timeout=None, **kwargs):
-        """Make images a flat list of upright RGB, and text a list."""
+        """Convert images to a flat list of upright RGB images, and text to a list."""
         if images is not None:
             images = [load_image(image, timeout) for image in flat_list_of_images(images)]
         if text is not None:
@@ -201,25 +202,24 @@ class ClipCapProcessor(ProcessorMixin):
         return images, text, videos, audio
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders of one image, in whose place the model puts the prefix."""
+        """Return the placeholders of one image, which the model replaces by the prefix."""
         return IMAGE_TOKEN * self.prefix_length
 
     def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
-        """Decode token ids (batch, sequence), without the text of `prompt_template`. Ids below 0, as in the labels and
-        predictions of trainers, count as padding."""
+        """Decode token ids (batch, sequence) without `prompt_template`; negative ids (of labels) count as padding."""
         texts = self.tokenizer.batch_decode(self._without_ignored(sequences), *args, **kwargs)
         return [self._without_template(text) for text in texts]
 
     def decode(self, token_ids, *args, **kwargs) -> str | list[str]:
-        """As [`batch_decode`], of one sequence or of several."""
+        """Decode one sequence or several, as [`batch_decode`] does."""
         text = self.tokenizer.decode(self._without_ignored(token_ids), *args, **kwargs)
         return self._without_template(text) if isinstance(text, str) else [self._without_template(one) for one in text]
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
-        """Decode what `generate()` returned, for pipelines of transformers."""
+        """Decode the output of `generate()`, for transformers' pipelines."""
         return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    # `Seq2SeqTrainer` pads captions that end early with its processing class' own.
+    # `Seq2SeqTrainer` reads the padding token from its processing class.
     @property
     def pad_token(self) -> str:
         return self.tokenizer.pad_token
@@ -244,7 +244,7 @@ class ClipCapProcessor(ProcessorMixin):
         frames = [load_image(frame) for video in videos for frame in video]
         inputs = self.image_processor(frames, **{**images_kwargs, "return_tensors": "np"})
         pixel_values = inputs["pixel_values"]
-        # Image processors of video models (VideoMAE's) take all frames for one video.
+        # Image processors of video models (VideoMAE) treat all frames as a single video.
         return {"pixel_values": pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[-3:])}, len(videos)
 
     def _one_placeholder_per_image(self, text: str | list[str] | None, num_images: int) -> list[str]:
@@ -269,26 +269,26 @@ class ClipCapProcessor(ProcessorMixin):
         kept = sum(list(map(int, ids)).count(self.image_token_id) for ids in input_ids)
         if kept != num_images * self.prefix_length:
             raise ValueError(
-                f"Truncation to {max_length} tokens would cut placeholders: each image takes {self.prefix_length} tokens. "
-                "Raise `max_length` or shorten the prompt."
+                f"Truncation to {max_length} tokens would cut placeholders: each image takes {self.prefix_length} "
+                "tokens. Raise `max_length` or shorten the prompt."
             )
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
-        # Serving engines ask for this before they see an image. A prefix has the same length for every image size.
+        # Serving engines call this before they see an image. The prefix length does not depend on the image size.
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.prefix_length] * count, num_image_patches=[1] * count)
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        # A captioner that works on embeddings alone has no image processor.
+        # A captioner that takes embeddings only has no image processor.
         if argument is not None or argument_name != "image_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         if self.image_processor is not None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        self.get_attributes = lambda: ["tokenizer"]  # ProcessorMixin saves every part that the class may have
+        self.get_attributes = lambda: ["tokenizer"]  # ProcessorMixin saves every part that the class can have
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
@@ -301,20 +301,20 @@ class ClipCapProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # Pillow's resampling is what CLIP was trained with; torchvision's, the default, is off by up to 2/255.
+        # CLIP was trained with Pillow's resampling; torchvision's, the default, differs by up to 2/255.
         backend = kwargs.pop("backend", "pil")
         try:
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except ValueError as error:
             raise OSError(
-                f"{pretrained_model_name_or_path} has no processor, at least no tokenizer that can be read: save one into "
-                "the model's folder by `processor.save_pretrained(...)` or `processor.push_to_hub(...)`, or pass "
+                f"{pretrained_model_name_or_path} has no processor, or none with a readable tokenizer: save one into "
+                "the model's folder with `processor.save_pretrained(...)` or `processor.push_to_hub(...)`, or pass "
                 "`processor=` to the pipeline."
             ) from error
         image_processor = None
         image_processor_dict = (processor_dict or {}).get("image_processor", {})
         if (image_processor_dict or {}).get("image_processor_type") == "OpenClipImageProcessor":
-            # By its class, which need not be registered where this file is remote code.
+            # Not by `AutoImageProcessor`: the class may be unregistered where this file runs as remote code.
             image_processor = OpenClipImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         elif image_processor_dict is not None:
             name = pretrained_model_name_or_path
@@ -332,15 +332,15 @@ class ClipCapProcessor(ProcessorMixin):
         text_kwargs: dict | None = None,
     ) -> "ClipCapProcessor":
         """
-        Make the processor of [`ClipCapForConditionalGeneration.from_vision_text_pretrained`] with the same names.
+        Make the processor for [`ClipCapForConditionalGeneration.from_vision_text_pretrained`] with the same names.
 
         Args:
             vision (`str` or `None`): Hub id, folder or open_clip name of the vision tower.
             text (`str`): Hub id or folder of the language model.
             prefix_length (`int`): The model's `config.prefix_length`.
-            num_frames (`int`): Number of frames taken from each video; a video encoder's own number comes first.
-            vision_kwargs (`dict`, *optional*): For loading the image processor (`revision`, `token`, ...).
-            text_kwargs (`dict`, *optional*): For loading the tokenizer.
+            num_frames (`int`): Number of frames taken from each video; a video encoder's own number overrides it.
+            vision_kwargs (`dict`, *optional*): Arguments for loading the image processor (`revision`, `token`, ...).
+            text_kwargs (`dict`, *optional*): Arguments for loading the tokenizer.
         """
         image_processor = None
         vision, text = (os.fspath(name) if isinstance(name, os.PathLike) else name for name in (vision, text))
@@ -349,18 +349,18 @@ class ClipCapProcessor(ProcessorMixin):
             num_frames = own_num_frames or num_frames
         tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ValueError(f"{text} has no tokenizer: add the files of the language model's tokenizer to it.")
+            raise ValueError(f"{text} has no tokenizer: add the language model's tokenizer files to it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)
 
 
 def _captioning_tokenizer(tokenizer):
-    """A copy, where it needs a change, with placeholder and padding token, that pads on the left."""
+    """Return a tokenizer with placeholder and padding token that pads on the left; a copy if anything changes."""
     if IMAGE_TOKEN in tokenizer.get_vocab() and tokenizer.pad_token is not None and tokenizer.padding_side == "left":
         return tokenizer
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ValueError(
             "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
-            "`tokenizer.eos_token`, at which captions end, and save the tokenizer in its language model's folder."
+            "`tokenizer.eos_token`, which ends captions, and save the tokenizer in its language model's folder."
         )
     tokenizer = copy.deepcopy(tokenizer)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -375,25 +375,25 @@ def _stack_embeds(clip_embeds: Any) -> torch.Tensor:
     clip_embeds = torch.stack([torch.as_tensor(embeds) for embeds in clip_embeds])
     if clip_embeds.ndim not in (2, 3):
         raise ValueError(
-            "`clip_embeds` must have the shape (batch, clip_embed_dim), or (batch, patches, clip_embed_dim) of patches, "
-            f"got {tuple(clip_embeds.shape)}."
+            "`clip_embeds` must have the shape (batch, clip_embed_dim), or (batch, patches, clip_embed_dim) for "
+            f"patches, got {tuple(clip_embeds.shape)}."
         )
     return clip_embeds
 
 
 def load_image_processor(vision: str, **kwargs) -> tuple:
-    """Load a vision tower's transform by name, and the number of frames of a video encoder, or `None`."""
+    """Load a tower's image processor by name, and a video encoder's number of frames (`None` for other towers)."""
     if is_open_clip_name(vision):
         _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **kwargs)
         return image_processor_from_open_clip(preprocess_cfg), None
     try:
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **kwargs)
     except (OSError, ValueError):
-        load_vision_config(vision, **kwargs)  # says so if there is no such tower
+        load_vision_config(vision, **kwargs)  # raises a clearer error if the tower does not exist
         raise
     try:
         return image_processor, getattr(load_vision_config(vision, **kwargs), "num_frames", None)
-    except ValueError:  # a folder may hold the processor alone
+    except ValueError:  # a folder may hold just the processor
         return image_processor, None
 
 

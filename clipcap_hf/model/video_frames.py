@@ -1,4 +1,4 @@
-"""Evenly spread frames of a video: a list of images, an array, an animation or a video file."""
+"""Evenly spaced frames of a video: a list of images, an array, an animation or a video file."""
 
 import os
 from pathlib import Path
@@ -11,13 +11,14 @@ from .images_clipcap import raster_formats, shorten
 
 
 def list_videos(videos) -> list:
-    """List the videos of a single one, as [`read_frames`] takes it, of a list (or 5-D array), or of a list per chat."""
+    """List the videos in a single video, a list or 5-D array of videos, or a list of videos per chat."""
     if isinstance(videos, (str, Path)):
         return [videos]
     if isinstance(videos, (np.ndarray, torch.Tensor)):
         if videos.ndim not in (4, 5):
             raise ValueError(
-                f"A video is an array (frames, height, width, 3), several are 5-D; got the shape {tuple(videos.shape)}."
+                "A video is an array (frames, height, width, 3), several are 5-D; got the shape "
+                f"{tuple(videos.shape)}."
             )
         return [videos] if videos.ndim == 4 else list(videos)
     videos = list(videos)
@@ -31,18 +32,18 @@ def _is_frame(item) -> bool:
 
 
 def _is_list_of_one_video(item) -> bool:
-    """Whether it is a chat's list of videos, which holds one."""
+    """Tell whether this is a chat's list with a single video."""
     return isinstance(item, (list, tuple)) and len(item) == 1 and not _is_frame(item[0])
 
 
 def read_frames(video, num_frames: int) -> list:
     r"""
-    Read the middle frames of `num_frames` equal parts of a video. Shorter videos repeat frames.
+    Read the middle frame of each of `num_frames` equal parts of a video. Shorter videos repeat frames.
 
     Args:
         video (list of frames, array or path): A list of images (`PIL.Image.Image`, arrays or paths); an array of shape
-            (frames, height, width, 3) or (frames, 3, height, width); an animated GIF, WebP or PNG file; or a video file
-            that [`~transformers.video_utils.load_video`] reads, for which PyAV (`pip install av`) must be installed.
+            (frames, height, width, 3) or (frames, 3, height, width); an animated GIF, WebP or PNG file; or a video
+            file for [`~transformers.video_utils.load_video`], which needs PyAV (`pip install av`).
         num_frames (`int`): Number of frames.
 
     Raises:
@@ -67,8 +68,8 @@ def _read_file(path: Path, num_frames: int) -> list | np.ndarray:
         with Image.open(path, formats=raster_formats()) as image:
             return [frame.convert("RGBA") for frame in ImageSequence.Iterator(image)]
     except UnidentifiedImageError:
-        pass  # Pillow knows no such animation, so it is a video
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over in a damaged file
+        pass  # not an animation, so it must be a video
+    except Exception as error:  # Pillow's decoders raise errors of any kind on damaged files
         raise ValueError(f"{shown}: not a readable animation ({shorten(error)})") from error
     from transformers.video_utils import load_video
 

@@ -1,4 +1,4 @@
-"""What the model refuses, and what it says."""
+"""Inputs that the model refuses, with clear errors."""
 
 import copy
 

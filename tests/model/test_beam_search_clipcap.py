@@ -1,4 +1,4 @@
-"""The beam search of captioners finds what that of transformers finds."""
+"""The captioners' beam search finds the same captions as transformers' own."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from clipcap_hf.model import beam_search_clipcap
 
 @pytest.fixture
 def searched(monkeypatch):
-    """Counts the searches of our own."""
+    """Record the calls of our own beam search."""
     calls = []
     fast = beam_search_clipcap.fast_beam_search
 
@@ -35,7 +35,7 @@ def both(model, monkeypatch, **kwargs):
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, -0.5, 2.0])
 def test_equals_transformers(make_model, monkeypatch, searched, early_stopping, length_penalty):
     model = make_model()
-    ends = list(range(100, 130))  # many, so that captions end at many lengths
+    ends = list(range(100, 130))  # many, so that captions differ in length
     for number, beams in enumerate((2, 5)):
         fast, stock = both(
             model,
@@ -86,7 +86,7 @@ def test_captions_of_emoji(monkeypatch, searched):
 def test_leaves_the_rest_to_transformers(make_model, monkeypatch, searched, settings):
     model = make_model()
     kwargs = {"num_beams": 2, "max_new_tokens": 3, "pad_token_id": 0, **settings}
-    torch.manual_seed(1)  # some of them sample
+    torch.manual_seed(1)  # some strategies sample
     found = model.generate(pixel_values=torch.randn(2, 3, 32, 32), **kwargs)
     assert not searched
     monkeypatch.setattr("clipcap_hf.model.generation_clipcap.may_search_fast", lambda *_: False)

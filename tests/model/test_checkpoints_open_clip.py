@@ -1,4 +1,4 @@
-"""What open_clip's training writes, and what happens to such files on the way."""
+"""Checkpoints of open_clip's training, intact and damaged."""
 
 import json
 
@@ -28,7 +28,7 @@ def trained():
 
 @pytest.fixture
 def architecture(tmp_path_factory):
-    """A name in open_clip's list for the tiny model."""
+    """Add the tiny model to open_clip's list of architectures."""
     folder = tmp_path_factory.mktemp("architectures")
     (folder / "tiny-test-clip.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(folder / "tiny-test-clip.json")
@@ -73,7 +73,7 @@ def test_training_checkpoints_by_path(tmp_path, trained, architecture):
     config = load_vision_config(str(file))
     assert config.quick_gelu and config.image_size == 40
     config_folder(run / "checkpoints")
-    assert_same_tower(file, trained)  # the configuration beside the file comes first
+    assert_same_tower(file, trained)  # the configuration next to the file comes first
 
 
 def test_relative_paths_are_remembered_whole(tmp_path, trained, architecture, monkeypatch):
@@ -139,7 +139,7 @@ def test_files_that_are_not_there(tmp_path):
 )
 def test_damaged_configurations_are_named(tmp_path, text):
     (tmp_path / "open_clip_config.json").write_text(text)
-    with pytest.raises(ValueError, match="open_clip_config.json is no configuration of open_clip"):
+    with pytest.raises(ValueError, match="open_clip_config.json is not a configuration of open_clip"):
         load_vision_tower(str(tmp_path))
 
 
@@ -155,7 +155,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, trained, fiel
 
 
 def test_images_of_another_size_are_refused(open_clip_configs):
-    # A convolutional tower would embed them, slightly wrongly.
+    # A convolutional tower would embed them slightly wrong.
     tower = OpenClipVisionModel(open_clip_configs["timm"]).eval()
     with pytest.raises(ValueError, match="takes images of 64 x 64 pixels, got 32 x 32"):
         tower(torch.zeros(1, 3, 32, 32))

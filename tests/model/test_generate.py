@@ -1,4 +1,4 @@
-"""`generate()` in all its ways of decoding."""
+"""`generate()` with all decoding strategies."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_prompt_is_continued(make_model):
     free = model.generate(pixel_values=images, eos_token_id=None)
     forced = model.generate(prompt_ids(model, 11, 12), pixel_values=images, eos_token_id=None)
     assert forced[0, 4:6].tolist() == [11, 12] and forced.shape[1] == 4 + 2 + 8
-    # To continue the model's own words is to arrive where it would have.
+    # Continuing the model's own words gives the same caption.
     continued = model.generate(free[:, :7], pixel_values=images, max_new_tokens=5, eos_token_id=None)
     assert torch.equal(continued, free)
 
@@ -153,7 +153,7 @@ def test_assisted_decoding_changes_nothing(make_model):
 def test_guidance_scale(make_model):
     model = make_model()
     images = pixels(model, 1)
-    # Against no image at all (the last token of the prompt alone): a strong scale changes the caption, 1 does not.
+    # Against no image (just the last token of the prompt): a strong scale changes the caption, 1 does not.
     plain = model.generate(prompt_ids(model, 5), pixel_values=images, eos_token_id=None)
     guided = model.generate(prompt_ids(model, 5), pixel_values=images, eos_token_id=None, guidance_scale=5.0)
     neutral = model.generate(prompt_ids(model, 5), pixel_values=images, eos_token_id=None, guidance_scale=1.0)

@@ -1,4 +1,4 @@
-"""What `generate()` makes of its inputs: padding, labels, lengths, embeddings, placeholders and numbers that are none."""
+"""Inputs of `generate()`: padding, labels, lengths, embeddings, placeholders and NaN."""
 
 import copy
 import inspect
@@ -76,7 +76,7 @@ def test_batched_is_alone_for_every_padding_and_stop_token(model, embeds, settin
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_max_length_is_obeyed(model, embeds, num_beams):
     own = copy.deepcopy(model.generation_config)
-    model.generation_config.max_new_tokens = 8  # as every captioner that starts from pretrained parts has
+    model.generation_config.max_new_tokens = 8  # as in captioners from pretrained parts
     settings = {"clip_embeds": embeds[:2], "eos_token_id": None, "num_beams": num_beams}
     try:
         assert model.generate(**settings).shape[1] == PREFIX + 8
@@ -142,7 +142,7 @@ def test_placeholders_in_labels_count_for_nothing(model, embeds):
 
 @pytest.fixture(scope="module")
 def embedded_placeholder(model):
-    """The same captioner with a placeholder that has an embedding."""
+    """Copy the captioner, with a placeholder that has an embedding."""
     other = copy.deepcopy(model)
     other.config.image_token_id = 58
     return other
@@ -266,7 +266,7 @@ def test_assistants(model, embeds):
         model.generate(**settings, assistant_model=other)
 
 
-# -- numbers that are none
+# -- NaN and infinity
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

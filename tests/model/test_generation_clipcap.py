@@ -19,7 +19,7 @@ SETTINGS = dict(
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(2)  # of those tried, one with captions of many lengths
+    torch.manual_seed(2)  # a seed with captions of many lengths
     text_config = GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=PAD, eos_token_id=PAD
     )
@@ -38,7 +38,7 @@ def embeds():
 
 @pytest.fixture(scope="module")
 def prompts(model):
-    """Prefix placeholders and 0 to 5 tokens of prompt, padded on the left."""
+    """Build prefix placeholders and prompts of 0 to 5 tokens, padded on the left."""
     generator = torch.Generator().manual_seed(2)
     rows = [
         [model.config.image_token_id] * PREFIX + torch.randint(20, VOCAB - 1, (n,), generator=generator).tolist()
@@ -51,7 +51,7 @@ def prompts(model):
 
 
 def caption_lengths(captions: torch.Tensor) -> list[int]:
-    """Tokens up to and with the first stop token."""
+    """Cut after the first stop token."""
     stops = torch.isin(captions, torch.tensor(SETTINGS["eos_token_id"]))
     return [int(row.nonzero()[0]) + 1 if row.any() else len(row) for row in stops]
 
@@ -133,7 +133,7 @@ def test_each_prompt_is_read_once_and_stopped_captions_never(model, embeds, monk
     monkeypatch.setattr(model.language_model, "forward", counting)
     model.generate(clip_embeds=embeds, **SETTINGS)
     assert rows[0] == len(embeds)
-    # A live caption can drive out a stopped one, so the number of live ones may rise again, but not above all.
+    # A live caption can displace a finished one, so the number of live ones may rise again, up to all of them.
     assert max(rows) <= 4 * len(embeds) and sum(rows[1:]) < 0.9 * 4 * len(embeds) * len(rows[1:])
 
 

@@ -1,8 +1,8 @@
 """Pushing to and loading from a server that speaks the Hub's protocol (`hub_server.py`), with the unmodified clients.
 
-What this proves: our classes call the clients rightly, what they push is complete, and it comes back bit for bit in a new
-process with an empty cache; failures end in clear errors. What it does not: that the real Hub, with its Xet storage, agrees in
-every detail. `HF_TOKEN=... HF_HUB_OFFLINE=0 pytest -m hub` does the round trip there.
+These tests prove that our classes call the clients correctly, that pushes are complete and come back bit for bit in a
+new process with an empty cache, and that failures end in clear errors. They do not prove that the real Hub, with its
+Xet storage, agrees in every detail: `HF_TOKEN=... HF_HUB_OFFLINE=0 pytest -m hub` does the round trip there.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ for parameter in model.mapping_network.parameters():
 report["second"] = model.push_to_hub(repo).oid
 report["second weights"] = weights_hash(model.state_dict())
 
-# A language model of its own, and a captioner that leaves it out.
+# A separate language model, and a captioner that leaves it out.
 from transformers import AutoModelForCausalLM
 donor = AutoModelForCausalLM.from_pretrained(os.environ["DONOR"])
 donor.push_to_hub("tester/donor")
@@ -112,7 +112,7 @@ def picture(tmp_path, images):
 def test_round_trip(tmp_path, model_folder, donor_folder, picture):
     environment = {"FOLDER": str(model_folder), "REPO": "tester/captioner", "DONOR": str(donor_folder)}
     with HubServer() as hub:
-        # The connection breaks in the middle of the first upload: the client takes it up again.
+        # The connection breaks in the middle of the first upload; the client resumes it.
         hub.fail("PUT", "/lfs/", "drop", times=1)
         pushed = run_client(PUSH + PUSH_MORE, tmp_path / "push", hub, TOKEN, **environment)
         environment |= {"FIRST": pushed["pipeline"], "IMAGE": str(picture)}
@@ -125,7 +125,7 @@ def test_round_trip(tmp_path, model_folder, donor_folder, picture):
     processor = ClipCapProcessor.from_pretrained(model_folder)
     ids = here.generate(**processor(images=[str(picture)], return_tensors="pt"), num_beams=2, max_new_tokens=5)
     assert loaded["captions"] == [{"generated_text": processor.batch_decode(ids, skip_special_tokens=True)[0].strip()}]
-    # Commits and tags are pinned, the branch moves on.
+    # Commits and tags stay, the branch moves on.
     assert loaded["tag"] == pushed["weights"] != pushed["second weights"]
     assert loaded["main"] == pushed["second weights"]
     assert loaded["light"] == pushed["light"]
@@ -133,14 +133,14 @@ def test_round_trip(tmp_path, model_folder, donor_folder, picture):
     red, blue = loaded["data"]
     assert (red, blue) == ([[255, 0, 0], ["a red one"]], [[0, 0, 255], ["blue", "sky"]])
 
-    # What lies on the server.
+    # The files on the server.
     assert sum(name.endswith(".safetensors") for name in hub.files("tester/captioner-sharded")) > 3
     assert "processor_config.json" in hub.files("tester/captioner-sharded")
     light = json.loads(hub.files("tester/light")["config.json"])["donors"]["language_model"]
     assert light["name"] == "tester/donor" and not light["in_checkpoint"]
     assert light["revision"] == hub.repositories["models", "tester/donor"].refs["main"]
     assert len(hub.files("tester/light")["model.safetensors"]) < len(hub.files("tester/donor")["model.safetensors"])
-    # No object was sent twice, but for the one whose upload was broken off.
+    # No object was sent twice, except for the interrupted one.
     puts = [count for (method, path), count in hub.requests.items() if method == "PUT"]
     assert sorted(puts)[-2:] == [1, 2]
     assert hub.repositories["models", "tester/captioner-sharded"].private
@@ -165,13 +165,13 @@ except Exception as error:
 
 
 def test_push_that_broke_off_goes_on(tmp_path, model_folder):
-    """The second push, of another process, sends the objects that the first could not, and only those."""
+    """A second push, from another process, sends exactly the objects that the first could not."""
     model = ClipCapForConditionalGeneration.from_pretrained(model_folder)
     model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     shards = {path.name: path.read_bytes() for path in (tmp_path / "shards").glob("*.safetensors")}
     last = hashlib.sha256(shards[max(shards)]).hexdigest()
     with HubServer() as hub:
-        hub.fail("PUT", last, 400)  # which the client does not try again, as it would for a short while after a 500
+        hub.fail("PUT", last, 400)  # unlike a 500, the client does not retry it
         broken = run_client(PUSH_IN_SHARDS, tmp_path / "broken", hub, TOKEN, FOLDER=str(model_folder))
         assert f"Error while uploading '{max(shards)}'" in broken["error"]
         assert 0 < len(hub.lfs) < len(shards)
@@ -224,7 +224,7 @@ def test_trainer_pushes_every_save(tmp_path, model_folder):
     ]
     commits = list(repository.commits.values())
     assert all({"README.md", "config.json", "processor_config.json"} <= set(files) for files in commits[1:])
-    # (Trainer uploads in the background while it goes on, so that an early commit may hold later weights.)
+    # (Trainer uploads in the background while training goes on, so an early commit may hold later weights.)
     trained = (tmp_path / "train" / "run" / "model.safetensors").read_bytes()
     assert trained == commits[-1]["model.safetensors"][0] != (model_folder / "model.safetensors").read_bytes()
     card = commits[3]["README.md"][0].decode()
@@ -301,7 +301,7 @@ def test_failures_end_clearly(tmp_path, model_folder, donor_folder):
         "broken download": ("OSError", "503 Service Unavailable"),
         "no processor": ("OSError", "tester/lone has no processor"),
     }
-    assert report.pop("one error") is None  # the client tries again
+    assert report.pop("one error") is None  # the client retries
     assert set(report) == set(expected)
     for label, (kind, message) in expected.items():
         assert report[label][0] == kind, report[label]
@@ -309,11 +309,13 @@ def test_failures_end_clearly(tmp_path, model_folder, donor_folder):
         assert report[label][2] < 60
 
 
-@pytest.mark.slow  # the client tries every request six times, with longer and longer pauses
+@pytest.mark.slow  # the client tries every request six times, with growing pauses
 @pytest.mark.parametrize("how", [500, "hang"])
 def test_server_that_is_down(tmp_path, model_folder, how):
-    """Files that do not come end in an error. (A silent answer to `/api/models/...` does not: `model_info` of
-    huggingface_hub 2.4 has no timeout.)"""
+    """Fail with an error if files do not arrive.
+
+    A silent answer to `/api/models/...` hangs instead: `model_info` of huggingface_hub 2.4 has no timeout.
+    """
     with HubServer() as hub:
         files = {path.name: (path.read_bytes(), False) for path in model_folder.iterdir()}
         hub.repositories["models", "tester/captioner"] = Repository(private=False)

@@ -49,7 +49,7 @@ def test_images_of_every_mode(mode):
     else:
         image = image.convert(mode)
     assert image.mode == mode
-    # open_clip's training data are made RGB before its transform, so this one resizes nothing but RGB.
+    # open_clip converts training images to RGB before its transform, so ours only resizes RGB.
     expected = open_clip_pixels({"size": 32}, to_rgb(image))
     assert torch.equal(our_pixels(image_processor_from_open_clip({"size": 32}), image), expected)
 
@@ -97,7 +97,7 @@ def test_saving(tmp_path, tokenizer):
 
 
 def test_transform_of_every_pretrained_model():
-    """What the tags of open_clip say about preprocessing arrives in the image processor."""
+    """The image processor follows the preprocessing of open_clip's tags."""
     image = noise(57, 40)
     for architecture, tag in open_clip.list_pretrained():
         model_cfg, preprocess_cfg, _ = load_open_clip_checkpoint(f"{architecture}/{tag}", with_weights=False)

@@ -1,4 +1,4 @@
-"""One picture in every container gives the same pixels; what cannot be read is named in one short line."""
+"""A picture gives the same pixels in every container; unreadable ones are named in a short line."""
 
 import base64
 import functools

@@ -24,7 +24,7 @@ def test_nearest_tokens_are_those_of_a_plain_loop(make_model):
 def test_prefix_of_words_reads_as_these_words(make_model, embeds_processor):
     model = make_model(None)
     words = embeds_processor.tokenizer("a red heart")["input_ids"]
-    prefix = model.get_input_embeddings().weight[words][None] * 3  # the length of a vector does not matter
+    prefix = model.get_input_embeddings().weight[words][None] * 3  # a vector's length does not matter
     found = model.interpret_prefix(prefix=prefix, k=2, tokenizer=embeds_processor)
     assert found.token_ids[0, :, 0].tolist() == words
     torch.testing.assert_close(found.cosines[0, :, 0], torch.ones(len(words)))

@@ -27,7 +27,7 @@ LANGUAGE_MODELS = {
 
 @pytest.fixture(params=LANGUAGE_MODELS)
 def language_model(request, tmp_path, tokenizer):
-    """A folder with a random language model and a tokenizer whose vocabulary is as large as the embedding."""
+    """Save a random language model and a tokenizer with as many tokens as it embeds."""
     torch.manual_seed(0)
     model_type, settings = LANGUAGE_MODELS[request.param]
     settings = {**settings, "vocab_size": len(tokenizer)}
@@ -112,7 +112,7 @@ def test_begin_token_is_not_put_between_prefix_and_caption(tmp_path, make_tokeni
     assert not (batch["input_ids"] == processor.tokenizer.bos_token_id).any()
     generated = model.generate(clip_embeds=torch.randn(2, 16), max_new_tokens=2)
     with_prompt = model.generate(**processor(clip_embeds=torch.randn(2, 16), return_tensors="pt"), max_new_tokens=2)
-    assert torch.equal(generated[:, :4], with_prompt[:, :4])  # the placeholders, and nothing else
+    assert torch.equal(generated[:, :4], with_prompt[:, :4])  # just the placeholders
 
 
 def text_folder(tmp_path, tokenizer, **settings):
@@ -127,7 +127,7 @@ def test_tokenizer_without_a_padding_token(tmp_path, make_tokenizer, captions):
     assert tokenizer.pad_token is None
     model, processor = start(text_folder(tmp_path, tokenizer))
     batch = training_batch(processor, captions)
-    # The end token pads, and is learnt all the same: once in each row.
+    # The end token also pads, but is still learnt: once in each row.
     end = processor.tokenizer.pad_token_id
     assert end == processor.tokenizer.eos_token_id
     assert (batch["labels"] == end).sum(1).tolist() == [1] * len(captions)
@@ -148,7 +148,7 @@ def test_tokenizer_without_an_end_token(tmp_path, make_tokenizer):
 
 
 def test_captions_end_at_the_tokenizer_s_end_token(tmp_path, make_tokenizer):
-    # As with chat models, whose configuration may know another end than their tokenizer.
+    # As with chat models, whose configuration may name another end token than their tokenizer.
     tokenizer = make_tokenizer()
     model, _ = start(text_folder(tmp_path, tokenizer, eos_token_id=[7, 9]))
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 7, 9]
@@ -178,7 +178,7 @@ def test_pretrained_smollm2(tmp_path, captions):
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(None, name, text_kwargs=gguf, **settings)
     processor = ClipCapProcessor.from_vision_text_pretrained(None, name, prefix_length=4, text_kwargs=gguf)
     assert 134e6 < model.language_model.num_parameters() < 135e6
-    # It is a language model, not noise.
+    # A real language model, not noise.
     prompt = processor.tokenizer("The capital of France is", return_tensors="pt")
     answer = model.language_model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert "Paris" in processor.tokenizer.decode(answer[0])
@@ -235,7 +235,7 @@ TINY = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2}
     ],
 )
 def test_unfit_language_models_are_refused_before_their_weights_are_read(tmp_path, model_type, settings, reason):
-    # A folder without weights: whoever tries to read them fails with another error.
+    # A folder without weights: trying to read them would raise another error.
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"A `{model_type}` cannot be a captioner's language model: it .*({reason})"):
         ClipCapForConditionalGeneration.from_vision_text_pretrained(
@@ -246,7 +246,7 @@ def test_unfit_language_models_are_refused_before_their_weights_are_read(tmp_pat
 
 
 def test_code_of_a_language_model_is_not_run_unasked(tmp_path, monkeypatch):
-    """transformers asks on standard input, and `yes |` would answer."""
+    """Without our setting, transformers asks on standard input, and `yes |` would answer."""
     (tmp_path / "config.json").write_text(
         json.dumps(
             {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}

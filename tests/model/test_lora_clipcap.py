@@ -54,7 +54,7 @@ def test_counts_of_the_paper(settings, millions):
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    """A Llama with grouped keys, which is what most language models of today are."""
+    """Save a Llama with grouped keys, as most current language models have."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -154,7 +154,7 @@ def test_merged_adapters_caption_as_before(folder, tmp_path, captions):
     merged = model.generate(clip_embeds=embeds, max_new_tokens=6, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(merged.sequences, expected.sequences)
     torch.testing.assert_close(merged.logits[0], expected.logits[0], rtol=1e-4, atol=1e-4)
-    model.save_pretrained(tmp_path / "merged", save_frozen=False)  # the language model is a new one, so it is saved
+    model.save_pretrained(tmp_path / "merged", save_frozen=False)  # merging changes the language model, so it is saved
     again = ClipCapForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert torch.equal(again.generate(clip_embeds=embeds, max_new_tokens=6), expected.sequences)
     with pytest.raises(ValueError, match="has no LoRA adapters"):

@@ -56,7 +56,7 @@ def test_transformer_mapping_is_that_of_the_paper(make_model):
         attended = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(2, 7, 32)
         hidden = hidden + attention.out_proj(attended)
         hidden = hidden + layer.fc2(layer.fc1(layer.layer_norm2(hidden)).clamp(min=0))
-    # The prefix is what became of the learned constants, which come last.
+    # The prefix is the output at the learned constants, which come last.
     torch.testing.assert_close(model.get_image_features(clip_embeds=embeds).pooler_output, hidden[:, 3:])
 
 
@@ -145,7 +145,7 @@ def test_loss_is_the_cross_entropy_of_the_labelled_tokens(make_model):
     outputs = model(**batch, labels=labels)
 
     logprobs = model(**batch).logits.log_softmax(-1)
-    # The logits one place to the left of a token predict it; the last of the prefix predicts the first of the caption.
+    # The logits one position before a token predict it; the prefix's last predict the caption's first token.
     taken = [logprobs[0, 3 + i, token] for i, token in enumerate([7, 8, 9, 0])]
     taken += [logprobs[1, 3 + i, token] for i, token in enumerate([3, 0])]
     torch.testing.assert_close(outputs.loss, -torch.stack(taken).mean())

@@ -47,7 +47,7 @@ TOWERS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_timm_models():
-    """Towers of the families that open_clip takes from timm, a few kilobytes each."""
+    """Build towers of the families that open_clip takes from timm, a few kilobytes each."""
     from timm.models import (
         eva,
         fastvit,
@@ -117,7 +117,7 @@ def build(name, **kwargs):
         norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 1.0
-        if norms:  # statistics that keep the signal alive
+        if norms:  # statistics that preserve the signal
             model.train()(torch.randn(8, 3, model.config.image_size, model.config.image_size))
     return model.eval()
 
@@ -168,7 +168,7 @@ def test_patches(name):
             "image_intermediates"
         ]
     else:
-        norm = name not in ("mobileclip", "efficientnet")  # they end with another convolution, not with a norm
+        norm = name not in ("mobileclip", "efficientnet")  # these end with a convolution, not a norm
         expected = model.visual.trunk.forward_intermediates(pixels, indices=1, norm=norm, intermediates_only=True)
     if name not in ("mobileclip", "efficientnet"):
         expected = expected[-1].flatten(2).transpose(1, 2)
@@ -186,13 +186,13 @@ def test_saving_is_exact(tmp_path, name, dtype):
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    # Tables that are not saved (rotary embeddings, attention masks) must have been made again.
+    # Tables that are not saved (rotary embeddings, attention masks) must be computed again.
     buffers = dict(again.named_buffers())
     for key, value in model.named_buffers():
         torch.testing.assert_close(buffers[key].to(value.dtype), value, rtol=0, atol=0)
     for tensor in again.parameters():
-        tensor.data = tensor.data.clone()  # weights lie at odd addresses after loading, which changes the last bit
-    pixels = images(model)  # in fp32, whatever the tower is in
+        tensor.data = tensor.data.clone()  # loaded weights are unaligned, which changes the last bit
+    pixels = images(model)  # in fp32, whatever the tower's dtype
     assert torch.equal(again(pixels).image_embeds, model(pixels).image_embeds)
 
 
@@ -219,7 +219,7 @@ def test_quick_gelu_is_stored_and_matters(tmp_path):
 
 
 def test_unknown_field():
-    with pytest.raises(ValueError, match="no such fields: layer_count, size"):
+    with pytest.raises(ValueError, match="unknown fields: layer_count, size"):
         OpenClipVisionModel(OpenClipVisionConfig(vision_cfg={"size": 32, "layer_count": 2, "width": 64}))
 
 
@@ -274,7 +274,7 @@ def test_names_of_open_clip(tmp_path):
 def test_repositories_without_a_connection(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="hf-hub:org/name could not be reached, and its open_clip_config.json is not in"):
         load_open_clip_checkpoint("hf-hub:org/name")
-    # Weights as a pickle in the cache do.
+    # Pickled weights in the cache also work.
     folder = write_open_clip(tmp_path / "vit", build("vit"))
     torch.save({"a": torch.ones(1)}, tmp_path / "vit" / "open_clip_pytorch_model.bin")
     (tmp_path / "vit" / "open_clip_model.safetensors").unlink()
@@ -327,7 +327,7 @@ def test_plain_vits_become_models_of_transformers(tmp_path, name, quick_gelu):
     ("name", "obstacle"),
     [
         ("resnet", "the layers of a ResNet"),
-        ("siglip", "an architecture of timm, vit_test_siglip"),
+        ("siglip", "a timm architecture, vit_test_siglip"),
         ("vit-attentional-pool", "`attentional_pool` True"),
         ("vit-sin-cos", "`pool_type` 'avg'"),
     ],
@@ -361,7 +361,7 @@ REPRESENTATIVE += ["PE-Core-B-16", "ViTamin-S", "swin_base_patch4_window7_224", 
 
 
 def check_real_size(architecture):
-    """The tower in its real size, without weights: an image goes in and an embedding of the stated width comes out."""
+    """Check that the tower in its real size, without weights, embeds an image with the stated width."""
     model_cfg = open_clip.get_model_config(architecture)
     config = OpenClipVisionConfig(embed_dim=model_cfg["embed_dim"], vision_cfg=model_cfg["vision_cfg"])
     with torch.device("meta"), torch.no_grad():

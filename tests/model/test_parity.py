@@ -1,4 +1,4 @@
-"""The converted model does what the official code did: see tests/golden/README.md for the data."""
+"""The converted model matches the official code; tests/golden/README.md describes the data."""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Golden:
         return self.tensors["clip_embedding_raw"]
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """The captions as input; what the official loss ignores (token 0, whether padding or real) has no label."""
+        """Return the captions as input, without labels for token 0, which the official loss always ignores."""
         tokens, model = self.tensors["tokens"], self.model
         placeholders = torch.full((len(tokens), self.prefix_length), model.config.image_token_id)
         labels = torch.cat([torch.full_like(placeholders, -100), tokens.masked_fill(tokens == 0, -100)], dim=1)
@@ -103,7 +103,7 @@ def test_training(golden):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == pytest.approx(golden.train["losses_torch_adamw_eps1e6_wd0"], abs=2e-3)
-    # The official code's own AdamW differs from torch's in where epsilon is added.
+    # The official code's AdamW adds epsilon elsewhere than torch's.
     assert losses == pytest.approx(golden.train["losses_official_adamw"], abs=1e-2)
 
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -152,7 +152,7 @@ def test_official_beam_search(golden, batched):
 
 
 def test_beam_search_of_transformers_mostly_agrees():
-    # Its rule is another one (see official_beam_search), so it need not find the same captions.
+    # Its rule differs (see official_beam_search), so it may find other captions.
     agree = 0
     for mapping in MAPPINGS:
         model = convert(mapping)

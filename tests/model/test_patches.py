@@ -27,13 +27,13 @@ def test_pooling_over_the_grid():
     quadrants = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     expected = torch.tensor([sum(cell) / 4 for cell in quadrants])
     assert torch.equal(pool_patches(tokens, 4).flatten(), expected)
-    assert torch.equal(pool_patches(tokens, 8).flatten(), torch.arange(0.5, 16, 2))  # no square: runs of two
+    assert torch.equal(pool_patches(tokens, 8).flatten(), torch.arange(0.5, 16, 2))  # not a square: runs of two
 
 
 @pytest.mark.parametrize("vision", ["clip", "vit", "resnet", "timm"])
 @torch.no_grad()
 def test_captions_from_patches(tmp_path, make_model, vision):
-    if vision == "timm":  # only the tower itself knows how wide its feature map is
+    if vision == "timm":  # only the tower itself knows the width of its feature map
         with pytest.raises(ValueError, match="`clip_embed_dim=`"):
             make_model(vision, **PATCHES)
         return

@@ -1,4 +1,4 @@
-"""The ConSE tower, and the captioner of photographs that is shipped on it."""
+"""The ConSE tower, and photo-mini, the photo captioner built on it."""
 
 import importlib.util
 import json
@@ -98,7 +98,7 @@ def test_prompt_template_surrounds_the_image_and_is_no_caption():
     assert (ids == processor.image_token_id).sum() == processor.prefix_length
     caption = processor.tokenizer(" A dog.", return_tensors="pt", add_special_tokens=False)["input_ids"]
     assert processor.batch_decode(torch.cat([ids, caption], 1), skip_special_tokens=True) == [" A dog."]
-    with pytest.raises(ValueError, match="`prompt_template` must hold one"):
+    with pytest.raises(ValueError, match="`prompt_template` must hold exactly one"):
         ClipCapProcessor(tokenizer=processor.tokenizer, prompt_template="A photo of")
 
 
@@ -149,7 +149,7 @@ def test_captions_of_sample_photographs(captioner):
 @pytest.mark.slow
 @needs_language_model
 def test_captions_of_animal_photographs(captioner):
-    """The card says 54.2 %; rounding on another machine may change a caption or two of the 24."""
+    """The card says 54.2 %; rounding on another machine may change a caption or two out of 24."""
     if "GCOMPRIS_DATA" not in os.environ:
         pytest.skip("set GCOMPRIS_DATA to the rcc folder of Debian's gcompris-qt-data")
     import sys

@@ -24,7 +24,7 @@ def texts(outputs):
 
 
 def expected_captions(captioner, images, **kwargs):
-    """What the model and the processor give without the pipeline."""
+    """Caption with the model and the processor, without the pipeline."""
     inputs = captioner.processor(images=images, return_tensors="pt")
     ids = captioner.model.generate(**inputs, **kwargs)
     return [text.strip() for text in captioner.processor.batch_decode(ids, skip_special_tokens=True)]
@@ -100,10 +100,10 @@ def test_one_image_in_other_containers(tmp_path, captioner, images):
 
 def test_inputs_that_are_refused_in_a_line(captioner, images):
     for given, says in (
-        (3, "int: neither an image nor several"),
+        (3, "int: neither an image nor a collection of images"),
         ([3], "int: not an image"),
-        ([{"picture": images[0]}], "needs a column `image`, this one has picture"),
-        ([[images[0], images[1]]], "One image or video expected, got 2"),
+        ([{"picture": images[0]}], "needs a column `image`, but this one has picture"),
+        ([[images[0], images[1]]], "Expected one image or video, got 2"),
         ([b"\0" * 200_000], "the bytes: not a readable image"),
         (["x" * 200_000], "no such file"),
     ):
@@ -132,7 +132,7 @@ def test_several_captions_an_image(captioner, images):
 
 
 def mean_logprob(model, input_ids, pixel_values, prompt_length, eos_token_id):
-    """Score of one greedy caption, from a pass of its own over the whole of it."""
+    """Score a greedy caption with a separate forward pass over all of it."""
     logprobs = model(input_ids=input_ids[None], pixel_values=pixel_values).logits[0].log_softmax(-1)
     taken = []
     for place in range(prompt_length, len(input_ids)):
@@ -149,7 +149,7 @@ def test_scores_are_mean_log_probabilities(captioner, images, prompt, pad_token_
     inputs = captioner.processor(images=images[:4], text=prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     free = model.generate(**inputs, eos_token_id=None)
-    # An end token that makes captions of different lengths.
+    # With this end token, captions differ in length.
     eos = int(free[0, length + 2])
     settings = {"eos_token_id": eos, "pad_token_id": pad_token_id}
     sequences = model.generate(**inputs, **settings)
@@ -251,7 +251,7 @@ def test_chats_by_url(tmp_path, model_folder, captioner, images, web):
 
 @pytest.fixture
 def web(tmp_path):
-    """A web server on loopback, for the files of a folder."""
+    """Serve a folder's files on loopback."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
@@ -260,7 +260,7 @@ def web(tmp_path):
 
 
 def test_urls_are_treated_like_files(tmp_path, captioner, web):
-    # Transparency on white, wherever the image comes from; transformers' own loader makes it black.
+    # Transparency goes on white, whatever the source; transformers' own loader makes it black.
     see_through = PILImage.new("RGBA", (40, 40), (0, 0, 0, 0))
     see_through.paste((255, 0, 0, 255), (10, 10, 30, 30))
     see_through.save(tmp_path / "a.png")

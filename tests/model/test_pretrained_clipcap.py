@@ -1,4 +1,4 @@
-"""Saving, loading and checkpoints that do not fit."""
+"""Saving and loading, and checkpoints that do not fit."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_saving_is_exact(tmp_path, make_model, vision, dtype):
     model.generation_config.num_beams = 2
     model.save_pretrained(tmp_path)
     again = ClipCapForConditionalGeneration.from_pretrained(tmp_path)
-    assert again.dtype == dtype  # the default is the type it was saved in
+    assert again.dtype == dtype  # the default is the saved dtype
     assert_same_weights(model, again)
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
     aligned(again)

@@ -106,7 +106,7 @@ def test_processor_converts_before_resizing(processor):
     assert torch.equal(pixels[0], pixels[1])
 
 
-# -- files that are no images
+# -- files that are not images
 
 
 def png_of_huge_size(path):
@@ -267,7 +267,7 @@ def test_placeholder_is_the_first_id_beyond_the_vocabulary(make_tokenizer):
     vocabulary = len(tokenizer)
     processor = ClipCapProcessor(None, tokenizer)
     assert processor.image_token_id == vocabulary == len(processor.tokenizer) - 1
-    # A second processor around the same tokenizer adds nothing.
+    # A second processor with the same tokenizer adds nothing.
     assert ClipCapProcessor(None, processor.tokenizer).image_token_id == vocabulary
 
 
@@ -334,7 +334,7 @@ def test_torchvision_backend_on_request(model_folder, images):
     torch.testing.assert_close(*pixels, rtol=0, atol=3 / 255 / min(CLIPImageProcessorPil.image_std))
 
 
-# -- from the parts of others
+# -- from pretrained parts
 
 
 def test_from_vision_text_pretrained(tmp_path, image_processor, make_tokenizer, images):
@@ -434,7 +434,7 @@ def test_truncation_may_not_cut_placeholders(processor, images):
     assert len(processor(images=images[0], text="a red heart", truncation=True, max_length=5)["input_ids"][0]) == 5
 
 
-# -- decoding, as trainers and pipelines ask for it
+# -- decoding, as trainers and pipelines call it
 
 
 def test_every_way_of_decoding_is_the_same(image_processor, make_tokenizer, images):

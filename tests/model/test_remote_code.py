@@ -1,4 +1,4 @@
-"""Checkpoints load where the package is not installed, from the code that lies beside their weights."""
+"""Checkpoints load without the package, from the code next to their weights."""
 
 import json
 import sys
@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 
-# The package cannot be found, wherever it is installed. Declaring operators of torchvision is what the package itself does
-# for a torchvision that was built for another PyTorch; without it transformers could import no vision model there.
+# Hides the package, wherever it is installed. Like the package, it declares the operators of a torchvision that was
+# built for another PyTorch; otherwise transformers could import no vision model there.
 WITHOUT_PACKAGE = f"""
 import runpy, sys
 torchvision_names = runpy.run_path({str(ROOT / "clipcap_hf" / "_torchvision.py")!r})
@@ -77,7 +77,8 @@ def test_without_the_package(captioners, picture):
     """A transformers CLIP and an open_clip tower, each from a folder and from the test server."""
     with HubServer() as hub:
         push = "from huggingface_hub import upload_folder, create_repo\n" + "".join(
-            f"create_repo('tester/{name}')\nupload_folder(repo_id='tester/{name}', folder_path={str(captioners / name)!r})\n"
+            f"create_repo('tester/{name}')\n"
+            f"upload_folder(repo_id='tester/{name}', folder_path={str(captioners / name)!r})\n"
             for name in ("clip", "vit")
         )
         run_client(push, captioners / "push", hub, TOKEN)
@@ -111,7 +112,8 @@ for with_code in (None, True):
         for file in ("config.json", "processor_config.json"):
             with open(f"{again}-{with_code}/{file}") as opened:
                 saved = json.load(opened)
-            named = [*saved["auto_map"].values(), *(info["impl"] for info in saved.get("custom_pipelines", {}).values())]
+            pipelines = saved.get("custom_pipelines", {}).values()
+            named = [*saved["auto_map"].values(), *(info["impl"] for info in pipelines)]
             assert named and all(name.startswith("captioner.") for name in named), named
     report[str(with_code)] = captioner(os.environ["IMAGE"])
     report[f"files {with_code}"] = sorted(name for name in os.listdir(f"twice-{with_code}") if name.endswith(".py"))
@@ -155,15 +157,15 @@ def test_code_is_saved_only_when_asked(tmp_path, make_model, processor):
     files = add_code(tmp_path)
     names = {file.name for file in files}
     assert {"captioner.py", "modeling_clipcap.py", "modeling_open_clip.py", "pipeline_clipcap.py"} <= names
-    # All that lies in the folder travels, and `captioner.py` reaches it all.
+    # All files of the folder travel, and `captioner.py` imports them all.
     assert {Path(file).name for file in get_relative_import_files(tmp_path / "captioner.py")} | {
         "captioner.py"
     } == names
-    assert add_code(tmp_path) == files  # once more changes nothing
+    assert add_code(tmp_path) == files  # repeating it changes nothing
 
 
 def test_what_the_code_requires(captioners):
-    """Anything else that is imported outside a `try` would be required of everybody by transformers."""
+    """Import nothing else outside a `try`: transformers would require it of everybody."""
     core = {"huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "torch", "transformers"}
     standard = sys.stdlib_module_names
     for file in (captioners / "clip").glob("*.py"):

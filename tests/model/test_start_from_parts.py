@@ -149,7 +149,7 @@ def test_from_an_open_clip_folder(tmp_path, open_clip_configs, tower):
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(str(tmp_path / "tower"), str(folder)).eval()
     assert type(model.vision_tower) is (CLIPVisionModelWithProjection if tower == "vit" else OpenClipVisionModel)
     images = pixels(model)
-    with torch.no_grad():  # attention takes another path where gradients are wanted
+    with torch.no_grad():  # attention takes another path with gradients
         embeds = aligned(model).get_clip_embeds(images)
         torch.testing.assert_close(embeds, donor.visual(images), rtol=0, atol=1e-6)
     model.save_pretrained(tmp_path / "captioner")
@@ -229,7 +229,7 @@ def test_what_is_no_causal_language_model(tmp_path, clip_config):
 
 
 def test_code_of_a_language_model_is_not_run_unasked(tmp_path, monkeypatch):
-    # transformers asks on standard input, and `yes |` would answer.
+    # Without our setting, transformers asks on standard input, and `yes |` would answer.
     classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": classes}))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\nclass Config: pass\n")

@@ -12,7 +12,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 VIT = {**SIZES, "intermediate_size": 48}
 STAGES = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 1, 1]}
 WINDOWS = {"image_size": 32, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}
-# Class of the configuration, its fields, width of the embedding, number and width of the patch tokens at 32 pixels.
+# Configuration class and fields, width of the embedding, number and width of the patch tokens at 32 pixels.
 TOWERS = {
     "clip": ("CLIPVisionConfig", {**VIT, "projection_dim": 16}, 16, (16, 32)),
     "metaclip2": ("MetaClip2VisionConfig", {**VIT, "projection_dim": 16}, 16, (16, 32)),
@@ -27,8 +27,14 @@ TOWERS = {
     "convnext": ("ConvNextConfig", STAGES, 24, (1, 24)),
     "swin": ("SwinConfig", WINDOWS, 32, (16, 32)),
     "resnet": ("ResNetConfig", {**STAGES, "embedding_size": 8}, 24, (1, 24)),
-    "efficientnet": ("EfficientNetConfig", {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320}, 320, (1, 320)),
-    "hiera": ("HieraConfig", {"image_size": [32, 32], "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 1, 2], "num_query_pool": 2}, 32, (4, 32)),
+    "efficientnet": (
+        "EfficientNetConfig", {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320}, 320, (1, 320)
+    ),
+    "hiera": (
+        "HieraConfig",
+        {"image_size": [32, 32], "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 1, 2], "num_query_pool": 2},
+        32, (4, 32),
+    ),
     "without-a-pooler": ("IJepaConfig", VIT, 32, (16, 32)),
     "timm": ("TimmWrapperConfig", {"architecture": "test_resnet", "model_args": {}}, 96, (1, 96)),
 }  # fmt: skip
@@ -104,7 +110,7 @@ def test_encoders_of_anything_but_plain_images(tmp_path, text_config):
     for config in (transformers.Siglip2VisionConfig(hidden_size=32, num_attention_heads=4), text_config):
         with pytest.raises(ValueError, match=f"A `{config.model_type}` is not an encoder of plain images"):
             vision_feature_dim(config, "pooled")
-    with pytest.raises(ValueError, match="AutoModel of transformers knows no `blip_vision_model`"):
+    with pytest.raises(ValueError, match="transformers' AutoModel does not support `blip_vision_model`"):
         vision_feature_dim(transformers.BlipVisionConfig(**VIT), "pooled")
     with pytest.raises(ValueError, match="`vit_mae` tower hides patches at random"):
         vision_feature_dim(transformers.ViTMAEConfig(**VIT), "pooled")
@@ -153,7 +159,7 @@ def test_parts_of_names(name, found):
 
 def test_a_known_name_that_cannot_be_loaded():
     name = "openai/clip-vit-base-patch32"
-    with pytest.raises(ValueError, match=f"The vision tower '{name}' could not be loaded: "):
+    with pytest.raises(ValueError, match=f"Could not load the vision tower '{name}': "):
         load_vision_config(name)
 
 
@@ -180,7 +186,7 @@ def test_widths_are_compared_before_weights_are_loaded(tmp_path, clip_config, te
         ClipCapForConditionalGeneration.from_vision_text_pretrained(
             str(tmp_path / "clip"), text_folder, clip_embed_dim=640
         )
-    # Names of open_clip, whose weights would have to be fetched.
+    # open_clip names, whose weights would need a download.
     with pytest.raises(
         ValueError, match="`clip_embed_dim` is 512, but the vision tower gives embeddings of width 640"
     ):
@@ -188,7 +194,7 @@ def test_widths_are_compared_before_weights_are_loaded(tmp_path, clip_config, te
 
 
 def test_width_by_hand(text_config):
-    # No `hidden_size` to read it off, but said.
+    # Without `hidden_size`, but with an explicit width.
     config = ClipCapConfig(vision_config=tower_config("resnet"), text_config=text_config, clip_embed_dim=24)
     assert config.clip_embed_dim == 24
     with pytest.raises(ValueError, match="Cannot tell the embedding width of a `resnet` tower.*`clip_embed_dim="):

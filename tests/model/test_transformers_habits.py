@@ -1,4 +1,4 @@
-"""What trainers, wrappers and users of transformers count on."""
+"""Behaviour that trainers, wrappers and users of transformers rely on."""
 
 import inspect
 import os

@@ -1,4 +1,4 @@
-"""Both ends of the range of transformers: names of the cache, unknown arguments, and releases that are refused."""
+"""The oldest and newest supported transformers: cache names, unknown arguments and refused releases."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def test_unknown_arguments_do_not_vanish(make_model):
     assert model(input_ids=input_ids, output_hidden_states=True, unused=None).hidden_states is not None
 
 
-# Every level of the log is shown, and a warning of any kind that something is deprecated ends the process.
+# Shows every log level, and any deprecation warning ends the process.
 QUIET = """
 import torch, warnings
 from clipcap_hf import EMOJI_MINI, ClipCapForConditionalGeneration, official_beam_search
@@ -90,7 +90,7 @@ def test_other_releases_are_refused_in_a_line(tmp_path, release):
     )
 
 
-# What the package takes from inside of transformers and could do without.
+# Private names of transformers that the package uses but can do without.
 INSIDE = ["_prefill", "_update_model_kwargs_for_generation"]
 
 
@@ -105,7 +105,7 @@ def test_beams_need_no_private_method(make_model, monkeypatch, search):
 
 
 def test_beams_of_transformers_without_the_fast_ones(make_model, monkeypatch):
-    """A `generate` that hands its searches something else: captions come from the stock search."""
+    """If `generate` calls its searches differently, the stock search captions."""
     model, pixels = make_model(), torch.randn(2, 3, 32, 32)
     expected = model.generate(pixel_values=pixels, num_beams=3)
     monkeypatch.setattr(beam_search_clipcap, "DynamicCache", type("Renamed", (), {}))
@@ -114,7 +114,7 @@ def test_beams_of_transformers_without_the_fast_ones(make_model, monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs PEFT: pip install peft")
 def test_a_folder_of_the_first_release():
-    """With LoRA, and with references to code beside the weights, for which the package's own stands in."""
+    """With LoRA, and with code next to the weights, in place of which the package's own is used."""
     captioner = pipeline("image-captioning", model=str(OLD_FOLDER))
     assert type(captioner.model) is ClipCapForConditionalGeneration
     picture = Image.new("RGB", (20, 16), "grey")

@@ -121,7 +121,7 @@ def test_frames_of_an_image_tower_are_averaged(make_model, processor, videos, vi
     captions = model.generate(**inputs, num_beams=2)
     assert captions.shape[0] == 2
     assert torch.equal(captions, model.generate(clip_embeds=embeds, num_beams=2))
-    # A video that stands still is its image.
+    # A still video gives the embedding of its image.
     still = processor(videos=[[videos[0][0]]], return_tensors="pt")["pixel_values"]
     image = processor(images=videos[0][0], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(model.get_clip_embeds(still), model.get_clip_embeds(image))
@@ -151,7 +151,7 @@ def test_xclip(tmp_path, xclip_folder, text_folder, videos):
 
     embeds = model.get_clip_embeds(inputs["pixel_values"])
     torch.testing.assert_close(embeds, donor.get_video_features(inputs["pixel_values"]).pooler_output)
-    # The order of the frames matters, as it does not for an average.
+    # The order of the frames matters, unlike for an average.
     assert not torch.allclose(model.get_clip_embeds(inputs["pixel_values"].flip(1)), embeds)
     captions = model.generate(**inputs, max_new_tokens=5)
     model.save_pretrained(tmp_path / "captioner")

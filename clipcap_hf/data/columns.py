@@ -1,4 +1,4 @@
-"""Data sets that `datasets` itself can load, brought to the one form of `schema.py` by the names of their columns."""
+"""Load data sets with `datasets` and rename their columns to the common form of `schema.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_columns(
     id_column: str | None = None,
     **load_kwargs,
 ) -> Dataset | DatasetDict | IterableDataset:
-    """The readers "imagefolder", "webdataset" and "hub" (`builder` is None) of [`load_captions`]."""
+    """Read with `datasets`: the readers "webdataset" and "hub" (`builder` is None) of [`load_captions`]."""
     if images is not None:
         raise ValueError("`images` has no meaning here: the data set itself says where its images are.")
     splits = _load(builder, source, load_kwargs, missing or "error")
@@ -72,7 +72,7 @@ def _tar_files(source) -> str | list[str] | dict:
 
 
 def _load_shards(source, load_kwargs: dict, missing: str):
-    """Tar shards with all their image columns: `datasets` takes the columns of the first samples for those of all."""
+    """Load tar shards with all their image columns: `datasets` itself looks only at the first samples."""
     from datasets import Image, load_dataset
 
     files = _tar_files(source)
@@ -90,7 +90,7 @@ def _load_shards(source, load_kwargs: dict, missing: str):
 
 
 def _check_tar_end(file: str, missing: str):
-    """Refuse an archive that was cut between two members, which looks whole but for the two empty blocks at its end."""
+    """Refuse an archive that was cut between two members: it lacks only the two empty blocks at its end."""
     with open(file, "rb") as archive:
         if not _is_plain_tar(archive.read(512)):
             return
@@ -104,11 +104,11 @@ def _check_tar_end(file: str, missing: str):
 
 
 def _is_plain_tar(block: bytes) -> bool:
-    return block[257:262] == b"ustar"  # else it is compressed, with an end mark of its own kind
+    return block[257:262] == b"ustar"  # otherwise it is compressed and has its own end mark
 
 
 def _image_fields(file: str) -> list[str]:
-    """The extensions of the images in an archive, from the headers of its members alone."""
+    """Return the extensions of the images in an archive, reading only the headers of its members."""
     import tarfile
 
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -140,7 +140,7 @@ def _map_style(
     first_rows: dict[Any, int] = {}
     tops = list(dict.fromkeys(name.partition(".")[0] for name in caption_columns))
     for row, (image_id, texts) in enumerate(zip(ids, dataset.select_columns(tops))):
-        first_rows.setdefault(image_id, row)  # a caption a row: the rows of an image become one
+        first_rows.setdefault(image_id, row)  # with one caption per row, the rows of an image become one
         found = [caption for name in caption_columns for caption in clean(_get(texts, name), image_id)]
         captions.setdefault(image_id, []).extend(found)
     clean.report()
@@ -161,7 +161,7 @@ def _map_style(
         dataset = dataset.rename_column(image_column, "image")
     for name, column in columns.items():
         dataset = dataset.add_column(name, column, feature=features[name])
-    # Last, since adding columns to a selection would copy the images.
+    # Select last: adding columns to a selection would copy the images.
     return dataset if kept_rows == list(range(len(ids))) else dataset.select(kept_rows)
 
 
@@ -198,7 +198,7 @@ def _streamed(
     image_columns = [name for name, feature in dataset.features.items() if _kind(feature) == "Image"]
     for name in image_columns:
         dataset = dataset.cast_column(name, Image(decode=False))
-    # Shards may hold images of several extensions, each in a column of its own.
+    # Shards may hold images with several extensions, each in its own column.
     image_columns = image_columns if image_column is None and "__key__" in dataset.column_names else [first_column]
 
     def convert(row: dict, number: int) -> dict:
@@ -213,13 +213,13 @@ def _streamed(
         image = next((row[name] for name in image_columns if row[name] is not None), None)
         return {"image": image, "captions": captions, "image_id": image_id, "split": split}
 
-    # The form comes last: a `map` that is given features leaves images as bytes.
+    # Cast last: `map` with features would leave images as bytes.
     dataset = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
     return dataset.filter(bool, input_columns="captions").cast(caption_features(int_ids=False))
 
 
 def _get(row: dict, name: str) -> Any:
-    """A column, or with dots a field inside one: `"json.caption"`."""
+    """Return a column, or with dots a field inside one: `"json.caption"`."""
     for part in name.split("."):
         row = None if row is None else row.get(part)
     return row

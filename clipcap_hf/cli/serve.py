@@ -16,7 +16,7 @@ def add_parser(commands):
     serve = commands.add_parser(
         "serve",
         help="caption images in the browser",
-        description="Serve a page on this machine that captions the images you drop on it. It shows the captions, their "
+        description="Serve a page on this machine that captions the images you drop on it. It shows captions, their "
         "probabilities and the tokens nearest to each prefix vector, and lets you choose how to decode. Press Ctrl-C "
         "to stop.",
     )

@@ -65,7 +65,7 @@ def convert_official_checkpoint(
         vision (`str` or [`~transformers.PreTrainedModel`], *optional*): The CLIP that the checkpoint was trained with,
             as for [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]; without it the captioner accepts
             only embeddings.
-        normalize_clip_embeds (`bool`): Whether it was trained with `--normalize_prefix`. The file does not record this;
+        normalize_clip_embeds (`bool`): Whether it was trained with `--normalize_prefix`. The file does not record it;
             the weights of the transformer notebook were.
         mapping_num_heads (`int`): Number of heads in a transformer mapping. The file does not record it; the official
             code uses 8.

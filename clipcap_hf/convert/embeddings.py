@@ -22,8 +22,8 @@ def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathL
     r"""
     Convert a pickle of CLIP embeddings and captions that the official `parse_coco.py` or `parse_conceptual.py` wrote.
 
-    Only tensors and plain containers are read; anything else is refused before it is created. The official files repeat
-    an image for each of its captions; here it has one row.
+    Only tensors and plain containers are read; anything else is refused before it is created. The official files
+    repeat an image for each of its captions; here it has one row.
 
     Args:
         path (`str` or `os.PathLike`): The `.pkl` file: `clip_embedding` (rows, dim) and `captions`, dictionaries with

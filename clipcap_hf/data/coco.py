@@ -92,7 +92,7 @@ def is_name(value: Any) -> bool:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file, with or without a byte-order mark; raise a ValueError that names the file if it is not JSON."""
+    """Read a JSON file, with or without a byte-order mark; raise a ValueError that names a file that is not JSON."""
     try:
         return json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

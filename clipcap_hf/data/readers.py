@@ -1,4 +1,4 @@
-"""Captioned images of the field's formats, read into the one form of `schema.py`; images stay paths until they are used."""
+"""Read captioned images in common formats into the form of `schema.py`; images stay paths until they are used."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ def load_captions(
     | `"stair"` | `stair_captions_v1.2_train.json`, ... (Japanese) | as for COCO |
     | `"nocaps"` | `nocaps_val_4500_captions.json`, ... | folder with the images |
     | `"official"` | `train_caption.json` of the official ClipCap code | as for COCO |
-    | `"conceptual"` | TSV of captions and URLs (Conceptual Captions 3M, 12M) | folder, or folders in it, of images that are named by their row, from 0: `12.jpg`, `000000012.jpg`, as `img2dataset` names them with its default of 10,000 images a shard |
-    | `"flickr8k"` | folder, `captions.txt` (`image,caption`) or `Flickr8k.token.txt`, with `Flickr_8k.trainImages.txt` and the like beside it for the official splits | folder with the images; they are also found below that of `source` |
-    | `"imagefolder"` | folder of images with `metadata.jsonl` or `metadata.csv`, with a `.txt` file beside each image, or as for Flickr8k. Folders directly in it that are named `train`, `validation`, `test` and the like are the splits | |
+    | `"conceptual"` | TSV of captions and URLs (Conceptual Captions 3M, 12M) | folder of images named by their row, from 0: `12.jpg`, `000000012.jpg` (subfolders too), as `img2dataset` names them with its default of 10,000 images per shard |
+    | `"flickr8k"` | folder, `captions.txt` (`image,caption`) or `Flickr8k.token.txt`, with `Flickr_8k.trainImages.txt` and the like next to it for the official splits | folder with the images, subfolders too; by default that of `source` |
+    | `"imagefolder"` | folder of images with `metadata.jsonl` or `metadata.csv`, with a `.txt` file next to each image, or as for Flickr8k. Top-level folders named `train`, `validation`, `test` and the like are the splits | |
     | `"webdataset"` | folder, path or glob pattern of `.tar` shards; streamed | |
-    | `"hub"` | a data set of the Hub, or a folder or script-less file that `load_dataset` takes | |
+    | `"hub"` | a data set on the Hub, or a folder or file that `load_dataset` reads without a script | |
 
     Args:
         kind (`str`): The format.
-        source (`str`, path, or `dict`): The annotations; a dictionary gives a file for each split.
-        images (`str` or path, *optional*): Folder of the images; that of `source` by default.
+        source (`str`, path, or `dict`): The annotations; a dictionary gives one file per split.
+        images (`str` or path, *optional*): Folder of the images; by default that of `source`.
         split (`str`, *optional*): The split to return; `"val"` is `"validation"`. All by default.
-        missing (`str`, *optional*): What to do with images that are listed but not there: `"error"`, or `"skip"` and warn
-            with their number. The default is `"skip"` for Conceptual Captions, whose images vanish from the web, and
+        missing (`str`, *optional*): What to do if listed images do not exist: `"error"`, or `"skip"` them with a warning
+            that counts them. The default is `"skip"` for Conceptual Captions, whose images vanish from the web, and
             `"error"` for all others.
-        kwargs: For `"imagefolder"`, `"webdataset"` and `"hub"`: `image_column`, `caption_column` (a name, or a list of
-            names), `id_column`, and what `datasets.load_dataset` takes, `streaming=True` for one.
+        kwargs: For `"imagefolder"`, `"webdataset"` and `"hub"`: `image_column`, `caption_column` (a name or a list of
+            names), `id_column`, and arguments of `datasets.load_dataset` such as `streaming=True`.
 
     Returns:
-        [`~datasets.Dataset`] for one split, [`~datasets.DatasetDict`] for all; iterable ones if streamed. The columns are
-        those of [`caption_features`]: `image`, `captions`, `image_id`, `split` and, for nocaps, `domain`.
+        [`~datasets.Dataset`] for one split, [`~datasets.DatasetDict`] for all; iterable ones if streamed. The columns
+        are those of [`caption_features`]: `image`, `captions`, `image_id`, `split` and, for nocaps, `domain`.
 
     Raises:
-        FileNotFoundError: If the annotations are not there, or images are missing and may not be.
-        ValueError: If the file is not of this format, a caption is no string, an image is listed twice, or there is no
-            such split or column; the message says what there is.
+        FileNotFoundError: If the annotations do not exist, or images are missing and `missing` is `"error"`.
+        ValueError: If the file is not in this format, a caption is not a string, an image is listed twice, or a split
+            or column does not exist; the message says what was found.
 
     Example:
 
@@ -76,7 +76,8 @@ def load_captions(
     >>> train = load_captions("karpathy", "dataset_coco.json", images="coco", split="train")  # doctest: +SKIP
     >>> train[0]["captions"]  # doctest: +SKIP
 
-    ```"""
+    ```
+    """
     if kind not in READERS:
         raise ValueError(f"There is no reader {kind!r}; there are {', '.join(map(repr, READERS))}.")
     if missing not in (None, "error", "skip"):
@@ -186,7 +187,7 @@ def _read_official(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]
 def _read_conceptual(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
     files = _files_by_number(folder.root)
     split = _split_of_name(path)
-    # Only line feeds end a row: captions may hold separators of other kinds.
+    # Only line feeds end a row: captions may contain other line separators.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         number = 0
         for line_number, line in enumerate(file, start=1):
@@ -204,11 +205,12 @@ def _read_conceptual(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecor
 
 
 def _check_caption_beside(image: str, caption: str, number: int, path: Path):
-    # img2dataset writes the caption beside the image. Numbers that are not rows would mix up all captions, silently.
+    # img2dataset writes the caption next to the image. Numbers that are not rows would silently mix up all captions.
     beside = Path(image).with_suffix(".txt")
     if beside.is_file() and (found := beside.read_text(encoding="utf-8")).split() != caption.split():
         raise ValueError(
-            f"{beside} has the caption {found!r}, but row {number} of {path} is {caption!r}: are the images named by their row?"
+            f"{beside} has the caption {found!r}, but row {number} of {path} is {caption!r}: are the images named by "
+            "their row?"
         )
 
 

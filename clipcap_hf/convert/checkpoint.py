@@ -144,7 +144,8 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         what = f"`{found[1]}`" if found else "something else"
         raise ValueError(
             f"{path} holds more than weights ({what}), and reading that could run code, so it was not read. If you "
-            "trust the file, load it where it was made and save the weights alone: `torch.save(model.state_dict(), PATH)`."
+            "trust the file, load it where it was made and save the weights alone: `torch.save(model.state_dict(), "
+            "PATH)`."
         ) from error
     except Exception as error:  # a damaged pickle can raise almost anything
         raise ValueError(f"{path} is damaged or cut short: download it again ({error}).") from error

@@ -50,15 +50,15 @@ def embed(
     r"""
     Encode the images of a data set once and write their CLIP embeddings, for training without the vision tower.
 
-    The work is divided into shards of `shard_size` rows, or into the shards of a streamed data set. Each is written
-    under a temporary name and renamed when it is complete. Run it again after an interruption, with any number of
-    processes, and it writes the missing shards and ends with the same rows. Under `torchrun` or `accelerate launch` the
-    processes share the shards. An image that cannot be read is left out and recorded in `failed.jsonl` with the reason and its
-    row (from 0; none for a stream).
+    The work is divided into shards of `shard_size` rows, or into the shards of a streamed data set. Each shard is
+    written under a temporary name and renamed when it is complete. After an interruption, run it again with any number
+    of processes: it writes the missing shards and ends with the same rows. Under `torchrun` or `accelerate launch` the
+    processes share the shards. An image that cannot be read is left out and recorded in `failed.jsonl` with the reason
+    and its row (from 0; none for a stream).
 
     Args:
-        model ([`ClipCapForConditionalGeneration`] or [`~transformers.PreTrainedModel`]): A captioner or a vision tower,
-            on the device to use.
+        model ([`ClipCapForConditionalGeneration`] or [`~transformers.PreTrainedModel`]): A captioner or a vision
+            tower, on the device to use.
         dataset ([`~datasets.Dataset`], `IterableDataset` or a dictionary of them by split): From [`load_captions`], or
             with a column `image` ([`~datasets.Image`]); other columns are kept.
         out (`str` or path): Folder to write; each split gets its own folder in it.
@@ -75,8 +75,8 @@ def embed(
         progress (`bool`): Show a progress bar on standard error.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: The columns of `dataset`, as [`load_embeddings`] reads them,
-        with `clip_embeds` (clip_embed_dim, or (tokens, dim)) and `image_path` instead of `image`.
+        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: The columns of `dataset`, as [`load_embeddings`] reads
+        them, with `clip_embeds` (clip_embed_dim, or (tokens, dim)) and `image_path` instead of `image`.
 
     Raises:
         ValueError: If `out` holds embeddings of other data or of another tower, or if no image could be read.

@@ -146,7 +146,7 @@ class EmbeddingsFolder:
         self.failed: dict[int, list[dict]] = {}
 
     def begin(self):
-        """Create the folder, or check that its data and tower are the same. Only the process with the lock calls it."""
+        """Create the folder, or check that its data and tower are the same; call it in the process with the lock."""
         self.path.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(self.path)
         manifest = self.path / MANIFEST

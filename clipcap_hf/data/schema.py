@@ -153,8 +153,8 @@ class CaptionCleaner:
     def report(self):
         if self.left_out:
             logger.warning(
-                f"{self.source}: {self.left_out} captions are empty or longer than {MAX_CAPTION_LENGTH} characters and "
-                f"were left out, the first of image {self.example}."
+                f"{self.source}: {self.left_out} captions are empty or longer than {MAX_CAPTION_LENGTH} characters "
+                f"and were left out, the first of image {self.example}."
             )
 
 
@@ -165,8 +165,8 @@ def unusable_captions(dataset, tokenizer, max_tokens: int | None, placeholder: s
     Args:
         dataset ([`~datasets.Dataset`]): Rows with `captions` and, if it has ids, `image_id`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's tokenizer.
-        max_tokens (`int`, *optional*): Most tokens per caption: the context length without prefix, prompt and end token.
-            `None` for a model without a limit.
+        max_tokens (`int`, *optional*): Most tokens per caption: the context length without prefix, prompt and end
+            token. `None` for a model without a limit.
         placeholder (`str`): Text that stands for the prefix.
 
     Returns:

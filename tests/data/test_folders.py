@@ -96,7 +96,7 @@ def test_csv_is_text(make):
         ("metadata.csv", "image,text\na.jpg,x\n", r"no column 'file_name'; the columns are image, text"),
         ("metadata.csv", "", r"metadata.csv has no rows"),
         ("metadata.jsonl", '{"file_name": "b.jpg", "text": "x"}', r"1 images in .* have no caption: a.jpg"),
-        ("notes.md", "x", r"no captions that are known for folders: metadata.jsonl"),
+        ("notes.md", "x", r"no captions in a known form: metadata.jsonl"),
     ],
 )
 def test_wrong_metadata(make, name, content, complaint):

@@ -136,8 +136,8 @@ class BatchedCaptioner:
             raise ValueError(f"{path}: not an image that can be read (is it JPEG, PNG, WebP, GIF or BMP?)") from error
         if width * height > self.max_pixels:
             raise ValueError(
-                f"{path}: refused, {width} x {height} pixels are more than the {self.max_pixels / 1e6:.0f} million that "
-                "are allowed here; make it smaller"
+                f"{path}: refused, {width} x {height} pixels are more than the {self.max_pixels / 1e6:.0f} million "
+                "that are allowed here; make it smaller"
             )
         return load_image(path)
 

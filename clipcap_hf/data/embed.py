@@ -62,10 +62,11 @@ def embed(
         dataset ([`~datasets.Dataset`], `IterableDataset` or a dictionary of them by split): From [`load_captions`], or
             with a column `image` ([`~datasets.Image`]); other columns are kept.
         out (`str` or path): Folder to write; each split gets its own folder in it.
-        image_processor ([`~transformers.BaseImageProcessor`] or [`ClipCapProcessor`]): The image transform of the tower.
+        image_processor ([`~transformers.BaseImageProcessor`] or [`ClipCapProcessor`]): The image transform of the
+            tower.
         batch_size (`int`): Images per batch.
-        num_workers (`int`, *optional*): Processes that read and resize images; chosen by the number of images and cores
-            by default. 0 reads them in this process.
+        num_workers (`int`, *optional*): Processes that read and resize images; chosen by the number of images and
+            cores by default. 0 reads them in this process.
         dtype (`torch.dtype`, *optional*): Data type in which the tower computes. By default bfloat16 on GPUs and CPUs
             that gain from it (CPUs with AMX), float16 on older GPUs, and the model's own elsewhere. Embeddings are
             written in float32.

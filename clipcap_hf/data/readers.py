@@ -37,20 +37,21 @@ def load_captions(
 
     The formats (`kind`), with their `source` and `images`:
 
-    - `"karpathy"`: `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json`; `images` is the folder with
-      `train2014/` and `val2014/`, or with the Flickr images.
-    - `"coco"`: `captions_train2014.json`, `captions_val2017.json`, ...; `images` is the folder with the images, or with
-      `train2014/` and the like.
+    - `"karpathy"`: `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json`; `images` is the folder
+      with `train2014/` and `val2014/`, or with the Flickr images.
+    - `"coco"`: `captions_train2014.json`, `captions_val2017.json`, ...; `images` is the folder with the images, or
+      with `train2014/` and the like.
     - `"stair"`: `stair_captions_v1.2_train.json`, ... (Japanese); `images` as for COCO.
     - `"nocaps"`: `nocaps_val_4500_captions.json`, ...; `images` is the folder with the images.
     - `"official"`: `train_caption.json` of the official ClipCap code; `images` as for COCO.
     - `"conceptual"`: TSV of captions and URLs (Conceptual Captions 3M, 12M); `images` is a folder of images named by
       their row, from 0: `12.jpg`, `000000012.jpg` (subfolders too), as `img2dataset` names them with its default of
       10,000 images per shard.
-    - `"flickr8k"`: folder, `captions.txt` (`image,caption`) or `Flickr8k.token.txt`, with `Flickr_8k.trainImages.txt` and
-      the like next to it for the official splits; `images` is the folder with the images, subfolders too.
-    - `"imagefolder"`: folder of images with `metadata.jsonl` or `metadata.csv`, with a `.txt` file next to each image, or
-      as for Flickr8k. Top-level folders named `train`, `validation`, `test` and the like are the splits. No `images`.
+    - `"flickr8k"`: folder, `captions.txt` (`image,caption`) or `Flickr8k.token.txt`, with `Flickr_8k.trainImages.txt`
+      and the like next to it for the official splits; `images` is the folder with the images, subfolders too.
+    - `"imagefolder"`: folder of images with `metadata.jsonl` or `metadata.csv`, with a `.txt` file next to each image,
+      or as for Flickr8k. Top-level folders named `train`, `validation`, `test` and the like are the splits. No
+      `images`.
     - `"webdataset"`: folder, path or glob pattern of `.tar` shards; streamed. No `images`.
     - `"hub"`: a data set on the Hub, or a folder or file that `load_dataset` reads without a script. No `images`.
 
@@ -60,8 +61,8 @@ def load_captions(
         images (`str` or path, *optional*): Folder of the images; by default that of `source`.
         split (`str`, *optional*): The split to return; `"val"` is `"validation"`. All by default.
         missing (`str`, *optional*): What to do if listed images do not exist: `"error"`, or `"skip"` them with a
-            warning that counts them. The default is `"skip"` for Conceptual Captions, whose images vanish from the web, and
-            `"error"` for all others.
+            warning that counts them. The default is `"skip"` for Conceptual Captions, whose images vanish from the
+            web, and `"error"` for all others.
         kwargs: For `"imagefolder"`, `"webdataset"` and `"hub"`: `image_column`, `caption_column` (a name or a list of
             names), `id_column`, and arguments of `datasets.load_dataset` such as `streaming=True`.
 

@@ -158,7 +158,8 @@ class DataArguments:
         default="auto",
         metadata={
             "help": "A reader of clipcap_hf.data (karpathy, coco, stair, official, conceptual, imagefolder, "
-            "webdataset, hub), or saved for a folder of Dataset.save_to_disk. auto: emoji, saved or imagefolder, by the folder."
+            "webdataset, hub), or saved for a folder of Dataset.save_to_disk. auto: emoji, saved or imagefolder, by "
+            "the folder."
         },
     )
     images: str | None = field(default=None, metadata={"help": "Folder of the images, if data is a file."})
@@ -192,8 +193,8 @@ class DataArguments:
     references: Literal["random", "all", "first", "together"] = field(
         default="all",
         metadata={
-            "help": "Captions shown per image and epoch: all, a random one, the first, or all together in one row, which "
-            "takes less time (for several captions per image and language models that accept 4-dimensional masks)."
+            "help": "Captions shown per image and epoch: all, a random one, the first, or all together in one row, "
+            "which takes less time (for several captions per image and language models with 4-dimensional masks)."
         },
     )
     append_eos: bool = field(default=True, metadata={"help": "End captions with the end token."})

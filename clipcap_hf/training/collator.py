@@ -93,7 +93,7 @@ class CaptioningCollator:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the caption: the placeholders, and the text of the processor's `prompt_template` around them."""
+        """Number of tokens before the caption: the placeholders and the text of the processor's `prompt_template`."""
         return len(self.processor.tokenize_prompts(None, 1)["input_ids"][0])
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,8 +178,8 @@ class CaptioningCollator:
             return {"videos": [feature[self.video_column] for feature in features]}
         raise ValueError(
             f"The data has neither a column {self.image_column!r} nor {self.video_column!r} nor "
-            f"{self.embeds_column!r}; it has {', '.join(features[0])}. Pass `image_column=`, `video_column=` or `embeds_column=`, and "
-            "`remove_unused_columns=False` to the training arguments."
+            f"{self.embeds_column!r}; it has {', '.join(features[0])}. Pass `image_column=`, `video_column=` or "
+            "`embeds_column=`, and `remove_unused_columns=False` to the training arguments."
         )
 
     def _embeds(self, features: list[dict[str, Any]], generators: list) -> torch.Tensor:

@@ -47,10 +47,10 @@ def _images_shown(train, data_args: DataArguments, args: CaptioningArguments) ->
 def embed_once(
     data, split: str, model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, args: CaptioningArguments
 ):
-    """Return the data with the embedding of each image. All processes share the work; an interrupted run continues.
+    """Return the data with the embedding of each image. All processes share the work.
 
-    The embeddings are stored in `_embeddings` in `output_dir`, a name that `push_to_hub` skips. Images that cannot be read
-    are left out, with a warning. Training data keeps only embeddings and captions.
+    An interrupted run continues. The embeddings are stored in `_embeddings` in `output_dir`, a name that `push_to_hub`
+    skips. Images that cannot be read are left out, with a warning. Training data keeps only embeddings and captions.
     """
     if data is None or "clip_embeds" in data.column_names:
         return data

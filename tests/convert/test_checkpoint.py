@@ -311,7 +311,7 @@ def test_list_of_embeddings_and_other_ids(convert_embeds):
 
 
 class MaliciousStorage:
-    """Runs code in the inner file that a pickled tensor's storage is."""
+    """Run code from the inner file of a pickled tensor's storage."""
 
     def __init__(self, marker):
         buffer = io.BytesIO()

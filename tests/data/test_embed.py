@@ -1,4 +1,4 @@
-"""Embedding whole data sets: the rows that come out, killed and resumed runs, several real processes."""
+"""Embedding whole data sets: the resulting rows, killed and resumed runs, several real processes."""
 
 import io
 import json
@@ -321,7 +321,7 @@ def script(tmp_path, model_folder, emoji_files):
 
 @pytest.fixture
 def expected_rows(tmp_path, model_folder, data):
-    """Of a run that nothing interrupts."""
+    """Return the rows of an uninterrupted run."""
     from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 
     model = ClipCapForConditionalGeneration.from_pretrained(model_folder).eval()

@@ -1,4 +1,4 @@
-"""Folders of images: which images are read, under which split, with which captions, and what is said of the rest."""
+"""Folders of images: which images are read, in which split, with which captions, and which warnings and errors appear."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from PIL import Image
 
 @pytest.fixture
 def make(tmp_path):
-    """`make({"a.jpg": None, "metadata.csv": "..."})` writes images (None) and text files, and gives the folder."""
+    """`make({"a.jpg": None, "metadata.csv": "..."})` writes images (None) and text files, and returns the folder."""
 
     def make(files):
         for name, content in files.items():
@@ -149,7 +149,7 @@ def test_flickr8k_captions_txt(make):
 
 
 def test_a_subfolder_that_cannot_be_read_is_an_error(make, monkeypatch):
-    """Tests may run as root, who can read everything: the refusal is the system's in its place."""
+    """Root can read everything, so the test simulates the refusal of the system."""
     root = make({"a.jpg": None, "a.txt": "a", "closed/b.jpg": None})
     scandir = os.scandir
 

@@ -1,4 +1,4 @@
-"""Each format as its publishers lay it out, in small files written here."""
+"""Each format in its published layout, in small files written here."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def karpathy_image(filename, split, *captions, imgid=0, **more):
 
 def coco_file(captions_of, file_names, **more):
     images = [
-        {"license": 3, "file_name": name, "coco_url": "http://images.example/x.jpg", "height": 30, "width": 40, "id": i}
+        {"license": 3, "file_name": name, "coco_url": "http://example.org/x.jpg", "height": 30, "width": 40, "id": i}
         | {"date_captured": "2013-11-14 11:18:45", "flickr_url": "http://flickr.example/x.jpg"} | more.get(i, {})
         for i, name in file_names.items()
     ]  # fmt: skip
@@ -175,7 +175,7 @@ def test_conceptual_12m_has_the_url_first(tmp_path, write):
 
 
 def test_conceptual_rows_that_belong_to_other_captions(tmp_path, write):
-    """`img2dataset` writes the caption beside the image: another one means that the numbers are not rows."""
+    """`img2dataset` writes the caption next to the image: a different one shows that the numbers are not rows."""
     write("cc/000000000.jpg")
     write("cc/000000000.txt", "another caption")
     file = write("train.tsv", "a cat\thttp://x.example/1.jpg\n")

@@ -1,4 +1,4 @@
-"""Tar shards: images of several formats, samples without an image, and archives that were cut short."""
+"""Tar shards: images of several formats, samples without an image, and truncated archives."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def write_shard(path, samples):
-    """Each sample is a key and the extensions of its files."""
+    """Write samples, each given by a key and the extensions of its files."""
     with tarfile.open(path, "w") as tar:
         for key, extensions in samples:
             for extension in extensions:

@@ -1,4 +1,4 @@
-"""`clipcap evaluate --model M --data FOLDER`: one's own images and captions, in one command."""
+"""`clipcap evaluate --model M --data FOLDER`: evaluate on your own images and captions."""
 
 import json
 import os

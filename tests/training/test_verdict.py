@@ -1,4 +1,4 @@
-"""The verdict at the end of a run: what each kind of run is told."""
+"""The verdict at the end of each kind of run."""
 
 import pytest
 import torch

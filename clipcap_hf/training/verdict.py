@@ -116,8 +116,8 @@ def _below_copying(ending: Ending) -> tuple[str, str] | None:
     what = "the caption of the nearest training image" if better[0] == NEAREST else "the most common caption"
     return "below copying", (
         f"Copying {what} scores at least as high (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). "
-        "Add images or captions, train for more epochs if the loss still fell at the end, or start from a captioner of "
-        "similar images."
+        "Add images or captions, train for more epochs if the loss still fell at the end, or start from a captioner "
+        "of similar images."
     )
 
 

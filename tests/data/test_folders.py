@@ -1,4 +1,4 @@
-"""Folders of images: which images are read, in which split, with which captions, and which warnings and errors appear."""
+"""Folders of images: the images that are read, their splits and captions, warnings and errors."""
 
 import json
 import os

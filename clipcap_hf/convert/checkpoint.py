@@ -174,7 +174,7 @@ def _check_is_state_dict(state: Any, path: Path):
             f"{path} is a whole training state ({', '.join(map(str, state))}). Take the weights out of it: "
             f"`torch.save(torch.load(PATH, weights_only=True)[{inner[0]!r}], NEW_PATH)`."
         )
-    raise ValueError(f"{path} is not a state dict: {_some(others)} are no tensors.")
+    raise ValueError(f"{path} is not a state dict: {_some(others)} are not tensors.")
 
 
 def _is_weights(value: Any) -> bool:
@@ -287,7 +287,7 @@ def _mapper_config(weights: dict[str, torch.Tensor], hidden_size: int) -> dict[s
     except KeyError as error:
         names = [_MAPPER + key for key in weights]
         raise ValueError(
-            f"The mapping network has no `{_MAPPER}{error.args[0]}`, so it is none of the official ones. It has "
+            f"The mapping network has no `{_MAPPER}{error.args[0]}`, so it is not an official one. It has "
             f"{_some(names)}."
         ) from None
 

@@ -74,7 +74,7 @@ def _read_embeddings(path: Path) -> tuple[torch.Tensor, list[dict]]:
         except _Refused as error:
             raise ValueError(f"{path} was not read: {error}") from error
         except MemoryError as error:
-            raise ValueError(f"{path} is damaged: it asks for more memory than there is.") from error
+            raise ValueError(f"{path} is damaged: it asks for more memory than is available.") from error
         except Exception as error:  # a damaged pickle can raise almost anything
             raise ValueError(f"{path} is not a pickle of tensors, or is damaged: {error}") from error
     if not isinstance(data, dict) or not {"clip_embedding", "captions"} <= data.keys():
@@ -110,7 +110,7 @@ def _group_by_image(embeds: torch.Tensor, records: list[dict]) -> tuple[list, li
         if not isinstance(row, int) or isinstance(row, bool):
             raise ValueError(f"Caption {number}: its `clip_embedding` is not the number of a row: {record!r}.")
         if not isinstance(caption, str) or not 0 <= row < len(embeds):
-            raise ValueError(f"Caption {number} has no text, or an embedding that is not there: {record!r}.")
+            raise ValueError(f"Caption {number} has no text, or its embedding does not exist: {record!r}.")
         captions.setdefault(image_id, []).append(caption)
         first_rows.append(rows.setdefault(image_id, row))
         caption_rows.append(row)
@@ -135,7 +135,7 @@ def _check_one_embedding_an_image(
         differs = (F.cosine_similarity(first, other) < 0.99) & (first != other).any(1)
         if differs.any():
             image_id = records[chunk[int(differs.nonzero()[0])]]["image_id"]
-            raise ValueError(f"`image_id` {image_id!r} has embeddings that differ: are the ids those of images?")
+            raise ValueError(f"`image_id` {image_id!r} has different embeddings: are the ids image ids?")
 
 
 class _Refused(pickle.UnpicklingError):

@@ -30,7 +30,7 @@ def load_columns(
 ) -> Dataset | DatasetDict | IterableDataset:
     """Read with `datasets`: the readers "webdataset" and "hub" (`builder` is None) of [`load_captions`]."""
     if images is not None:
-        raise ValueError("`images` has no meaning here: the data set itself says where its images are.")
+        raise ValueError("Leave out `images`: the data set itself contains its images or their paths.")
     splits = _load(builder, source, load_kwargs, missing or "error")
     if split is not None:
         selected = select_split(splits, split, str(source))
@@ -67,7 +67,7 @@ def _tar_files(source) -> str | list[str] | dict:
         return source
     pattern = os.path.join(source, "*.tar") if os.path.isdir(source) else os.fspath(source)
     if not (files := sorted(glob.glob(pattern, recursive=True))):
-        raise FileNotFoundError(f"There are no tar shards {pattern}.")
+        raise FileNotFoundError(f"No tar shards match {pattern}.")
     return files
 
 
@@ -97,10 +97,10 @@ def _check_tar_end(file: str, missing: str):
         archive.seek(max(0, os.path.getsize(file) - 1024))
         if archive.read() == bytes(1024):
             return
-    message = f"{file} has no end mark: it was cut short, and samples may be missing. Download or make it again"
+    message = f"{file} has no end mark: it is truncated, and samples may be missing. Download or write it again"
     if missing == "error":
-        raise ValueError(f"{message}, or read what is there with `missing='skip'` (--missing skip).")
-    logger.warning(f"{message}. What is there is read.")
+        raise ValueError(f"{message}, or read the rest with `missing='skip'` (--missing skip).")
+    logger.warning(f"{message}. The rest is read.")
 
 
 def _is_plain_tar(block: bytes) -> bool:
@@ -145,7 +145,7 @@ def _map_style(
         captions.setdefault(image_id, []).extend(found)
     clean.report()
     if len(first_rows) < len(ids):
-        logger.info(f"{source}: {len(ids)} rows are of {len(first_rows)} images.")
+        logger.info(f"{source}: {len(ids)} rows belong to {len(first_rows)} images.")
     kept = [image_id for image_id, texts in captions.items() if texts]
     if without := len(captions) - len(kept):
         logger.warning(f"{source}: {without} images without a caption were left out.")
@@ -176,7 +176,7 @@ def _rows_with_image(rows: list[int], paths: list[str | None], missing: str, sou
     if not absent:
         return rows
     names = [str(paths[row]) for row in sorted(absent)[:3]]
-    message = f"{len(absent)} of the {len(rows)} images that {source} lists are not there: {', '.join(names)}"
+    message = f"{len(absent)} of the {len(rows)} images that {source} lists do not exist: {', '.join(names)}"
     message += ", ..." if len(absent) > 3 else ""
     if missing == "error" or len(absent) == len(rows):
         raise FileNotFoundError(f"{message}. To go on with those present, pass `missing='skip'` (--missing skip).")
@@ -237,7 +237,7 @@ def _find_columns(dataset, source: str, image_column, caption_column, id_column)
     elif caption_column is None:
         known = [name for name in CAPTION_COLUMNS if _feature(features, name) is not None]
         if not known:
-            raise ValueError(f"{source} has no column that is known for captions; {exists}. Pass `caption_column=`.")
+            raise ValueError(f"{source} has no column known for captions; {exists}. Pass `caption_column=`.")
         caption_column = known[:1]
     for name in (image_column, *caption_column, *filter(None, [id_column])):
         if _feature(features, name) is None:

@@ -98,7 +98,7 @@ def embed(
     image_processor = getattr(image_processor, "image_processor", image_processor)
     tower = getattr(model, "vision_tower", model)
     if tower is None:
-        raise ValueError("This captioner has no vision tower: name the CLIP that is to embed the images.")
+        raise ValueError("This captioner has no vision tower: pass the tower of its CLIP instead (--vision).")
     if image_processor is None:
         raise ValueError("Pass `image_processor`, the transform of the vision tower.")
     vision_feature = vision_feature or getattr(model.config, "vision_feature", "pooled")

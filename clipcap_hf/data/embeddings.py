@@ -49,7 +49,7 @@ def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Datase
     if not splits.is_file() and not (path / "state.json").is_file():
         unfinished = [folder for folder in (path, *path.glob("*")) if (folder / MANIFEST).is_file()]
         if unfinished:
-            raise ValueError(f"{path} is unfinished: run `embed` again with the same arguments, and it goes on.")
+            raise ValueError(f"{path} is unfinished: run `embed` again with the same arguments to continue.")
         raise FileNotFoundError(f"There are no embeddings in {path}.")
     data = load_from_disk(os.fspath(path))
     if split is None:
@@ -109,7 +109,7 @@ def check_embeddings(dataset: Dataset | str | os.PathLike, model) -> None:
         tower = describe_tower(model.vision_tower, wanted, model.name_or_path)
         if tower["weights_sha256"] != provenance["weights_sha256"]:
             raise ValueError(
-                f"The embeddings were made by another vision tower than the model's. {made_by} The model's is "
+                f"The embeddings were not made by the model's vision tower. {made_by} The model's is "
                 f"{tower['vision']['name']}, whose weights differ. Embed the images with it."
             )
 
@@ -238,8 +238,8 @@ class EmbeddingsFolder:
             return
         write_text(self.path / "failed.jsonl", "".join(line + "\n" for line in lines))
         if not rows:
-            raise ValueError(f"No image could be embedded. The first: {json.loads(lines[0])['error']}")
-        logger.warning(f"{len(lines)} images could not be embedded: {self.path / 'failed.jsonl'} says why.")
+            raise ValueError(f"No image could be embedded. The first error: {json.loads(lines[0])['error']}")
+        logger.warning(f"{len(lines)} images could not be embedded; see {self.path / 'failed.jsonl'} for the reasons.")
 
     def write_splits(self, names: list[str]):
         _remove_leftovers(self.path)
@@ -256,7 +256,7 @@ class EmbeddingsFolder:
                 pass
             self._scratch(shard).unlink(missing_ok=True)
         if exception_type is not None and issubclass(exception_type, OSError):
-            logger.error(f"{self.path} could not be written. What was finished is kept: run again to go on.")
+            logger.error(f"{self.path} could not be written. Finished shards are kept: run again to continue.")
 
     def _scratch(self, shard: int) -> Path:
         return self.path / f".{_data_file(shard)}.{os.getpid()}.tmp"

@@ -37,7 +37,7 @@ def load_folder(
     """Read a folder of images: the reader "imagefolder" of [`load_captions`]."""
     root = Path(source)
     if images is not None:
-        raise ValueError("`images` has no meaning here: the folder itself holds the images.")
+        raise ValueError("Leave out `images`: the folder itself holds the images.")
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}." if not root.exists() else f"{root} is not a folder.")
     columns = (image_column, caption_column, id_column)
@@ -156,8 +156,7 @@ def _caption_columns(names: list[str], caption_column, file: Path) -> list[str]:
         caption_column = [name for name in CAPTION_COLUMNS if name in names][:1]
         if not caption_column:
             raise ValueError(
-                f"{file} has no column that is known for captions; the columns are {', '.join(names)}. Pass "
-                "`caption_column=`."
+                f"{file} has no column known for captions; the columns are {', '.join(names)}. Pass `caption_column=`."
             )
     caption_column = [caption_column] if isinstance(caption_column, str) else list(caption_column)
     for name in caption_column:
@@ -260,7 +259,7 @@ def load_flickr8k(
             path = by_name.get(name, name)
             records.setdefault(name, CaptionedRecord(name, [path], [], split_of_name)).captions.append(caption)
     if unlisted:
-        logger.warning(f"{file}: {len(unlisted)} images are in no list of a split; they were left out.")
+        logger.warning(f"{file}: {len(unlisted)} images are in no split list; they were left out.")
     if not records:
         raise ValueError(f"{file} holds no captions.")
     # Unlisted images are not an error here: the annotations define the data set.

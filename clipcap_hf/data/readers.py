@@ -86,7 +86,7 @@ def load_captions(
     ```
     """
     if kind not in READERS:
-        raise ValueError(f"There is no reader {kind!r}; there are {', '.join(map(repr, READERS))}.")
+        raise ValueError(f"Unknown reader {kind!r}; choose one of {', '.join(map(repr, READERS))}.")
     if missing not in (None, "error", "skip"):
         raise ValueError(f"`missing` must be 'error' or 'skip', but is {missing!r}.")
     return READERS[kind](source, images=images, split=split, missing=missing, **kwargs)
@@ -103,7 +103,7 @@ def _load_files(
     from datasets import DatasetDict
 
     if unknown:
-        raise ValueError(f"This format has columns of its own; it takes no {', '.join(map(repr, unknown))}.")
+        raise ValueError(f"This format has fixed columns, so it takes no {', '.join(map(repr, unknown))}.")
     files = source if isinstance(source, dict) else {None: source}
     splits: dict[str, list[CaptionedRecord]] = {}
     for name, file in files.items():
@@ -126,7 +126,7 @@ def _read_json(path: Path, keys: Iterable[str], example: str) -> Any:
         raise ValueError(f"{path} is not a JSON file, or is incomplete: {error}") from error
     if keys and not (isinstance(data, dict) and set(keys) <= data.keys()):
         found = ", ".join(list(data)[:10]) if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise ValueError(f"{path} is not of the layout of {example}, with {' and '.join(keys)}: it holds {found}.")
+        raise ValueError(f"{path} does not have the layout of {example}, with {' and '.join(keys)}: it holds {found}.")
     return data
 
 
@@ -159,7 +159,7 @@ def _read_coco(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
         paths = _coco_paths(_field(image.entry, "file_name", path, number))
         yield CaptionedRecord(image.image_id, paths, image.captions, split, image.domain)
     if strangers:
-        logger.warning(f"{path}: {strangers} captions are of images that it does not list; they were left out.")
+        logger.warning(f"{path}: {strangers} captions belong to images that it does not list; they were left out.")
 
 
 def _coco_paths(file_name: str) -> list[str]:
@@ -178,13 +178,15 @@ def _read_official(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]
     captions: dict[int, list] = {}
     data = _read_json(path, [], "train_caption.json")
     if not isinstance(data, list):
-        raise ValueError(f"{path} is not of the layout of the official train_caption.json: a list of captions.")
+        raise ValueError(f"{path} does not have the layout of the official train_caption.json, a list of captions.")
     for number, entry in enumerate(data):
         image_id = _field(entry, "image_id", path, number)
         try:
             image_id = int(image_id)
         except (TypeError, ValueError):
-            raise ValueError(f"Entry {number} of {path} has the image_id {image_id!r}, which is no number.") from None
+            raise ValueError(
+                f"Entry {number} of {path} has the image_id {image_id!r}, which is not a number."
+            ) from None
         captions.setdefault(image_id, []).append(_field(entry, "caption", path, number))
     for image_id, texts in captions.items():
         names = [f"COCO_{part}2014_{image_id:012d}.jpg" for part in ("train", "val")]

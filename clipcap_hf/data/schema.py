@@ -228,7 +228,7 @@ def warn_of_overlap(splits: Mapping[str, Dataset]) -> dict[tuple[str, str], int]
             if count := paths if both_know_paths else ids:
                 shared[first, second] = count
                 logger.warning(
-                    f"{count} images are in both {first!r} and {second!r}: take them out of one of the two."
+                    f"{count} images are in both {first!r} and {second!r}: remove them from one of the two."
                 )
     return shared
 

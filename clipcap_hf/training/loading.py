@@ -69,20 +69,20 @@ def hold_out(data, share: float, seed: int):
     """
     if not share or not hasattr(data, "select"):
         logger.warning(
-            "Nothing is held out to evaluate on, so nothing will tell how the captioner does on new images."
+            "No images are held out for evaluation, so the quality of captions for new images will be unknown."
         )
         return data, None
     images = _image_of_rows(data)
     count = int(images.max()) + 1
     if count < FEW_IMAGES:
         logger.warning(
-            f"Only {count} images: none is held out to evaluate on, so nothing will tell how the captioner does on "
-            f"new images. From {FEW_IMAGES} images on, a tenth is held out."
+            f"Only {count} images: none is held out for evaluation, so the quality of captions for new images will be "
+            f"unknown. With {FEW_IMAGES} images or more, a tenth is held out."
         )
         return data, None
     chosen = np.random.default_rng(seed).permutation(count)[: max(2, round(share * count))]
     held_out = np.isin(images, chosen)
-    logger.info(f"{len(chosen)} of the {count} images are held out to evaluate on (`validation_share` {share:g}).")
+    logger.info(f"{len(chosen)} of the {count} images are held out for evaluation (`validation_share` {share:g}).")
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
 
 
@@ -135,7 +135,7 @@ def _guess_format(source: str) -> str:
     if folder.is_dir():
         return "webdataset" if list(folder.glob("*.tar")) else "imagefolder"
     if folder.is_file():
-        raise ValueError(f"`data_format`: say which format the file {source} has (karpathy, coco, ...).")
+        raise ValueError(f"Pass `data_format`, the format of the file {source} (karpathy, coco, ...).")
     return "hub"
 
 
@@ -221,7 +221,7 @@ def _clean(data, argument: str, column: str):
     if not kept_rows:
         raise ValueError(f"{argument} has no captions in the column {column!r}: pass `caption_column`, or other data.")
     if without := [row for row, texts in enumerate(captions) if not texts]:
-        logger.warning(f"{argument}: {len(without)} rows without a caption were left out, row {without[0]} the first.")
+        logger.warning(f"{argument}: {len(without)} rows without a caption were left out, first row {without[0]}.")
     if any(captions[row] != found[row] for row in kept_rows):
         data = data.remove_columns("captions").add_column("captions", captions, feature=List(Value("string")))
     return data if len(kept_rows) == len(data) else data.select(kept_rows)
@@ -232,8 +232,8 @@ def _warn_of_one_caption(train):
         captions = {text for texts in train["captions"] for text in as_list(texts)}
         if len(captions) == 1:
             logger.warning(
-                f"All captions of the training data are the same, {next(iter(captions))[:80]!r}: there is nothing to "
-                "learn but this one caption."
+                f"All captions of the training data are the same, {next(iter(captions))[:80]!r}: the captioner can "
+                "learn only this one caption."
             )
 
 

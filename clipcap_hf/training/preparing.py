@@ -179,7 +179,7 @@ def _noise(data_args: DataArguments, model) -> float:
     if data_args.embeds_noise is None:
         return CAPDEC_NOISE if data_args.text_only else 0.0
     if data_args.embeds_noise and not model.config.normalize_clip_embeds:
-        raise ValueError("`embeds_noise` is for captioners with `normalize_clip_embeds`: pass that, too.")
+        raise ValueError("`embeds_noise` needs a captioner with `normalize_clip_embeds`: pass that too.")
     return data_args.embeds_noise
 
 

@@ -70,17 +70,17 @@ class Ending:
 def verdict(ending: Ending) -> tuple[str, str]:
     """Return the verdict in one or two words, and a sentence with the reason and advice."""
     if not ending.evaluations or not ending.after:
-        return "not judged", "Nothing was captioned on held-out images, so look at captions of new images yourself."
+        return "not judged", "No held-out images were captioned, so check captions of new images yourself."
     if len(ending.after) < FEW_HELD_OUT:
-        return "not judged", f"Only {len(ending.after)} images are held out, too few to tell. Add images."
+        return "not judged", f"Only {len(ending.after)} images are held out, too few to judge. Add images."
     if len({texts[0] for texts in ending.references}) == 1:
         return "not judged", "All held-out images have the same caption. Add captions that tell images apart."
     for judge in (_collapsed, _unchanged, _below_copying, _overfitted):
         if reason := judge(ending):
             return reason
     rose = _rise(ending)
-    more = f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs will do." if rose else ""
-    return "learned", f"It does better on held-out images than copying captions does.{more}"
+    more = f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs are enough." if rose else ""
+    return "learned", f"It scores higher on held-out images than copied captions do.{more}"
 
 
 def _collapsed(ending: Ending) -> tuple[str, str] | None:
@@ -160,7 +160,7 @@ def disagreement(ending: Ending) -> str | None:
         f"Loss and CIDEr disagree: the loss is lowest in epoch {by_loss.epoch:g} (CIDEr "
         f"{by_loss.scores['cider']:.1f}), CIDEr "
         f"highest in epoch {by_cider.epoch:g} ({by_cider.scores['cider']:.1f}). CIDEr hardly counts words that all "
-        "captions share, and is noisy on few images. `--metric_for_best_model` chooses."
+        "captions share, and is noisy on few images. `--metric_for_best_model` sets the score that counts."
     )
 
 
@@ -169,8 +169,8 @@ def report(ending: Ending, files: Sequence[str], out: str) -> str:
     lines = [*_epochs(ending), *_scores(ending), *_captions(ending), *ending.notes]
     if ending.overlap:
         lines.append(
-            f"{ending.overlap} of the {len(ending.references)} held-out images are also training images: scores say "
-            "less about new images. Take them out of one of the two."
+            f"{ending.overlap} of the {len(ending.references)} held-out images are also training images, so "
+            "scores say less about new images. Remove them from one of the two."
         )
     if ending.evaluations and (warning := disagreement(ending)):
         lines.append(warning)

@@ -336,7 +336,7 @@ def test_lengths_are_of_the_longest_reference(tokenizer, captions):
         ({"eval_split": "test"}, "no split 'test'; it has train, validation"),
         ({"clip_embed_dim": 12}, "12"),
         ({"data_format": "cocoa"}, "`data_format` must be one of auto, emoji, saved, karpathy"),
-        ({"embeds_noise": 0.1}, "`embeds_noise` is for captioners with `normalize_clip_embeds`"),
+        ({"embeds_noise": 0.1}, "`embeds_noise` needs a captioner with `normalize_clip_embeds`"),
         ({"text_only": True}, "`text_only` needs `text_tower`"),
         ({"model": "emoji-mini"}, "Pass either `model`"),
         ({"streaming": True, "data_format": "coco"}, "`streaming` works with imagefolder"),
@@ -379,7 +379,7 @@ def test_saved_rows_without_captions(tmp_path, gpt2_folder, captions, capsys, ca
     if bad == ["ok", " "]:
         assert "1 captions are empty" in caplog.text and train[0]["captions"] == ["ok"] and len(train) == 8
     else:
-        assert "rows without a caption were left out, row 0 the first" in caplog.text and len(train) == 7
+        assert "rows without a caption were left out, first row 0" in caplog.text and len(train) == 7
         assert (
             main([*save([bad, bad] if bad != "strings" else ["", " "]), "--output_dir", str(tmp_path / "other")]) == 1
         )

@@ -107,7 +107,7 @@ def test_coco(tmp_path, write, caplog):
     write("000000000025.jpg")
     data = load_captions("coco", file, images=tmp_path)
     assert data["validation"]["captions"][:] == [["A dog.", "A cat."], ["A cow."]]
-    assert "1 captions are of images that it does not list" in caplog.text
+    assert "1 captions belong to images that it does not list" in caplog.text
     assert list(load_captions("coco", {"minival": file}, images=tmp_path)) == ["minival"]
 
 
@@ -293,7 +293,7 @@ def test_clean_caption():
     "content, complaint",
     [
         ("{", "not a JSON file, or is incomplete"),
-        ([], "not of the layout.*images.*a list"),
+        ([], "does not have the layout.*images.*a list"),
         ({"annotations": []}, "holds annotations"),
         ({"images": [{"file": "a.jpg"}]}, "Entry 0 .* no 'filename'; it has file"),
         ({"images": [karpathy_image("a.jpg", "train", 5)]}, "must be a string.*image 0.*int"),

@@ -62,7 +62,7 @@ def test_an_archive_cut_between_members_is_refused(tmp_path, caplog, members):
     with tarfile.open(shard) as tar:
         end = tar.getmembers()[members].offset
     os.truncate(shard, end)
-    with pytest.raises(ValueError, match="0.tar has no end mark: it was cut short"):
+    with pytest.raises(ValueError, match="0.tar has no end mark: it is truncated"):
         load_captions("webdataset", tmp_path)
     assert len(list(load_captions("webdataset", tmp_path, split="train", missing="skip"))) == members // 2
     assert "What is there is read" in caplog.text

@@ -42,8 +42,8 @@ def read_coco(path: str | Path, content: Any = None) -> list[CocoImage]:
     content = read_json(path) if content is None else content
     if not isinstance(content, dict) or not {"images", "annotations"} & content.keys():
         raise ValueError(
-            f"{path} does not have the layout of COCO's captions (captions_val2014.json), with images and annotations: "
-            f"it holds {kind_of(content)}."
+            f"{path} does not have the layout of COCO's captions (captions_val2014.json), with images and "
+            f"annotations: it holds {kind_of(content)}."
         )
     images: dict[int | str, CocoImage] = {}
     for number, entry in enumerate(_entries(content, "images", path)):

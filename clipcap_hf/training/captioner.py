@@ -24,8 +24,8 @@ def load_captioner(
         return _new_captioner(model_args, data_args)
     if model_args.model is None:
         logger.info(
-            f"Starting from {DEFAULT_CAPTIONER}, which was trained on drawings of emoji: pass `model`, or `vision` and "
-            "`text`, for another captioner."
+            f"Starting from {DEFAULT_CAPTIONER}, which was trained on drawings of emoji: pass `model`, or `vision` "
+            "and `text`, for another captioner."
         )
     return _existing_captioner(model_args)
 

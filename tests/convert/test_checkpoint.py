@@ -375,7 +375,7 @@ def test_bad_embeddings(convert_embeds, tmp_path):
         ({"image_id": [9]}, "Caption 1: its `image_id` is neither text nor a whole number"),
         ({"image_id": None}, "Caption 1: its `image_id` is neither"),
         ({"image_id": True}, "Caption 1: its `image_id` is neither"),
-        ({"image_id": "9"}, "embeddings that differ"),
+        ({"image_id": "9"}, "has different embeddings"),
     ],
 )
 def test_bad_captions(convert_embeds, change, message):

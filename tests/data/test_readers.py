@@ -312,7 +312,7 @@ def test_wrong_annotation_files(tmp_path, write, content, complaint):
 
 def test_wrong_arguments(tmp_path, write):
     file = write("train.json", coco_file({1: ["x"]}, {1: "a.jpg"}))
-    with pytest.raises(ValueError, match="no reader 'voc'; there are 'karpathy'"):
+    with pytest.raises(ValueError, match="Unknown reader 'voc'; choose one of 'karpathy'"):
         load_captions("voc", file)
     with pytest.raises(FileNotFoundError, match="annotation file"):
         load_captions("coco", tmp_path / "none.json")

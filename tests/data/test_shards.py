@@ -65,4 +65,4 @@ def test_an_archive_cut_between_members_is_refused(tmp_path, caplog, members):
     with pytest.raises(ValueError, match="0.tar has no end mark: it is truncated"):
         load_captions("webdataset", tmp_path)
     assert len(list(load_captions("webdataset", tmp_path, split="train", missing="skip"))) == members // 2
-    assert "What is there is read" in caplog.text
+    assert "The rest is read" in caplog.text

@@ -140,7 +140,7 @@ def test_bad_recipes(tmp_path, capsys):
     assert "neither YAML nor JSON" in capsys.readouterr().err
     (tmp_path / "c.yaml").write_text("output_dir: out\nreferences: rnd\n")
     assert main(["train", str(tmp_path / "c.yaml")]) == 1
-    assert "c.yaml: `references` must be one of random, all, first, but is 'rnd'" in capsys.readouterr().err
+    assert "c.yaml: `references` must be one of random, all, first, together, but is 'rnd'" in capsys.readouterr().err
     assert main(["train"]) == 1
     assert "Pass `output_dir`" in capsys.readouterr().err
     with pytest.raises(SystemExit):

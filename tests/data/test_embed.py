@@ -221,7 +221,7 @@ def test_wrong_input(tmp_path, make_model, processor, embeds_processor, data):
         embed(make_model(), data, "/proc/embeds", processor, progress=False)
     with torch.no_grad():
         other.vision_tower.visual_projection.weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="No image could be embedded. The first: the embedding holds NaN"):
+    with pytest.raises(ValueError, match="No image could be embedded. The first error: the embedding holds NaN"):
         run(data.select(range(3)), model=other, out="nan")
 
 

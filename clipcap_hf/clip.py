@@ -1,4 +1,4 @@
-"""A CLIP by its name: its image tower and its text tower."""
+"""Load a CLIP by its name: its image tower and its text tower."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +24,9 @@ def load_text_tower(name: str, device: str | torch.device = "cpu") -> Callable[[
     """Load the text tower of a CLIP, as a function from texts to embeddings `(texts, clip_embed_dim)`.
 
     Args:
-        name (`str`): The CLIP to which the captioner's vision tower belongs: a Hub id or folder of transformers (a whole
-            CLIP, or a [`~transformers.CLIPTextModelWithProjection`]) or an open_clip name.
-        device (`str` or `torch.device`): Where it runs.
+        name (`str`): The CLIP to which the captioner's vision tower belongs: a Hub id or folder of transformers (a
+            complete CLIP or a [`~transformers.CLIPTextModelWithProjection`]), or an open_clip name.
+        device (`str` or `torch.device`): The device to run on.
     """
     if is_open_clip_name(name):
         return _open_clip_text_tower(name, device)
@@ -36,7 +36,7 @@ def load_text_tower(name: str, device: str | torch.device = "cpu") -> Callable[[
     if config.model_type not in ("clip", "clip_text_model"):
         raise ValueError(f"{name} is a `{config.model_type}`; the text tower must be a CLIP's.")
     text_config = getattr(config, "text_config", None) or config
-    text_config.projection_dim = config.projection_dim  # a whole CLIP goes by its own
+    text_config.projection_dim = config.projection_dim  # in a complete CLIP, the outer value counts
     model = CLIPTextModelWithProjection.from_pretrained(name, config=text_config).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 

@@ -1,4 +1,4 @@
-"""A page in the browser that captions images: what `clipcap serve` shows."""
+"""Serve a page in the browser that captions images: `clipcap serve`."""
 
 import errno
 import ipaddress
@@ -24,7 +24,7 @@ from .serve_page import STYLE, results_page, thumbnail
 logger = logging.get_logger(__name__)
 
 MAX_IMAGES = 16
-# What browsers show; other formats only enlarge what a stranger's file can reach.
+# The formats that browsers show; more decoders would give strangers' files more to attack.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EXPLAINED_TOKENS = 3
 DECODING = ("greedy", "beam search", "sampling")
@@ -56,13 +56,13 @@ class Settings:
 
 class BatchedCaptioner:
     """
-    Captions the images of several requests at once.
+    Caption the images of several requests at once.
 
     Args:
         model ([`ClipCapForConditionalGeneration`]): The captioner.
         processor ([`ClipCapProcessor`]): Its processor.
         max_pixels (`int`): Larger images are refused before they are decoded.
-        batch_size (`int`): Images that go through the model at once.
+        batch_size (`int`): Images per batch.
     """
 
     def __init__(self, model, processor, max_pixels: int = 40_000_000, batch_size: int = 16):
@@ -77,13 +77,13 @@ class BatchedCaptioner:
         self._turn = threading.Lock()
 
     def caption(self, paths: list[str], settings: Settings) -> list[tuple[CaptionedImage, str | None]]:
-        """Caption the images of one request, together with those of other threads that wait for the model."""
-        # gradio's own batching does not serve here: one request with a bad value makes its whole batch fail.
+        """Caption the images of one request, together with those of other waiting threads."""
+        # gradio's own batching does not help: one request with a bad value makes its whole batch fail.
         answer = Future()
         with self._list:
             self._waiting.append((paths, settings, answer))
         with self._turn:
-            if not answer.done():  # no earlier request took this one along
+            if not answer.done():  # no earlier request has handled this one
                 self._serve_waiting()
         return answer.result()
 
@@ -94,7 +94,7 @@ class BatchedCaptioner:
             for (_, _, answer), results in zip(taken, self([request[:2] for request in taken])):
                 answer.set_result(results)
         except BaseException as error:
-            for _, _, answer in taken:  # otherwise they wait for ever
+            for _, _, answer in taken:  # otherwise they would wait forever
                 answer.set_exception(error)
 
     def __call__(self, requests: list[tuple[list[str], Settings]]) -> list[list[tuple[CaptionedImage, str | None]]]:
@@ -122,7 +122,7 @@ class BatchedCaptioner:
             image = self._open(path)
             pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
-            # Visitors know the file by its name, and must not learn where it lies here.
+            # Visitors know the file by its name, and must not learn its path on this machine.
             return CaptionedImage(path=name, error=str(error).replace(str(path), name)), None, None
         return CaptionedImage(path=name), thumbnail(image), pixels
 
@@ -132,12 +132,12 @@ class BatchedCaptioner:
                 width, height = opened.size
         except Image.DecompressionBombError as error:
             raise ValueError(f"{path}: refused, the image is too large") from error
-        except Exception as error:  # decoders raise whatever they stumble over
+        except Exception as error:  # decoders raise many kinds of errors
             raise ValueError(f"{path}: not an image that can be read (is it JPEG, PNG, WebP, GIF or BMP?)") from error
         if width * height > self.max_pixels:
             raise ValueError(
-                f"{path}: refused, {width} x {height} pixels are more than the {self.max_pixels / 1e6:.0f} million that are "
-                "allowed here; make it smaller"
+                f"{path}: refused, {width} x {height} pixels are more than the {self.max_pixels / 1e6:.0f} million "
+                "that are allowed here; make it smaller"
             )
         return load_image(path)
 
@@ -176,12 +176,12 @@ def build_app(
         processor ([`ClipCapProcessor`]): Its processor.
         title (`str`): Heading of the page.
         max_pixels (`int`): Larger images are refused before they are decoded.
-        batch_size (`int`): Images, of any visitors, that go through the model at once.
-        about (`str`): One sentence on what the captioner knows.
-        examples (`list`, *optional*): Images to click, anything that [`load_image`] reads.
+        batch_size (`int`): Images per batch, from any visitors.
+        about (`str`): One sentence on what the captioner was trained on.
+        examples (`list`, *optional*): Example images to click, in any form that [`load_image`] reads.
 
     Raises:
-        ImportError: Without gradio.
+        ImportError: If gradio is not installed.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
     try:
@@ -191,7 +191,7 @@ def build_app(
 
     captioner = BatchedCaptioner(model, processor, max_pixels, batch_size)
 
-    # Their names are those of the API's parameters.
+    # These names are also the API's parameters.
     def caption(files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt):
         files = files or []
         if len(files) > MAX_IMAGES:
@@ -201,7 +201,7 @@ def build_app(
         records = [_record(result) for result, _ in results]
         return results_page(results) if results else "<p>Drop an image first.</p>", records
 
-    # Fonts of the visitor's system: nothing is fetched from other sites.
+    # Use the visitor's system fonts, so that nothing is fetched from other sites.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(f"# {title}\nDrop images, choose how to decode, and read their captions. {about}")
@@ -231,7 +231,7 @@ def build_app(
             api_visibility="private",
         )
         inputs = [files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt]
-        # Many at a time, so that requests that wait for the model can be captioned together.
+        # Run many at a time, so that waiting requests can be captioned together.
         button.click(caption, inputs, [page, record], api_name="caption", concurrency_limit=32)
         if gallery is not None:
             chosen = gallery.select(_chosen_example(gr, app), None, files, api_visibility="private")
@@ -253,7 +253,7 @@ def _record(result: CaptionedImage) -> dict[str, Any]:
 def _example_gallery(gr, app, examples: list):
     if not examples:
         return None
-    # Copies, so that no other file of their folder can be asked for.
+    # Serve copies, so that no other file of their folder can be requested.
     app.clipcap_examples = tempfile.TemporaryDirectory(prefix="clipcap-examples-")
     for number, example in enumerate(examples, start=1):
         load_image(example).save(Path(app.clipcap_examples.name) / f"example-{number:02d}.png")
@@ -283,10 +283,10 @@ def _chosen_example(gr, app):
 
 
 def check_address(host: str, port: int | None):
-    """Refuse an address that cannot be listened on, by the name of the option.
+    """Refuse an address that the server cannot listen on, and name the option.
 
     Raises:
-        ValueError: If `host` is no address of this machine, or `port` is taken or no port.
+        ValueError: If `host` is not an address of this machine, or `port` is taken or not a port.
     """
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"--port {port}: a port is a number from 1 to 65535")
@@ -310,9 +310,9 @@ def check_address(host: str, port: int | None):
 
 
 class _KnownHosts:
-    """Refuse requests under a name that is not this server's.
+    """Refuse requests for a host name that is not this server's.
 
-    A page of another site can point its own name at this machine (DNS rebinding), and then read all answers.
+    Otherwise another site could point its own name at this machine (DNS rebinding) and read all answers.
     """
 
     def __init__(self, app, names: tuple[str, ...]):
@@ -332,7 +332,7 @@ class _KnownHosts:
         name = name.strip("[]").lower()
         try:
             ipaddress.ip_address(name)
-            return True  # no other site's name
+            return True  # an IP address is not another site's name
         except ValueError:
             return name in self.names or ("*.gradio.live" in self.names and name.endswith(".gradio.live"))
 
@@ -345,7 +345,7 @@ def launch(
     max_file_size: str = "20mb",
     allowed_hosts: tuple[str, ...] = (),
 ):
-    """Serve the page until Ctrl-C. It gives out no file of this machine but visitors' own uploads and the examples."""
+    """Serve the page until Ctrl-C. The only files that it gives out are visitors' own uploads and the examples."""
     from starlette.middleware import Middleware
 
     names = ("localhost", socket.gethostname(), host, *allowed_hosts, *(["*.gradio.live"] if share else []))

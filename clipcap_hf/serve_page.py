@@ -1,4 +1,4 @@
-"""The results that `clipcap serve` shows: HTML cards, and a table to download."""
+"""Format the results of `clipcap serve`: HTML cards and a table to download."""
 
 import base64
 import csv
@@ -13,7 +13,8 @@ from .captioning import CaptionedImage
 
 STYLE = """
 .clipcap-results {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem}
-.clipcap-card {border: 1px solid var(--border-color-primary, #ccc); border-radius: 10px; padding: .8rem; overflow: hidden}
+.clipcap-card {border: 1px solid var(--border-color-primary, #ccc); border-radius: 10px}
+.clipcap-card {padding: .8rem; overflow: hidden}
 .clipcap-card img {display: block; max-width: 100%; max-height: 15rem; margin: 0 auto .6rem; border-radius: 6px}
 .clipcap-card .file {font-size: .8rem; opacity: .7; overflow-wrap: anywhere}
 .clipcap-card .caption {display: flex; justify-content: space-between; gap: 1rem; font-size: 1.05rem; margin: .35rem 0}
@@ -27,7 +28,7 @@ STYLE = """
 
 
 def results_page(results: list[tuple[CaptionedImage, str | None]]) -> str:
-    """Show captioned images as HTML. Nothing that a visitor sent is taken as HTML."""
+    """Show captioned images as HTML. Everything that a visitor sent is escaped."""
     cards = "".join(_card(*result) for result in results)
     return f'{_copy_and_csv([result for result, _ in results])}<div class="clipcap-results">{cards}</div>'
 
@@ -68,7 +69,7 @@ def _card(result: CaptionedImage, thumbnail: str | None) -> str:
     for caption, score in zip(result.captions, result.scores):
         parts.append(
             f'<div class="caption"><span>{html.escape(caption) or "<i>no words</i>"}</span>'
-            f'<span class="probability" title="mean probability of a token">{math.exp(score):.0%}</span></div>'
+            f'<span class="probability" title="mean probability per token">{math.exp(score):.0%}</span></div>'
         )
     rows = "".join(
         f"<tr><td>{number}</td>"

@@ -1,4 +1,4 @@
-"""`clipcap convert`"""
+"""Convert files of the official ClipCap code: `clipcap convert`."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def _run_official(arguments) -> int:
     from ..convert import convert_official_checkpoint
     from ..files import check_file
 
-    check_file(arguments.checkpoint, "checkpoint")  # before anything is asked of the Hub
+    check_file(arguments.checkpoint, "checkpoint")  # before anything is requested from the Hub
     out = Path(arguments.out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another folder")

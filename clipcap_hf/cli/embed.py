@@ -1,4 +1,4 @@
-"""`clipcap embed`"""
+"""Encode the images of a data set once: `clipcap embed`."""
 
 from .arguments import add_data_arguments, load_captioner, load_data, not_negative, pick_device, positive
 
@@ -7,9 +7,9 @@ def add_parser(commands):
     embed = commands.add_parser(
         "embed",
         help="encode the images of a data set once, for training without the vision tower",
-        description="Writes the CLIP embeddings of captioned images as a folder that `datasets.load_from_disk` and `clipcap "
-        "train` read. Run again after an interruption it goes on where it was; under torchrun the images are divided over "
-        "the processes. Images that cannot be read are listed in failed.jsonl.",
+        description="Write the CLIP embeddings of captioned images to a folder that `datasets.load_from_disk` and "
+        "`clipcap train` can read. After an interruption, run the same command again to continue. Under torchrun, the "
+        "processes share the images. Images that cannot be read are listed in failed.jsonl.",
     )
     add_data_arguments(embed)
     embed.add_argument("--out", required=True, metavar="DIR", help="folder to write")
@@ -23,10 +23,10 @@ def add_parser(commands):
     embed.add_argument(
         "--vision-feature",
         choices=["pooled", "patches"],
-        help="what to keep of each image (default: what the captioner reads, else pooled)",
+        help="kind of embedding to store for each image (default: the kind that the captioner reads, else pooled)",
     )
     embed.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
+        "--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: %(default)s)"
     )
     embed.add_argument(
         "--workers",
@@ -37,10 +37,10 @@ def add_parser(commands):
     embed.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the tower's arithmetic (default: 16 bits on GPUs and on CPUs with AMX)",
+        help="data type in which the tower computes (default: 16 bits on GPUs and on CPUs with AMX)",
     )
     embed.add_argument(
-        "--shard-size", type=positive, default=4096, metavar="N", help="images in a file (default: %(default)s)"
+        "--shard-size", type=positive, default=4096, metavar="N", help="images per file (default: %(default)s)"
     )
     embed.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     embed.set_defaults(run=run)

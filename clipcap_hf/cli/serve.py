@@ -1,9 +1,9 @@
-"""`clipcap serve`"""
+"""Caption images in the browser: `clipcap serve`."""
 
 from .arguments import add_device_arguments, load_captioner, positive
 
 
-# What the embedded captioners know; others may know anything.
+# What the packaged captioners were trained on; nothing is known about others.
 _ABOUT = {
     "emoji-mini": "This captioner knows drawings of emoji only: captions of anything else are fluent and wrong.",
     "photo-mini": "This captioner knows everyday photographs: captions of anything else are fluent and wrong.",
@@ -16,8 +16,9 @@ def add_parser(commands):
     serve = commands.add_parser(
         "serve",
         help="caption images in the browser",
-        description="Serve a page on this machine: drop images, choose how to decode, read captions, their probabilities "
-        "and the tokens nearest to each prefix vector. Ctrl-C ends it.",
+        description="Serve a page on this machine that captions the images you drop on it. It shows captions, their "
+        "probabilities and the tokens nearest to each prefix vector, and lets you choose how to decode. Press Ctrl-C "
+        "to stop.",
     )
     serve.add_argument("--model", default="emoji-mini", help="a folder, a Hub id, emoji-mini or photo-mini")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
@@ -27,15 +28,18 @@ def add_parser(commands):
         action="append",
         default=[],
         metavar="NAME",
-        help="host name under which a proxy shows the page; may be repeated (always allowed: addresses, this machine's name)",
+        help="host name under which a proxy shows the page; may be repeated (IP addresses and this machine's name are "
+        "always allowed)",
     )
-    serve.add_argument("--share", action="store_true", help="also through a public address that gradio provides")
+    serve.add_argument(
+        "--share", action="store_true", help="also serve the page at a public address that gradio provides"
+    )
     serve.add_argument("--examples", metavar="DIR", help="folder of images to click (default: emoji, for emoji-mini)")
     serve.add_argument("--max-file-size", default="20mb", metavar="SIZE", help="largest upload (default: %(default)s)")
     serve.add_argument(
         "--max-megapixels", type=positive, default=40, metavar="N", help="largest image (default: %(default)s)"
     )
-    serve.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images at once")
+    serve.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images per batch")
     add_device_arguments(serve)
     serve.set_defaults(run=run)
 
@@ -83,5 +87,5 @@ def _examples(arguments) -> list:
         return []
     from ..data import load_emoji
 
-    # Of a design that the captioner has not seen.
+    # Emoji in a design that the captioner was not trained on.
     return list(load_emoji("new_design").select(range(5, 1600, 270))["image"])

@@ -1,4 +1,4 @@
-"""Files of the official ClipCap code into the formats of this package."""
+"""Convert files of the official ClipCap code to the formats of this package."""
 
 from .checkpoint import convert_official_checkpoint
 from .embeddings import convert_official_embeddings

@@ -1,4 +1,4 @@
-"""Official ClipCap checkpoints (`.pt`) and CLIP embeddings (`.pkl`) into the formats of this package."""
+"""Convert official ClipCap checkpoints (`.pt`) to captioners."""
 
 import os
 import pickle
@@ -53,26 +53,27 @@ def convert_official_checkpoint(
     r"""
     Convert a checkpoint of the official ClipCap code (`torch.save(model.state_dict())` of its `train.py`).
 
-    The kind of mapping network, the embedding's width, `prefix_length`, `clip_length` and the number of layers are read
-    off the tensors' shapes. No code in the file is run. The generation configuration is that of the official decoders:
-    greedy, at most 67 tokens, up to and with the first full stop.
+    The tensors' shapes give the kind of mapping network, the embedding width, `prefix_length`, `clip_length` and the
+    number of layers. No code in the file is run. The generation configuration follows the official decoders:
+    greedy, at most 67 tokens, ending with the first full stop.
 
     Args:
         path (`str` or `os.PathLike`): The `.pt` file.
         text_config ([`~transformers.PreTrainedConfig`] or `str`, *optional*): Configuration of the language model, or
-            Hub id or folder to read it from; GPT-2 small by default. Its number of attention heads and its activation
-            cannot be checked, as the file does not tell them.
-        vision (`str` or [`~transformers.PreTrainedModel`], *optional*): The CLIP that the checkpoint was trained with, as
-            for [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]; without it the captioner takes
-            embeddings alone.
-        normalize_clip_embeds (`bool`): Whether it was trained with `--normalize_prefix`. The file does not tell; the
-            transformer notebook's weights were.
-        mapping_num_heads (`int`): Heads of a transformer mapping, which the file does not tell: 8 in the official code.
-        stop_token_id (`int`, *optional*): Id that ends a caption, by default that of "." in GPT-2's vocabulary; `None`
-            leaves the language model's own end token.
-        dtype (`torch.dtype`): Of all weights.
-        vision_kwargs (`dict`, *optional*): For loading the tower (`revision`, `token`, ...).
-        text_kwargs (`dict`, *optional*): For loading the language model's configuration.
+            Hub id or folder to read it from; GPT-2 small by default. The file does not record the number of attention
+            heads or the activation, so these cannot be checked.
+        vision (`str` or [`~transformers.PreTrainedModel`], *optional*): The CLIP that the checkpoint was trained with,
+            as for [`ClipCapForConditionalGeneration.from_vision_text_pretrained`]; without it the captioner accepts
+            only embeddings.
+        normalize_clip_embeds (`bool`): Whether it was trained with `--normalize_prefix`. The file does not record it;
+            the weights of the transformer notebook were.
+        mapping_num_heads (`int`): Number of heads in a transformer mapping. The file does not record it; the official
+            code uses 8.
+        stop_token_id (`int`, *optional*): Id of the token that ends a caption, by default "." in GPT-2's vocabulary;
+            `None` keeps the language model's own end token.
+        dtype (`torch.dtype`): Data type of all weights.
+        vision_kwargs (`dict`, *optional*): Arguments for loading the tower (`revision`, `token`, ...).
+        text_kwargs (`dict`, *optional*): Arguments for loading the language model's configuration.
         config_kwargs: Further fields of [`ClipCapConfig`], for example `freeze_language_model=True`.
 
     Returns:
@@ -80,15 +81,16 @@ def convert_official_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, holds anything but weights, holds weights that are not known, or if language
-            model or tower do not fit it.
+        ValueError: If the file is not a checkpoint, holds anything but weights, or holds unknown weights, or if the
+            language model or the tower does not fit it.
 
     Example:
 
     ```python
     >>> model = convert_official_checkpoint("coco_weights.pt", vision="ViT-B-32/openai")  # doctest: +SKIP
 
-    ```"""
+    ```
+    """
     weights = _read_state_dict(Path(path))
     text_weights, mapper_weights = _split(weights, path)
     if not isinstance(text_config, PreTrainedConfig):
@@ -129,20 +131,21 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # a zip file or a pickle
         raise ValueError(f"{path} is not a PyTorch checkpoint; was a web page saved in place of the file?")
-    # Of a file cut short torch asks for `weights_only=False`, as if it held code.
+    # For a truncated file, torch suggests `weights_only=False`, as if the file held code.
     if start == b"PK" and not _is_zip(path):
         raise ValueError(f"{path} is damaged or cut short: download it again.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message recommends loading it all the same.
+        # torch's own message recommends loading the file anyway.
         found = re.search(r"GLOBAL (\S+)", str(error))
         if not found and "Unsupported" not in str(error):
             raise ValueError(f"{path} is damaged or cut short: download it again.") from error
         what = f"`{found[1]}`" if found else "something else"
         raise ValueError(
-            f"{path} holds more than weights ({what}), and reading that could run code, so it was not read. If you trust "
-            "the file, load it where it was made and save the weights alone: `torch.save(model.state_dict(), PATH)`."
+            f"{path} holds more than weights ({what}), and reading that could run code, so it was not read. If you "
+            "trust the file, load it where it was made and save the weights alone: `torch.save(model.state_dict(), "
+            "PATH)`."
         ) from error
     except Exception as error:  # a damaged pickle can raise almost anything
         raise ValueError(f"{path} is damaged or cut short: download it again ({error}).") from error
@@ -155,7 +158,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def _is_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # Python 3.11 and later look at more than the end mark
+    except zipfile.BadZipFile:  # Python 3.11 and later check more than the end mark
         return False
 
 
@@ -171,7 +174,7 @@ def _check_is_state_dict(state: Any, path: Path):
             f"{path} is a whole training state ({', '.join(map(str, state))}). Take the weights out of it: "
             f"`torch.save(torch.load(PATH, weights_only=True)[{inner[0]!r}], NEW_PATH)`."
         )
-    raise ValueError(f"{path} is not a state dict: {_some(others)} are no tensors.")
+    raise ValueError(f"{path} is not a state dict: {_some(others)} are not tensors.")
 
 
 def _is_weights(value: Any) -> bool:
@@ -237,9 +240,9 @@ def _load_language_model(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     weights = {key: value.to(dtype) for key, value in weights.items()}
-    # `from_pretrained` without a name draws no random weights first, which takes longer than all the rest.
+    # `from_pretrained` without a name skips the random initialisation, which takes longer than everything else.
     model = text_class.from_pretrained(None, config=text_config, state_dict=weights, dtype=dtype)
-    # Where the file's head is not its embedding, transformers leaves them untied with no more than a warning.
+    # If the file's head differs from its embedding, transformers only warns and leaves them untied.
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if text_config.tie_word_embeddings and head is not embedding:
         raise ValueError(
@@ -249,14 +252,14 @@ def _load_language_model(
 
 
 def _mapper_config(weights: dict[str, torch.Tensor], hidden_size: int) -> dict[str, Any]:
-    """Fields of [`ClipCapConfig`] that say what the mapping network is."""
+    """Return the fields of [`ClipCapConfig`] that describe the mapping network."""
 
     def vectors(name: str) -> int:
         count, rest = divmod(len(weights[name]), hidden_size)
         if rest or not count:
             raise ValueError(
-                f"`{_MAPPER}{name}` has {len(weights[name])} rows, which is no multiple of the language model's hidden "
-                f"size {hidden_size}: does `text_config` belong to this checkpoint?"
+                f"`{_MAPPER}{name}` has {len(weights[name])} rows, which is no multiple of the language model's "
+                f"hidden size {hidden_size}: does `text_config` belong to this checkpoint?"
             )
         return count
 
@@ -284,7 +287,7 @@ def _mapper_config(weights: dict[str, torch.Tensor], hidden_size: int) -> dict[s
     except KeyError as error:
         names = [_MAPPER + key for key in weights]
         raise ValueError(
-            f"The mapping network has no `{_MAPPER}{error.args[0]}`, so it is none of the official ones. It has "
+            f"The mapping network has no `{_MAPPER}{error.args[0]}`, so it is not an official one. It has "
             f"{_some(names)}."
         ) from None
 
@@ -314,8 +317,8 @@ def _rename_mapper(weights: dict[str, torch.Tensor], mapping_type: str) -> dict[
 def _check_tower(tower_dim: int, mapper_dim: int):
     if tower_dim != mapper_dim:
         raise ValueError(
-            f"The checkpoint's mapping network takes embeddings of width {mapper_dim}, but `vision` gives {tower_dim}. "
-            "Pass the CLIP that it was trained with (ViT-B/32 gives 512, RN50x4 640)."
+            f"The checkpoint's mapping network takes embeddings of width {mapper_dim}, but `vision` gives "
+            f"{tower_dim}. Pass the CLIP that it was trained with (ViT-B/32 gives 512, RN50x4 640)."
         )
 
 
@@ -327,7 +330,7 @@ def _stop_as_official(model: ClipCapForConditionalGeneration, stop_token_id: int
     if not 0 <= stop_token_id < vocab_size:
         raise ValueError(f"`stop_token_id` is {stop_token_id}, but the vocabulary has {vocab_size} tokens.")
     generation_config.eos_token_id = stop_token_id
-    # Padding goes through the language model, so it must be one of its tokens.
+    # The language model also processes padding, so the padding id must be in its vocabulary.
     if generation_config.pad_token_id is None or generation_config.pad_token_id >= vocab_size:
         generation_config.pad_token_id = stop_token_id
 

@@ -1,4 +1,4 @@
-"""Pickled CLIP embeddings of the official ClipCap code into a `datasets` folder, without running what a pickle says."""
+"""Convert pickled CLIP embeddings of the official ClipCap code to a `datasets` folder, without running code."""
 
 import io
 import os
@@ -22,8 +22,8 @@ def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathL
     r"""
     Convert a pickle of CLIP embeddings and captions that the official `parse_coco.py` or `parse_conceptual.py` wrote.
 
-    Of the file only tensors and plain containers are read; anything else is refused before it is made. The official
-    files hold an image once for each of its captions; here it has one row.
+    Only tensors and plain containers are read; anything else is refused before it is created. The official files
+    repeat an image for each of its captions; here it has one row.
 
     Args:
         path (`str` or `os.PathLike`): The `.pkl` file: `clip_embedding` (rows, dim) and `captions`, dictionaries with
@@ -31,8 +31,8 @@ def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathL
         out_dir (`str` or `os.PathLike`): Folder to write, for `datasets.load_from_disk`; it must not exist.
 
     Returns:
-        `datasets.Dataset`: As written: `image_id` (int64 where all are whole numbers, else string), `captions` (list of
-        strings), `clip_embeds` (dim float32 numbers, not normalised unless the official file was).
+        `datasets.Dataset`: The rows as written: `image_id` (int64 if all are whole numbers, else string), `captions`
+        (list of strings), `clip_embeds` (dim float32 numbers, normalised only if the official file was).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -60,7 +60,7 @@ def _to_dataset(ids: list, captions: list[list[str]], embeds: torch.Tensor) -> d
     columns = {
         "image_id": pa.array(ids),
         "captions": pa.array(captions),
-        # Made whole, since `Dataset.from_dict` would copy every row for itself.
+        # Built as one array, since `Dataset.from_dict` would copy each row separately.
         "clip_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.flatten().numpy()), embeds.shape[1]),
     }
     return datasets.Dataset(datasets.table.InMemoryTable.from_pydict(columns))
@@ -74,7 +74,7 @@ def _read_embeddings(path: Path) -> tuple[torch.Tensor, list[dict]]:
         except _Refused as error:
             raise ValueError(f"{path} was not read: {error}") from error
         except MemoryError as error:
-            raise ValueError(f"{path} is damaged: it asks for more memory than there is.") from error
+            raise ValueError(f"{path} is damaged: it asks for more memory than is available.") from error
         except Exception as error:  # a damaged pickle can raise almost anything
             raise ValueError(f"{path} is not a pickle of tensors, or is damaged: {error}") from error
     if not isinstance(data, dict) or not {"clip_embedding", "captions"} <= data.keys():
@@ -94,7 +94,7 @@ def _read_embeddings(path: Path) -> tuple[torch.Tensor, list[dict]]:
 
 
 def _group_by_image(embeds: torch.Tensor, records: list[dict]) -> tuple[list, list[list[str]], list[int]]:
-    """Ids, captions and the row of the embedding of each image, in the order of their first captions."""
+    """Return the id, captions and embedding row of each image, in the order of their first captions."""
     captions, rows = {}, {}
     first_rows, caption_rows = [], []
     for number, record in enumerate(records):
@@ -104,13 +104,13 @@ def _group_by_image(embeds: torch.Tensor, records: list[dict]) -> tuple[list, li
             raise ValueError(
                 f"Caption {number} lacks `image_id`, `caption` or `clip_embedding`: {record!r}."
             ) from None
-        # True and False are whole numbers to Python.
+        # In Python, True and False are also ints.
         if not isinstance(image_id, (str, int)) or isinstance(image_id, bool):
             raise ValueError(f"Caption {number}: its `image_id` is neither text nor a whole number: {record!r}.")
         if not isinstance(row, int) or isinstance(row, bool):
             raise ValueError(f"Caption {number}: its `clip_embedding` is not the number of a row: {record!r}.")
         if not isinstance(caption, str) or not 0 <= row < len(embeds):
-            raise ValueError(f"Caption {number} has no text, or an embedding that is not there: {record!r}.")
+            raise ValueError(f"Caption {number} has no text, or its embedding does not exist: {record!r}.")
         captions.setdefault(image_id, []).append(caption)
         first_rows.append(rows.setdefault(image_id, row))
         caption_rows.append(row)
@@ -126,7 +126,7 @@ def _group_by_image(embeds: torch.Tensor, records: list[dict]) -> tuple[list, li
 def _check_one_embedding_an_image(
     embeds: torch.Tensor, records: list[dict], first_rows: list[int], caption_rows: list[int], chunk_size: int = 16384
 ):
-    # An image goes through the same CLIP for each caption; fp16 on a GPU leaves small differences at most.
+    # The same CLIP encoded the image for each caption, so embeddings differ at most by fp16 rounding on a GPU.
     repeats = [number for number, (first, row) in enumerate(zip(first_rows, caption_rows)) if first != row]
     for start in range(0, len(repeats), chunk_size):
         chunk = repeats[start : start + chunk_size]
@@ -135,7 +135,7 @@ def _check_one_embedding_an_image(
         differs = (F.cosine_similarity(first, other) < 0.99) & (first != other).any(1)
         if differs.any():
             image_id = records[chunk[int(differs.nonzero()[0])]]["image_id"]
-            raise ValueError(f"`image_id` {image_id!r} has embeddings that differ: are the ids those of images?")
+            raise ValueError(f"`image_id` {image_id!r} has different embeddings: are the ids image ids?")
 
 
 class _Refused(pickle.UnpicklingError):
@@ -143,7 +143,7 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Call:
-    """A function that a pickle may call but not change: without attributes, a pickle's BUILD has nothing to write to."""
+    """A function that a pickle may call but not change: it has no attributes that a pickle's BUILD could write to."""
 
     __slots__ = ()
 
@@ -152,7 +152,7 @@ class _LoadStorage(_Call):
     __slots__ = ()
 
     def __call__(self, data: bytes) -> Any:
-        # torch's own function loads what a pickled storage holds without `weights_only`, and on the device it came from.
+        # torch's own function would load the storage without `weights_only`, and on its original device.
         try:
             storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -169,7 +169,7 @@ class _RebuildTensor(_Call):
     def __call__(self, storage, offset, size, stride, requires_grad=False, backward_hooks=None, metadata=None):
         if not isinstance(storage, torch.storage.TypedStorage):
             raise _Refused(_refusal(type(storage).__name__))
-        # Of `as_strided`, and not of `set_`, a view beyond the end of the storage is an error.
+        # Unlike `set_`, `as_strided` raises an error for a view beyond the end of the storage.
         return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage).as_strided(size, stride, offset)
 
 
@@ -178,7 +178,7 @@ def _refusal(name: str) -> str:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads tensors, and the containers, strings and numbers that need no import."""
+    """Read tensors, and the containers, strings and numbers that need no import."""
 
     _ALLOWED = {
         ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),

@@ -1,4 +1,4 @@
-"""Data sets: the readers of captioned images, their CLIP embeddings, and the data set that ships with the package."""
+"""Data sets: readers of captioned images, CLIP embeddings, and the data set that ships with the package."""
 
 from .embed import embed
 from .embeddings import check_embeddings, embeddings_provenance, load_embeddings

@@ -1,4 +1,4 @@
-"""COCO's caption annotations, the form that STAIR Captions and nocaps share, read as they are published."""
+"""Read caption annotations in COCO's format, which STAIR Captions and nocaps share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CocoImage:
 
     Attributes:
         image_id: A whole number or a string.
-        entry: The image's own entry (`file_name`, `domain`, ...); empty where the file lists captions alone.
+        entry: The image's own entry (`file_name`, `domain`, ...); empty if the file lists only its captions.
         captions: As published, empty ones included.
     """
 
@@ -30,20 +30,20 @@ class CocoImage:
 
 
 def read_coco(path: str | Path, content: Any = None) -> list[CocoImage]:
-    """Read the images of an annotation file with their captions: those listed first, then others that have captions.
+    """Read the images of an annotation file with their captions: listed images first, then others with captions.
 
     Args:
         path: `captions_val2014.json`, `stair_captions_v1.2_val.json`, `nocaps_val_4500_captions.json`, ...
-        content: What the file holds, where it was read already.
+        content: The content of the file, if it was already read.
 
     Raises:
-        ValueError: The file is not of this form; the message names the file and the entry.
+        ValueError: If the file is not in this format; the message names the file and the entry.
     """
     content = read_json(path) if content is None else content
     if not isinstance(content, dict) or not {"images", "annotations"} & content.keys():
         raise ValueError(
-            f"{path} is not of the layout of COCO's captions (captions_val2014.json), with images and annotations: it "
-            f"holds {kind_of(content)}."
+            f"{path} does not have the layout of COCO's captions (captions_val2014.json), with images and "
+            f"annotations: it holds {kind_of(content)}."
         )
     images: dict[int | str, CocoImage] = {}
     for number, entry in enumerate(_entries(content, "images", path)):
@@ -80,19 +80,19 @@ def _image_id(entry: Any, name: str, place: str) -> int | str:
 
 
 def check_image_id(image_id: Any, place: str) -> int | str:
-    """Return an image id that is a whole number or a string; for others, raise a ValueError that names the place."""
+    """Return the image id if it is a whole number or a string; otherwise raise a ValueError that names the place."""
     if isinstance(image_id, bool) or not (isinstance(image_id, int) or is_name(image_id)):
         raise ValueError(f"{place} must be a whole number or a string, not {image_id!r:.80}.")
     return image_id
 
 
 def is_name(value: Any) -> bool:
-    """Tell whether a value is text that can be written to a file: JSON can hold half a surrogate pair."""
+    """Tell whether a value is text that can be encoded: JSON can hold half a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file, with or without a byte-order mark; a ValueError names the file that is none."""
+    """Read a JSON file, with or without a byte-order mark; raise a ValueError that names a file that is not JSON."""
     try:
         return json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Data sets that `datasets` itself can load, brought to the one form of `schema.py` by the names of their columns."""
+"""Load data sets with `datasets` and rename their columns to the common form of `schema.py`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def load_columns(
     id_column: str | None = None,
     **load_kwargs,
 ) -> Dataset | DatasetDict | IterableDataset:
-    """The readers "imagefolder", "webdataset" and "hub" (`builder` is None) of [`load_captions`]."""
+    """Read with `datasets`: the readers "webdataset" and "hub" (`builder` is None) of [`load_captions`]."""
     if images is not None:
-        raise ValueError("`images` has no meaning here: the data set itself says where its images are.")
+        raise ValueError("Leave out `images`: the data set itself contains its images or their paths.")
     splits = _load(builder, source, load_kwargs, missing or "error")
     if split is not None:
         selected = select_split(splits, split, str(source))
@@ -67,12 +67,12 @@ def _tar_files(source) -> str | list[str] | dict:
         return source
     pattern = os.path.join(source, "*.tar") if os.path.isdir(source) else os.fspath(source)
     if not (files := sorted(glob.glob(pattern, recursive=True))):
-        raise FileNotFoundError(f"There are no tar shards {pattern}.")
+        raise FileNotFoundError(f"No tar shards match {pattern}.")
     return files
 
 
 def _load_shards(source, load_kwargs: dict, missing: str):
-    """Tar shards with all their image columns: `datasets` takes the columns of the first samples for those of all."""
+    """Load tar shards with all their image columns: `datasets` itself looks only at the first samples."""
     from datasets import Image, load_dataset
 
     files = _tar_files(source)
@@ -90,25 +90,25 @@ def _load_shards(source, load_kwargs: dict, missing: str):
 
 
 def _check_tar_end(file: str, missing: str):
-    """Refuse an archive that was cut between two members, which looks whole but for the two empty blocks at its end."""
+    """Refuse an archive that was cut between two members: it lacks only the two empty blocks at its end."""
     with open(file, "rb") as archive:
         if not _is_plain_tar(archive.read(512)):
             return
         archive.seek(max(0, os.path.getsize(file) - 1024))
         if archive.read() == bytes(1024):
             return
-    message = f"{file} has no end mark: it was cut short, and samples may be missing. Download or make it again"
+    message = f"{file} has no end mark: it is truncated, and samples may be missing. Download or write it again"
     if missing == "error":
-        raise ValueError(f"{message}, or read what is there with `missing='skip'` (--missing skip).")
-    logger.warning(f"{message}. What is there is read.")
+        raise ValueError(f"{message}, or read the rest with `missing='skip'` (--missing skip).")
+    logger.warning(f"{message}. The rest is read.")
 
 
 def _is_plain_tar(block: bytes) -> bool:
-    return block[257:262] == b"ustar"  # else it is compressed, with an end mark of its own kind
+    return block[257:262] == b"ustar"  # otherwise it is compressed and has its own end mark
 
 
 def _image_fields(file: str) -> list[str]:
-    """The extensions of the images in an archive, from the headers of its members alone."""
+    """Return the extensions of the images in an archive, reading only the headers of its members."""
     import tarfile
 
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -140,12 +140,12 @@ def _map_style(
     first_rows: dict[Any, int] = {}
     tops = list(dict.fromkeys(name.partition(".")[0] for name in caption_columns))
     for row, (image_id, texts) in enumerate(zip(ids, dataset.select_columns(tops))):
-        first_rows.setdefault(image_id, row)  # a caption a row: the rows of an image become one
+        first_rows.setdefault(image_id, row)  # with one caption per row, the rows of an image become one
         found = [caption for name in caption_columns for caption in clean(_get(texts, name), image_id)]
         captions.setdefault(image_id, []).extend(found)
     clean.report()
     if len(first_rows) < len(ids):
-        logger.info(f"{source}: {len(ids)} rows are of {len(first_rows)} images.")
+        logger.info(f"{source}: {len(ids)} rows belong to {len(first_rows)} images.")
     kept = [image_id for image_id, texts in captions.items() if texts]
     if without := len(captions) - len(kept):
         logger.warning(f"{source}: {without} images without a caption were left out.")
@@ -161,7 +161,7 @@ def _map_style(
         dataset = dataset.rename_column(image_column, "image")
     for name, column in columns.items():
         dataset = dataset.add_column(name, column, feature=features[name])
-    # Last, since adding columns to a selection would copy the images.
+    # Select last: adding columns to a selection would copy the images.
     return dataset if kept_rows == list(range(len(ids))) else dataset.select(kept_rows)
 
 
@@ -176,7 +176,7 @@ def _rows_with_image(rows: list[int], paths: list[str | None], missing: str, sou
     if not absent:
         return rows
     names = [str(paths[row]) for row in sorted(absent)[:3]]
-    message = f"{len(absent)} of the {len(rows)} images that {source} lists are not there: {', '.join(names)}"
+    message = f"{len(absent)} of the {len(rows)} images that {source} lists do not exist: {', '.join(names)}"
     message += ", ..." if len(absent) > 3 else ""
     if missing == "error" or len(absent) == len(rows):
         raise FileNotFoundError(f"{message}. To go on with those present, pass `missing='skip'` (--missing skip).")
@@ -198,7 +198,7 @@ def _streamed(
     image_columns = [name for name, feature in dataset.features.items() if _kind(feature) == "Image"]
     for name in image_columns:
         dataset = dataset.cast_column(name, Image(decode=False))
-    # Shards may hold images of several extensions, each in a column of its own.
+    # Shards may hold images with several extensions, each in its own column.
     image_columns = image_columns if image_column is None and "__key__" in dataset.column_names else [first_column]
 
     def convert(row: dict, number: int) -> dict:
@@ -213,13 +213,13 @@ def _streamed(
         image = next((row[name] for name in image_columns if row[name] is not None), None)
         return {"image": image, "captions": captions, "image_id": image_id, "split": split}
 
-    # The form comes last: a `map` that is given features leaves images as bytes.
+    # Cast last: `map` with features would leave images as bytes.
     dataset = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
     return dataset.filter(bool, input_columns="captions").cast(caption_features(int_ids=False))
 
 
 def _get(row: dict, name: str) -> Any:
-    """A column, or with dots a field inside one: `"json.caption"`."""
+    """Return a column, or with dots a field inside one: `"json.caption"`."""
     for part in name.split("."):
         row = None if row is None else row.get(part)
     return row
@@ -237,7 +237,7 @@ def _find_columns(dataset, source: str, image_column, caption_column, id_column)
     elif caption_column is None:
         known = [name for name in CAPTION_COLUMNS if _feature(features, name) is not None]
         if not known:
-            raise ValueError(f"{source} has no column that is known for captions; {exists}. Pass `caption_column=`.")
+            raise ValueError(f"{source} has no column known for captions; {exists}. Pass `caption_column=`.")
         caption_column = known[:1]
     for name in (image_column, *caption_column, *filter(None, [id_column])):
         if _feature(features, name) is None:

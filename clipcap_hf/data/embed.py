@@ -1,4 +1,4 @@
-"""CLIP embeddings of whole data sets: each image is encoded once, by any number of processes, and no work is lost."""
+"""Embed whole data sets with CLIP: each image is encoded once, by any number of processes, and no work is lost."""
 
 from __future__ import annotations
 
@@ -50,36 +50,38 @@ def embed(
     r"""
     Encode the images of a data set once and write their CLIP embeddings, for training without the vision tower.
 
-    The work is cut into shards of `shard_size` rows, or of the shards that a streamed data set has, and each is written
-    under a temporary name and renamed once it is whole. Run again after an interruption, also with another number of
-    processes, it makes the shards that are missing and ends with the same rows. Under `torchrun` or `accelerate launch`
-    the shards are divided over the processes. An image that cannot be read is left out and recorded with its row (from 0;
-    none in a stream) and the reason in `failed.jsonl`.
+    The work is divided into shards of `shard_size` rows, or into the shards of a streamed data set. Each shard is
+    written under a temporary name and renamed when it is complete. After an interruption, run it again with any number
+    of processes: it writes the missing shards and ends with the same rows. Under `torchrun` or `accelerate launch` the
+    processes share the shards. An image that cannot be read is left out and recorded in `failed.jsonl` with the reason
+    and its row (from 0; none for a stream).
 
     Args:
-        model ([`ClipCapForConditionalGeneration`] or [`~transformers.PreTrainedModel`]): A captioner or a vision tower,
-            on the device that is to be used.
+        model ([`ClipCapForConditionalGeneration`] or [`~transformers.PreTrainedModel`]): A captioner or a vision
+            tower, on the device to use.
         dataset ([`~datasets.Dataset`], `IterableDataset` or a dictionary of them by split): From [`load_captions`], or
-            with a column `image` ([`~datasets.Image`]) and any others, which are kept.
-        out (`str` or path): Folder to write; with splits, one folder in it for each.
-        image_processor ([`~transformers.BaseImageProcessor`] or [`ClipCapProcessor`]): The transform of the tower.
-        batch_size (`int`): Images that go through the tower at once.
-        num_workers (`int`, *optional*): Processes that read and resize images meanwhile; by their number by default. 0
-            reads them here.
-        dtype (`torch.dtype`, *optional*): In which the tower computes. By default bfloat16 on GPUs and CPUs that gain
-            from it (CPUs with AMX), float16 on older GPUs, and what the model is in elsewhere. What is written is float32.
-        shard_size (`int`): Rows in a file: the work that an interruption can cost each process.
-        vision_feature (`str`, *optional*): `"pooled"` or `"patches"`, as in [`ClipCapConfig`]; by default what a captioner
-            reads, and of a tower alone the pooled embedding.
+            with a column `image` ([`~datasets.Image`]); other columns are kept.
+        out (`str` or path): Folder to write; each split gets its own folder in it.
+        image_processor ([`~transformers.BaseImageProcessor`] or [`ClipCapProcessor`]): The image transform of the
+            tower.
+        batch_size (`int`): Images per batch.
+        num_workers (`int`, *optional*): Processes that read and resize images; chosen by the number of images and
+            cores by default. 0 reads them in this process.
+        dtype (`torch.dtype`, *optional*): Data type in which the tower computes. By default bfloat16 on GPUs and CPUs
+            that gain from it (CPUs with AMX), float16 on older GPUs, and the model's own elsewhere. Embeddings are
+            written in float32.
+        shard_size (`int`): Rows per file: the most work that an interruption can cost each process.
+        vision_feature (`str`, *optional*): `"pooled"` or `"patches"`, as in [`ClipCapConfig`]; by default what the
+            captioner reads, or the pooled embedding for a tower alone.
         progress (`bool`): Show a progress bar on standard error.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: As [`load_embeddings`] reads it: the columns of `dataset` with
-        `clip_embeds` (clip_embed_dim, or (tokens, dim)) and `image_path` in place of `image`.
+        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: The columns of `dataset`, as [`load_embeddings`] reads
+        them, with `clip_embeds` (clip_embed_dim, or (tokens, dim)) and `image_path` instead of `image`.
 
     Raises:
-        ValueError: If `out` holds the embeddings of other data or by another tower, or no image at all could be read.
-        OSError: If `out` cannot be written; what was finished before stays.
+        ValueError: If `out` holds embeddings of other data or of another tower, or if no image could be read.
+        OSError: If `out` cannot be written; finished shards are kept.
 
     Example:
 
@@ -91,11 +93,12 @@ def embed(
     >>> processor = ClipCapProcessor.from_pretrained(EMOJI_MINI)
     >>> data = embed(model, load_emoji("validation"), "embeds", processor, progress=False)  # doctest: +SKIP
 
-    ```"""
+    ```
+    """
     image_processor = getattr(image_processor, "image_processor", image_processor)
     tower = getattr(model, "vision_tower", model)
     if tower is None:
-        raise ValueError("This captioner has no vision tower: name the CLIP that is to embed the images.")
+        raise ValueError("This captioner has no vision tower: pass the tower of its CLIP instead (--vision).")
     if image_processor is None:
         raise ValueError("Pass `image_processor`, the transform of the vision tower.")
     vision_feature = vision_feature or getattr(model.config, "vision_feature", "pooled")
@@ -110,7 +113,7 @@ def embed(
 
 
 class Encoder:
-    """A vision tower in the type in which it computes."""
+    """A vision tower, converted to the data type in which it computes."""
 
     def __init__(self, tower, dtype: torch.dtype | None = None, vision_feature: str = "pooled", name: str = ""):
         self.device = tower.device
@@ -126,7 +129,7 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """float32 embeddings on the CPU, (batch, dim) or of patches (batch, patches, dim)."""
+        """Return float32 embeddings on the CPU: (batch, dim), or (batch, patches, dim) for patches."""
         # Convolutional towers are twice as fast with channels last.
         memory_format = torch.channels_last if pixel_values.ndim == 4 else torch.preserve_format
         pixel_values = pixel_values.to(self.device, self.dtype, memory_format=memory_format)
@@ -185,7 +188,7 @@ def _embed_split(
 
 
 def _with_undecoded_images(dataset):
-    """Leave decoding to the workers, where a broken image costs nothing but itself."""
+    """Leave decoding to the workers, so that a broken image affects only itself."""
     from datasets import Image as ImageFeature
 
     if dataset.features is None:
@@ -196,7 +199,7 @@ def _with_undecoded_images(dataset):
 
 
 class _Shards:
-    """How a data set is cut: every `shard_size` rows, or a streamed one as its own files are."""
+    """How a data set is divided: every `shard_size` rows, or by its own files if it is streamed."""
 
     def __init__(self, dataset, shard_size: int):
         self.dataset = dataset
@@ -228,14 +231,14 @@ class _Shards:
 def _load_batches(
     shards: _Shards, todo: list[int], batch_size: int, num_workers: int | None, preprocess, processes: int
 ):
-    """Read the batches of some shards, in processes of their own; also say how many rows they hold, if that is known."""
+    """Return a loader of the batches of some shards, and the number of their rows if it is known."""
     if shards.streamed:
         batches, expected = _StreamedBatches(shards.dataset, todo, batch_size, preprocess), None
     else:
         batches = _Batches(shards, todo, batch_size, preprocess)
         expected = sum(map(shards.rows, todo))
     if num_workers is None:
-        # Starting a process costs as much as reading some dozens of images.
+        # Starting a process takes as long as reading a few dozen images.
         cores = (os.cpu_count() or 1) // processes
         num_workers = 0 if expected is not None and expected < 64 else min(8, cores)
     if shards.streamed:
@@ -244,7 +247,7 @@ def _load_batches(
 
 
 def data_fingerprint(dataset, column: str = "image") -> str:
-    """Of a data set with random access and of its image files: one that is replaced or repaired is another image."""
+    """Return a fingerprint of a data set and its image files, which changes when a file is replaced or repaired."""
     from datasets import Image as ImageFeature
 
     images = dataset.with_format(None).select_columns(column).cast_column(column, ImageFeature(decode=False))
@@ -259,7 +262,7 @@ def data_fingerprint(dataset, column: str = "image") -> str:
             except OSError:
                 digest.update(b"-\n")
         if all(image and image["bytes"] is not None for image in batch[column]):
-            break  # images within the data set, all of which need not be read for this
+            break  # the data set itself holds the images, so its fingerprint covers them
     return digest.hexdigest()[:16]
 
 
@@ -268,13 +271,13 @@ class _Batch:
     shard: int
     is_last: bool
     rows: list[dict[str, Any]]
-    pixels: torch.Tensor | None  # of the images that could be read
+    pixels: torch.Tensor | None  # the readable images only
     errors: list[str | None]
-    start: int | None  # where the first row stands in the data set; a stream has no numbers
+    start: int | None  # number of the first row in the data set; None for a stream
 
 
 def _encode(encoder: Encoder, batch: _Batch) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
-    """The rows with an embedding, their embeddings, and what is to be recorded of the other rows."""
+    """Return the rows with an embedding, their embeddings, and records of the rows that failed."""
     embeds = iter(() if batch.pixels is None else encoder(batch.pixels))
     rows, kept, failed = [], [], []
     for index, (row, error) in enumerate(zip(batch.rows, batch.errors)):
@@ -291,7 +294,7 @@ def _encode(encoder: Encoder, batch: _Batch) -> tuple[list[dict], list[torch.Ten
 
 
 class _Preprocess:
-    """Reads and transforms the images of a batch."""
+    """Read and transform the images of a batch."""
 
     def __init__(self, image_processor):
         self.image_processor = image_processor
@@ -309,7 +312,7 @@ class _Preprocess:
             try:
                 pixels.append(self.pixels(_read(image)))
                 errors.append(None)
-            except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+            except Exception as error:  # decoders raise many kinds of errors for damaged files
                 errors.append(str(error) or type(error).__name__)
         return _Batch(shard, is_last, rows, torch.stack(pixels) if pixels else None, errors, start)
 
@@ -324,7 +327,7 @@ def _read(image: dict | None) -> Image.Image:
 
 
 class _Batches(TorchDataset):
-    """The batches of a data set with random access. None goes beyond its shard, so they are the same in every run."""
+    """The batches of a data set with random access. No batch crosses a shard, so they are the same in every run."""
 
     def __init__(self, shards: _Shards, todo: list[int], batch_size: int, preprocess: _Preprocess):
         self.dataset = shards.dataset
@@ -345,7 +348,7 @@ class _Batches(TorchDataset):
 
 
 class _StreamedBatches(TorchIterableDataset):
-    """The batches of a streamed data set, each worker with shards of its own."""
+    """The batches of a streamed data set; each worker reads its own shards."""
 
     def __init__(self, dataset, shards: list[int], batch_size: int, preprocess: _Preprocess):
         self.dataset = dataset

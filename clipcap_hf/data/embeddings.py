@@ -1,4 +1,4 @@
-"""A folder of CLIP embeddings: how it is written so that it survives interruptions, how it is read, and what it is for."""
+"""Write, read and check folders of CLIP embeddings; writing survives interruptions."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Dataset | DatasetDict:
     """
-    Read the embeddings that [`embed`] or `clipcap embed` wrote, or that were converted from the official code's.
+    Read embeddings that [`embed`] or `clipcap embed` wrote, or that were converted from the official code.
 
     Args:
         path (`str` or path): The folder.
-        split (`str`, *optional*): The split to return, where the folder has several.
+        split (`str`, *optional*): The split to return, if the folder has several.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: Memory-mapped, with
             `clip_embeds` (clip_embed_dim, or (tokens, dim)) in float32.
 
     Raises:
-        FileNotFoundError: If there are no embeddings.
-        ValueError: If they are unfinished, or there is no such split.
+        FileNotFoundError: If the folder holds no embeddings.
+        ValueError: If they are unfinished, or the split does not exist.
     """
     from datasets import DatasetDict, load_from_disk
 
@@ -49,7 +49,7 @@ def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Datase
     if not splits.is_file() and not (path / "state.json").is_file():
         unfinished = [folder for folder in (path, *path.glob("*")) if (folder / MANIFEST).is_file()]
         if unfinished:
-            raise ValueError(f"{path} is unfinished: run `embed` again with the same arguments, and it goes on.")
+            raise ValueError(f"{path} is unfinished: run `embed` again with the same arguments to continue.")
         raise FileNotFoundError(f"There are no embeddings in {path}.")
     data = load_from_disk(os.fspath(path))
     if split is None:
@@ -61,8 +61,10 @@ def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Datase
 
 def embeddings_provenance(dataset: Dataset) -> dict[str, Any] | None:
     """
-    What made the embeddings of a data set: `vision` (name and `model_type`), `weights_sha256`, `vision_feature`, `dtype`,
-    `transform` (the image processor), `shape`. `None` for embeddings that were not made by [`embed`].
+    Return a record of how the embeddings of a data set were made.
+
+    It has `vision` (name and `model_type`), `weights_sha256`, `vision_feature`, `dtype`, `transform` (the image
+    processor) and `shape`. It is `None` for embeddings that were not made by [`embed`].
     """
     try:
         provenance = json.loads(dataset.info.description)
@@ -73,15 +75,15 @@ def embeddings_provenance(dataset: Dataset) -> dict[str, Any] | None:
 
 def check_embeddings(dataset: Dataset | str | os.PathLike, model) -> None:
     """
-    Make sure that embeddings are those of the model's own vision tower.
+    Check that embeddings come from the model's own vision tower.
 
     Args:
-        dataset ([`~datasets.Dataset`] or path): The embeddings. Those that were not made by [`embed`] have only their
-            shape checked, as have those for a model without a tower.
-        model ([`ClipCapForConditionalGeneration`]): The captioner that is to be trained on them.
+        dataset ([`~datasets.Dataset`] or path): The embeddings. Only their shape is checked if they were not made
+            by [`embed`] or if the model has no tower.
+        model ([`ClipCapForConditionalGeneration`]): The captioner to train on them.
 
     Raises:
-        ValueError: If they are of another width, feature or tower; the message says which tower made them.
+        ValueError: If their width, feature or tower differs; the message says which tower made them.
     """
     if isinstance(dataset, (str, os.PathLike)):
         dataset = load_embeddings(dataset)
@@ -107,7 +109,7 @@ def check_embeddings(dataset: Dataset | str | os.PathLike, model) -> None:
         tower = describe_tower(model.vision_tower, wanted, model.name_or_path)
         if tower["weights_sha256"] != provenance["weights_sha256"]:
             raise ValueError(
-                f"The embeddings were made by another vision tower than the model's. {made_by} The model's is "
+                f"The embeddings were not made by the model's vision tower. {made_by} The model's is "
                 f"{tower['vision']['name']}, whose weights differ. Embed the images with it."
             )
 
@@ -117,8 +119,8 @@ def _shape(embeds) -> list[int]:
 
 
 def describe_tower(tower, vision_feature: str = "pooled", name: str = "") -> dict[str, Any]:
-    """Name, `model_type` and SHA-256 of the weights of a vision tower."""
-    # In float32, so that a tower saved in half precision is the same however it is loaded.
+    """Return the name, `model_type` and SHA-256 of the weights of a vision tower."""
+    # In float32, so that the hash does not depend on the precision in which the tower is loaded.
     weights = (value.float() if value.is_floating_point() else value for value in tower.state_dict().values())
     model_type = tower.config.model_type
     return {
@@ -130,10 +132,10 @@ def describe_tower(tower, vision_feature: str = "pooled", name: str = "") -> dic
 
 class EmbeddingsFolder:
     """
-    The files of embeddings while they are written.
+    A folder of embeddings while it is written.
 
-    A shard is `data-N.arrow`, with `failed-N.jsonl` if images failed. Both get their names only once they are whole and
-    on the disk. `state.json`, by which `datasets` knows a data set, comes last.
+    A shard is `data-N.arrow`, with `failed-N.jsonl` if images failed. Both get their names only when they are complete
+    and on disk. `state.json`, by which `datasets` recognises a data set, is written last.
     """
 
     def __init__(self, path: Path, provenance: dict | None = None, features=None, shape: tuple[int, ...] = ()):
@@ -144,7 +146,7 @@ class EmbeddingsFolder:
         self.failed: dict[int, list[dict]] = {}
 
     def begin(self):
-        """Make the folder, or check that it holds the same data and tower; called by one process, which holds the lock."""
+        """Create the folder, or check that its data and tower are the same; call it in the process with the lock."""
         self.path.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(self.path)
         manifest = self.path / MANIFEST
@@ -159,16 +161,16 @@ class EmbeddingsFolder:
         differing = [key for key, value in self.provenance.items() if _differs(key, found.get(key), value)]
         if differing:
             raise ValueError(
-                f"{self.path} holds embeddings that differ in {', '.join(differing)}: choose another folder, or delete "
-                "this one."
+                f"{self.path} holds embeddings that differ in {', '.join(differing)}: choose another folder, or "
+                "delete this one."
             )
 
     def is_done(self, shard: int, rows: int | None = None) -> bool:
-        """Tell whether a shard is whole. One that was damaged since it was written is removed, to be made again.
+        """Tell whether a shard is complete; remove a damaged one so that it is written again.
 
         Args:
             shard (`int`): Its number.
-            rows (`int`, *optional*): Rows of the data in it, with and without an embedding; not known of a stream.
+            rows (`int`, *optional*): Rows of the data in it, with and without an embedding; unknown for a stream.
         """
         path = self.path / _data_file(shard)
         if not path.is_file():
@@ -195,7 +197,7 @@ class EmbeddingsFolder:
     def finish_shard(self, shard: int):
         self.writers[shard].finalize()
         failed = self.failed.pop(shard)
-        # What failed comes before the data, which says that the shard is done.
+        # Write the failures first: the data file marks the shard as done.
         if failed:
             write_text(self.path / _failed_file(shard), "".join(json.dumps(record) + "\n" for record in failed))
         else:
@@ -206,12 +208,12 @@ class EmbeddingsFolder:
         del self.writers[shard]
 
     def finish(self, shards: int):
-        """Make the folder one that `datasets.load_from_disk` reads; called by one process, when all shards are done."""
+        """Make the folder readable by `datasets.load_from_disk`. One process calls it when all shards are done."""
         from datasets import DatasetInfo
 
         rows = [_whole_rows(self.path / _data_file(shard)) for shard in range(shards)]
         if damaged := [_data_file(shard) for shard, count in enumerate(rows) if count is None]:
-            raise ValueError(f"{self.path}: {listed(damaged)} cannot be read back. Run again to make them anew.")
+            raise ValueError(f"{self.path}: {listed(damaged)} cannot be read back. Run again to write them anew.")
         self._report_failed([line for shard in range(shards) for line in self._failed_lines(shard)], sum(rows))
         if (self.path / "state.json").is_file():
             return
@@ -236,8 +238,8 @@ class EmbeddingsFolder:
             return
         write_text(self.path / "failed.jsonl", "".join(line + "\n" for line in lines))
         if not rows:
-            raise ValueError(f"No image could be embedded. The first: {json.loads(lines[0])['error']}")
-        logger.warning(f"{len(lines)} images could not be embedded: {self.path / 'failed.jsonl'} says why.")
+            raise ValueError(f"No image could be embedded. The first error: {json.loads(lines[0])['error']}")
+        logger.warning(f"{len(lines)} images could not be embedded; see {self.path / 'failed.jsonl'} for the reasons.")
 
     def write_splits(self, names: list[str]):
         _remove_leftovers(self.path)
@@ -247,21 +249,21 @@ class EmbeddingsFolder:
         return self
 
     def __exit__(self, exception_type, *_):
-        for shard, writer in self.writers.items():  # of an interrupted run
+        for shard, writer in self.writers.items():  # left open by an interrupted run
             try:
                 writer.close()
             except OSError:
                 pass
             self._scratch(shard).unlink(missing_ok=True)
         if exception_type is not None and issubclass(exception_type, OSError):
-            logger.error(f"{self.path} could not be written. What was finished is kept: run again to go on.")
+            logger.error(f"{self.path} could not be written. Finished shards are kept: run again to continue.")
 
     def _scratch(self, shard: int) -> Path:
         return self.path / f".{_data_file(shard)}.{os.getpid()}.tmp"
 
     def _failed_lines(self, shard: int) -> list[str]:
         path = self.path / _failed_file(shard)
-        # Not `splitlines`: error messages may hold other line separators.
+        # Not `splitlines`: error messages may contain other line separators.
         return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
 
     def _write_json(self, name: str, value: Any):
@@ -269,7 +271,7 @@ class EmbeddingsFolder:
 
 
 def _remove_leftovers(folder: Path):
-    """Remove the scratch files of runs that were killed."""
+    """Remove the temporary files of runs that were killed."""
     for name in (MANIFEST, "data-", "failed", "state.json", "dataset_dict.json"):
         for leftover in folder.glob(f".{name}*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -283,7 +285,7 @@ def _read_manifest(path: Path) -> dict:
 
 
 def _whole_rows(path: Path) -> int | None:
-    """Count the rows of an Arrow stream; `None` if it is damaged, or ends without its end mark."""
+    """Count the rows of an Arrow stream; return `None` if it is damaged or has no end mark."""
     import pyarrow as pa
 
     try:
@@ -293,7 +295,7 @@ def _whole_rows(path: Path) -> int | None:
                 return None
         with pa.memory_map(os.fspath(path)) as mapped:
             return sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
-    except (OSError, ValueError):  # pyarrow's own errors are of these two kinds
+    except (OSError, ValueError):  # pyarrow's errors derive from these two
         return None
 
 
@@ -306,7 +308,7 @@ def _with_embeds(features, shape: tuple[int, ...]):
 
 
 def _differs(key: str, found: Any, value: Any) -> bool:
-    # A folder of the tower may have moved; its weights tell.
+    # The tower's folder may have moved; its weights identify it.
     return key != "vision" and found != value
 
 

@@ -1,4 +1,4 @@
-"""The emoji captioning data set that ships with the package."""
+"""Load the emoji captioning data set that ships with the package."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def load_emoji(split: str | None = None, language: str = "en") -> Dataset | Data
         One of
 
         - ``"train"``: 11,080 rows in five designs.
-        - ``"validation"``: 190 rows with captions that are new combinations of words known from ``"train"``.
-        - ``"new_design"``: 1,637 rows with captions of ``"train"`` in a design that ``"train"`` does not have.
+        - ``"validation"``: 190 rows with captions that are new combinations of words from ``"train"``.
+        - ``"new_design"``: 1,637 rows with captions of ``"train"`` in a design that is not in ``"train"``.
         - ``"new_caption"``: 904 rows like ``"validation"``, for the final test.
 
-        All splits are loaded when it is left out.
+        By default, all splits are loaded.
     language : str, default="en"
         Language of the captions and keywords, ``"en"`` or ``"ja"``.
 
@@ -64,7 +64,7 @@ def load_emoji(split: str | None = None, language: str = "en") -> Dataset | Data
     if language not in LANGUAGES:
         raise ValueError(f"`language` must be one of {', '.join(map(repr, LANGUAGES))}, but is {language!r}.")
 
-    # Importing `datasets` takes long and is not needed for anything else in the package.
+    # Importing `datasets` is slow, and most of the package does not need it.
     from datasets import DatasetDict
 
     if split is None:

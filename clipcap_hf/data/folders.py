@@ -1,4 +1,4 @@
-"""Folders of images with their captions: metadata files, a text file beside each image, and the forms of Flickr8k."""
+"""Read folders of images with captions: metadata files, a text file per image, or Flickr8k's own files."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def load_folder(
     caption_column: str | list[str] | None = None,
     id_column: str | None = None,
     streaming: bool = False,
-    cache_dir: Any = None,  # nothing is cached; other readers take it
+    cache_dir: Any = None,  # unused, since nothing is cached; accepted as other readers do
 ):
     """Read a folder of images: the reader "imagefolder" of [`load_captions`]."""
     root = Path(source)
     if images is not None:
-        raise ValueError("`images` has no meaning here: the folder itself holds the images.")
+        raise ValueError("Leave out `images`: the folder itself holds the images.")
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}." if not root.exists() else f"{root} is not a folder.")
     columns = (image_column, caption_column, id_column)
@@ -58,7 +58,7 @@ def _to_splits(records: list[CaptionedRecord], root: Path, split: str | None, mi
     splits: dict[str, list[CaptionedRecord]] = {}
     for record in records:
         splits.setdefault(record.split, []).append(record)
-    if split is not None:  # images that are missing elsewhere do not matter
+    if split is not None:  # images missing from other splits do not matter
         splits = {name: group for name, group in splits.items() if split_name(name) == split_name(split)} or splits
     folder = ImageFolder(root)
     datasets = DatasetDict(
@@ -93,7 +93,7 @@ def _images_below(root: Path) -> list[str]:
 
 
 def _split_of(path: str, root: Path) -> str:
-    """The split of an image: its top-level folder, if that has the name of a split; all else is for training."""
+    """Return the split of an image: its top-level folder if that is the name of a split, otherwise "train"."""
     first = Path(path).parts[0]
     return split_name(first) if first in SPLIT_NAMES and (root / first).is_dir() else "train"
 
@@ -136,8 +136,8 @@ def _texts(value: Any, column: str, line: int, file: Path) -> list[str]:
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise ValueError(
-                f"Line {line} of {file}: {column!r} must be text, but is {text!r:.80} ({type(text).__name__}): is this "
-                "the column of the captions?"
+                f"Line {line} of {file}: {column!r} must be text, but is {text!r:.80} ({type(text).__name__}): is "
+                "this the column of the captions?"
             )
     return texts
 
@@ -156,8 +156,7 @@ def _caption_columns(names: list[str], caption_column, file: Path) -> list[str]:
         caption_column = [name for name in CAPTION_COLUMNS if name in names][:1]
         if not caption_column:
             raise ValueError(
-                f"{file} has no column that is known for captions; the columns are {', '.join(names)}. Pass "
-                "`caption_column=`."
+                f"{file} has no column known for captions; the columns are {', '.join(names)}. Pass `caption_column=`."
             )
     caption_column = [caption_column] if isinstance(caption_column, str) else list(caption_column)
     for name in caption_column:
@@ -167,7 +166,7 @@ def _caption_columns(names: list[str], caption_column, file: Path) -> list[str]:
 
 
 def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a metadata file with the numbers of their lines. Every field of a CSV is text, also `None` and `12`."""
+    """Read the rows of a metadata file with their line numbers. Each field of a CSV is text, even `None` and `12`."""
     text = read_text(file)
     if file.suffix == ".csv":
         yield from _read_csv(text, file)
@@ -215,7 +214,7 @@ def read_text(file: Path) -> str:
 
 
 def _read_sidecars(root: Path) -> Iterator[CaptionedRecord]:
-    """Images with their captions in a text file of the same name, one caption per line."""
+    """Read images with their captions from text files of the same name, one caption per line."""
     found = False
     for image in _images_below(root):
         text = Path(image).with_suffix(".txt")
@@ -226,8 +225,8 @@ def _read_sidecars(root: Path) -> Iterator[CaptionedRecord]:
             yield CaptionedRecord(path, [path], captions, _split_of(path, root))
     if not found:
         raise ValueError(
-            f"{root} has no captions that are known for folders: metadata.jsonl, metadata.csv, {', '.join(_FLICKR8K)}, or a "
-            ".txt file beside each image."
+            f"{root} has no captions in a known form: metadata.jsonl, metadata.csv, {', '.join(_FLICKR8K)}, or a .txt "
+            "file next to each image."
         )
 
 
@@ -260,10 +259,10 @@ def load_flickr8k(
             path = by_name.get(name, name)
             records.setdefault(name, CaptionedRecord(name, [path], [], split_of_name)).captions.append(caption)
     if unlisted:
-        logger.warning(f"{file}: {len(unlisted)} images are in no list of a split; they were left out.")
+        logger.warning(f"{file}: {len(unlisted)} images are in no split list; they were left out.")
     if not records:
         raise ValueError(f"{file} holds no captions.")
-    # Images of no list, or beside the data set, are not an error here: the annotations say what belongs to it.
+    # Unlisted images are not an error here: the annotations define the data set.
     from datasets import DatasetDict, IterableDatasetDict
 
     folder = ImageFolder(root)
@@ -277,7 +276,7 @@ def load_flickr8k(
 
 
 def _split_lists(folder: Path) -> dict[str, str]:
-    """The split of each image that `Flickr_8k.trainImages.txt` and the like list, if they are there."""
+    """Return the split of each image that `Flickr_8k.trainImages.txt` and the like list, if these exist."""
     files = {name: folder / f"Flickr_8k.{part}.txt" for name, part in _FLICKR8K_SPLITS.items()}
     return {image: name for name, file in files.items() if file.is_file() for image in read_text(file).split()}
 
@@ -300,6 +299,6 @@ def _read_flickr8k(file: Path) -> Iterator[tuple[str, str]]:
                 f"`image,caption`: {line[:80]!r}."
             )
         name = name.partition("#")[0]
-        # The publisher's file has captions of one image that was never there.
+        # The published file has captions for one image that was never released.
         if not name.endswith(".jpg.1"):
             yield name, caption

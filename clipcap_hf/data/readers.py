@@ -1,4 +1,4 @@
-"""Captioned images of the field's formats, read into the one form of `schema.py`; images stay paths until they are used."""
+"""Read captioned images in common formats into the form of `schema.py`; images stay paths until they are used."""
 
 from __future__ import annotations
 
@@ -35,38 +35,45 @@ def load_captions(
     r"""
     Read captioned images.
 
-    | `kind` | `source` | `images` |
-    |---|---|---|
-    | `"karpathy"` | `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json` | folder with `train2014/` and `val2014/`, or with the Flickr images |
-    | `"coco"` | `captions_train2014.json`, `captions_val2017.json`, ... | folder with the images, or with `train2014/` and the like |
-    | `"stair"` | `stair_captions_v1.2_train.json`, ... (Japanese) | as for COCO |
-    | `"nocaps"` | `nocaps_val_4500_captions.json`, ... | folder with the images |
-    | `"official"` | `train_caption.json` of the official ClipCap code | as for COCO |
-    | `"conceptual"` | TSV of captions and URLs (Conceptual Captions 3M, 12M) | folder, or folders in it, of images that are named by their row, from 0: `12.jpg`, `000000012.jpg`, as `img2dataset` names them with its default of 10,000 images a shard |
-    | `"flickr8k"` | folder, `captions.txt` (`image,caption`) or `Flickr8k.token.txt`, with `Flickr_8k.trainImages.txt` and the like beside it for the official splits | folder with the images; they are also found below that of `source` |
-    | `"imagefolder"` | folder of images with `metadata.jsonl` or `metadata.csv`, with a `.txt` file beside each image, or as for Flickr8k. Folders directly in it that are named `train`, `validation`, `test` and the like are the splits | |
-    | `"webdataset"` | folder, path or glob pattern of `.tar` shards; streamed | |
-    | `"hub"` | a data set of the Hub, or a folder or script-less file that `load_dataset` takes | |
+    The formats (`kind`), with their `source` and `images`:
+
+    - `"karpathy"`: `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json`; `images` is the folder
+      with `train2014/` and `val2014/`, or with the Flickr images.
+    - `"coco"`: `captions_train2014.json`, `captions_val2017.json`, ...; `images` is the folder with the images, or
+      with `train2014/` and the like.
+    - `"stair"`: `stair_captions_v1.2_train.json`, ... (Japanese); `images` as for COCO.
+    - `"nocaps"`: `nocaps_val_4500_captions.json`, ...; `images` is the folder with the images.
+    - `"official"`: `train_caption.json` of the official ClipCap code; `images` as for COCO.
+    - `"conceptual"`: TSV of captions and URLs (Conceptual Captions 3M, 12M); `images` is a folder of images named by
+      their row, from 0: `12.jpg`, `000000012.jpg` (subfolders too), as `img2dataset` names them with its default of
+      10,000 images per shard.
+    - `"flickr8k"`: folder, `captions.txt` (`image,caption`) or `Flickr8k.token.txt`, with `Flickr_8k.trainImages.txt`
+      and the like next to it for the official splits; `images` is the folder with the images, subfolders too.
+    - `"imagefolder"`: folder of images with `metadata.jsonl` or `metadata.csv`, with a `.txt` file next to each image,
+      or as for Flickr8k. Top-level folders named `train`, `validation`, `test` and the like are the splits. No
+      `images`.
+    - `"webdataset"`: folder, path or glob pattern of `.tar` shards; streamed. No `images`.
+    - `"hub"`: a data set on the Hub, or a folder or file that `load_dataset` reads without a script. No `images`.
 
     Args:
         kind (`str`): The format.
-        source (`str`, path, or `dict`): The annotations; a dictionary gives a file for each split.
-        images (`str` or path, *optional*): Folder of the images; that of `source` by default.
+        source (`str`, path, or `dict`): The annotations; a dictionary gives one file per split.
+        images (`str` or path, *optional*): Folder of the images; by default that of `source`.
         split (`str`, *optional*): The split to return; `"val"` is `"validation"`. All by default.
-        missing (`str`, *optional*): What to do with images that are listed but not there: `"error"`, or `"skip"` and warn
-            with their number. The default is `"skip"` for Conceptual Captions, whose images vanish from the web, and
-            `"error"` for all others.
-        kwargs: For `"imagefolder"`, `"webdataset"` and `"hub"`: `image_column`, `caption_column` (a name, or a list of
-            names), `id_column`, and what `datasets.load_dataset` takes, `streaming=True` for one.
+        missing (`str`, *optional*): What to do if listed images do not exist: `"error"`, or `"skip"` them with a
+            warning that counts them. The default is `"skip"` for Conceptual Captions, whose images vanish from the
+            web, and `"error"` for all others.
+        kwargs: For `"imagefolder"`, `"webdataset"` and `"hub"`: `image_column`, `caption_column` (a name or a list of
+            names), `id_column`, and arguments of `datasets.load_dataset` such as `streaming=True`.
 
     Returns:
-        [`~datasets.Dataset`] for one split, [`~datasets.DatasetDict`] for all; iterable ones if streamed. The columns are
-        those of [`caption_features`]: `image`, `captions`, `image_id`, `split` and, for nocaps, `domain`.
+        [`~datasets.Dataset`] for one split, [`~datasets.DatasetDict`] for all; iterable ones if streamed. The columns
+        are those of [`caption_features`]: `image`, `captions`, `image_id`, `split` and, for nocaps, `domain`.
 
     Raises:
-        FileNotFoundError: If the annotations are not there, or images are missing and may not be.
-        ValueError: If the file is not of this format, a caption is no string, an image is listed twice, or there is no
-            such split or column; the message says what there is.
+        FileNotFoundError: If the annotations do not exist, or images are missing and `missing` is `"error"`.
+        ValueError: If the file is not in this format, a caption is not a string, an image is listed twice, or a split
+            or column does not exist; the message says what was found.
 
     Example:
 
@@ -76,9 +83,10 @@ def load_captions(
     >>> train = load_captions("karpathy", "dataset_coco.json", images="coco", split="train")  # doctest: +SKIP
     >>> train[0]["captions"]  # doctest: +SKIP
 
-    ```"""
+    ```
+    """
     if kind not in READERS:
-        raise ValueError(f"There is no reader {kind!r}; there are {', '.join(map(repr, READERS))}.")
+        raise ValueError(f"Unknown reader {kind!r}; choose one of {', '.join(map(repr, READERS))}.")
     if missing not in (None, "error", "skip"):
         raise ValueError(f"`missing` must be 'error' or 'skip', but is {missing!r}.")
     return READERS[kind](source, images=images, split=split, missing=missing, **kwargs)
@@ -95,7 +103,7 @@ def _load_files(
     from datasets import DatasetDict
 
     if unknown:
-        raise ValueError(f"This format has columns of its own; it takes no {', '.join(map(repr, unknown))}.")
+        raise ValueError(f"This format has fixed columns, so it takes no {', '.join(map(repr, unknown))}.")
     files = source if isinstance(source, dict) else {None: source}
     splits: dict[str, list[CaptionedRecord]] = {}
     for name, file in files.items():
@@ -118,7 +126,7 @@ def _read_json(path: Path, keys: Iterable[str], example: str) -> Any:
         raise ValueError(f"{path} is not a JSON file, or is incomplete: {error}") from error
     if keys and not (isinstance(data, dict) and set(keys) <= data.keys()):
         found = ", ".join(list(data)[:10]) if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise ValueError(f"{path} is not of the layout of {example}, with {' and '.join(keys)}: it holds {found}.")
+        raise ValueError(f"{path} does not have the layout of {example}, with {' and '.join(keys)}: it holds {found}.")
     return data
 
 
@@ -151,7 +159,7 @@ def _read_coco(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
         paths = _coco_paths(_field(image.entry, "file_name", path, number))
         yield CaptionedRecord(image.image_id, paths, image.captions, split, image.domain)
     if strangers:
-        logger.warning(f"{path}: {strangers} captions are of images that it does not list; they were left out.")
+        logger.warning(f"{path}: {strangers} captions belong to images that it does not list; they were left out.")
 
 
 def _coco_paths(file_name: str) -> list[str]:
@@ -170,13 +178,15 @@ def _read_official(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]
     captions: dict[int, list] = {}
     data = _read_json(path, [], "train_caption.json")
     if not isinstance(data, list):
-        raise ValueError(f"{path} is not of the layout of the official train_caption.json: a list of captions.")
+        raise ValueError(f"{path} does not have the layout of the official train_caption.json, a list of captions.")
     for number, entry in enumerate(data):
         image_id = _field(entry, "image_id", path, number)
         try:
             image_id = int(image_id)
         except (TypeError, ValueError):
-            raise ValueError(f"Entry {number} of {path} has the image_id {image_id!r}, which is no number.") from None
+            raise ValueError(
+                f"Entry {number} of {path} has the image_id {image_id!r}, which is not a number."
+            ) from None
         captions.setdefault(image_id, []).append(_field(entry, "caption", path, number))
     for image_id, texts in captions.items():
         names = [f"COCO_{part}2014_{image_id:012d}.jpg" for part in ("train", "val")]
@@ -186,7 +196,7 @@ def _read_official(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]
 def _read_conceptual(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
     files = _files_by_number(folder.root)
     split = _split_of_name(path)
-    # Only line feeds end a row: captions may hold separators of other kinds.
+    # Only line feeds end a row: captions may contain other line separators.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         number = 0
         for line_number, line in enumerate(file, start=1):
@@ -204,11 +214,12 @@ def _read_conceptual(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecor
 
 
 def _check_caption_beside(image: str, caption: str, number: int, path: Path):
-    # img2dataset writes the caption beside the image. Numbers that are not rows would mix up all captions, silently.
+    # img2dataset writes the caption next to the image. Numbers that are not rows would silently mix up all captions.
     beside = Path(image).with_suffix(".txt")
     if beside.is_file() and (found := beside.read_text(encoding="utf-8")).split() != caption.split():
         raise ValueError(
-            f"{beside} has the caption {found!r}, but row {number} of {path} is {caption!r}: are the images named by their row?"
+            f"{beside} has the caption {found!r}, but row {number} of {path} is {caption!r}: are the images named by "
+            "their row?"
         )
 
 

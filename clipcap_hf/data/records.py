@@ -1,4 +1,4 @@
-"""Records of captioned images: what a reader of a format yields, and the data set that they become."""
+"""Turn the records that readers yield, one per image, into a data set."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CaptionedRecord:
-    """One image of an annotation file: where it may lie, and what is said of it."""
+    """One image of an annotation file: its possible paths and its captions."""
 
     image_id: int | str
-    paths: list[str]  # relative to the folder of the images; the first that exists is taken
+    paths: list[str]  # relative to the folder of images; the first that exists is used
     captions: list[Any] = field(default_factory=list)
     split: str = "train"
     domain: str | None = None
@@ -67,7 +67,8 @@ def present_records(
     )
     if missing == "error" or len(absent) == len(records):
         raise FileNotFoundError(
-            f"{message}. Is `images` the right folder? To go on with those present, pass `missing='skip'` (--missing skip)."
+            f"{message}. Is `images` the right folder? To go on with those present, pass `missing='skip'` "
+            "(--missing skip)."
         )
     logger.warning(f"{message}. They were left out.")
 
@@ -78,7 +79,7 @@ def records_to_dataset(split: str, records: list[CaptionedRecord], source) -> Da
 
     check_unique((record.image_id for record in records), f"{source} ({split})")
     clean = CaptionCleaner(str(source))
-    uncaptioned = not any(record.captions for record in records)  # images that are only to be captioned
+    uncaptioned = not any(record.captions for record in records)  # images to caption, without references
     rows = {"image": [], "captions": [], "image_id": [], "split": [], "domain": []}
     without = []
     for record in records:

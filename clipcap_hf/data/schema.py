@@ -1,4 +1,4 @@
-"""The one form of captioned images that training, embedding and evaluation read, and the checks of what goes into it."""
+"""The common form of captioned images for training, embedding and evaluation, and its checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Longer than any caption that was written for an image: a whole document got into the column.
+# Longer than any caption of an image: a whole document must have got into the column.
 MAX_CAPTION_LENGTH = 10_000
 _LINE_SEPARATORS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation", "restval": "train", "training": "train"}
@@ -25,12 +25,12 @@ CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "json.capt
 
 def caption_features(int_ids: bool = True, domain: bool = False) -> Features:
     """
-    The columns of captioned images:
+    Return the columns of captioned images.
 
-    - `image`: [`~datasets.Image`], a path or bytes that are decoded when the row is read.
-    - `captions`: list of strings, empty for images that are only to be captioned.
-    - `image_id`: int64 where the format has whole numbers, as COCO's result files want them, else string.
-    - `split`: `"train"`, `"validation"`, `"test"`, or what the data calls it.
+    - `image`: [`~datasets.Image`], a path or bytes, decoded when the row is read.
+    - `captions`: list of strings, empty for images without references.
+    - `image_id`: int64 if the format has whole numbers, which COCO's result files need, else string.
+    - `split`: `"train"`, `"validation"`, `"test"`, or the data's own name.
     - `domain` (nocaps only): `"in-domain"`, `"near-domain"` or `"out-domain"`.
     """
     from datasets import Features, Image, List, Value
@@ -41,7 +41,7 @@ def caption_features(int_ids: bool = True, domain: bool = False) -> Features:
 
 
 def split_name(name: str) -> str:
-    """The name that a split has in `datasets`: `"val"` is `"validation"`, Karpathy's `"restval"` is `"train"`."""
+    """Return the name of a split in `datasets`: `"val"` is `"validation"`, Karpathy's `"restval"` is `"train"`."""
     return _SPLITS.get(name, name)
 
 
@@ -53,16 +53,16 @@ def to_caption_form(
     clip_embeds: str = "clip_embeds",
 ):
     """
-    Rename a data set's columns to `image`, `captions`, `image_id` and `clip_embeds`, and make `captions` a list of strings.
+    Rename columns to `image`, `captions`, `image_id` and `clip_embeds`, and make `captions` a list of strings.
 
-    Columns that the data set lacks are passed over; one that is in the way of a new name is dropped. Nothing is decoded.
+    Missing columns are ignored; a column that already has one of the new names is dropped. Nothing is decoded.
 
     Args:
         dataset ([`~datasets.Dataset`], `IterableDataset` or a dictionary of them by split): The data set.
-        image (`str`): Its column of images.
-        captions (`str`): Its column of captions, each a string or a list of strings.
-        image_id (`str`): Its column of ids.
-        clip_embeds (`str`): Its column of CLIP embeddings.
+        image (`str`): Name of its image column.
+        captions (`str`): Name of its caption column; each value is a string or a list of strings.
+        image_id (`str`): Name of its id column.
+        clip_embeds (`str`): Name of its column of CLIP embeddings.
     """
     if isinstance(dataset, Mapping):
         splits = {
@@ -96,38 +96,39 @@ def _captions_as_lists(dataset):
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
     features["captions"] = List(Value("string"))
-    # The form comes last: a `map` that is given features leaves images as bytes.
+    # Cast last: `map` with features would leave images as bytes.
     as_list = dataset.map(lambda text: {"captions": [] if text is None else [text]}, input_columns="captions")
     return as_list.cast(features)
 
 
 def clean_caption(caption: Any, where: str = "the data") -> str | None:
     """
-    A caption on one line, without space around it. Line separators of every kind (U+2028, U+0085, ...), which break
-    tokenisers and result files, become a space.
+    Put a caption on one line and strip it.
+
+    Line separators of every kind (U+2028, U+0085, ...), which break tokenisers and result files, become a space.
 
     Returns:
-        `str` or `None`: `None` if nothing is left, or more than `MAX_CAPTION_LENGTH` characters.
+        `str` or `None`: `None` if nothing is left, or if it has more than `MAX_CAPTION_LENGTH` characters.
 
     Raises:
-        ValueError: If it is neither a string nor missing; `where` says in the message where it stood.
+        ValueError: If it is neither a string nor missing; the message names the place, `where`.
     """
     if caption is None:
         return None
     if not isinstance(caption, str):
         raise ValueError(
-            f"A caption must be a string, but {where} has {str(caption)[:80]!r} ({type(caption).__name__}): is this the "
-            "column of the captions?"
+            f"A caption must be a string, but {where} has {str(caption)[:80]!r} ({type(caption).__name__}): is this "
+            "the column of the captions?"
         )
     caption = _LINE_SEPARATORS.sub(" ", caption).strip()
     if not caption or len(caption) > MAX_CAPTION_LENGTH:
         return None
-    # Half a surrogate pair, which JSON can hold, is no text that could be written to a file.
+    # JSON can hold half a surrogate pair, which cannot be written to a file.
     return caption.encode("utf-8", "replace").decode("utf-8")
 
 
 class CaptionCleaner:
-    """Cleans the captions of many images, and says once at the end (`report`) what was left out."""
+    """Clean the captions of many images; `report` says at the end how many were left out."""
 
     def __init__(self, source: str):
         self.source = source
@@ -152,24 +153,24 @@ class CaptionCleaner:
     def report(self):
         if self.left_out:
             logger.warning(
-                f"{self.source}: {self.left_out} captions are empty or longer than {MAX_CAPTION_LENGTH} characters and were "
-                f"left out, the first of image {self.example}."
+                f"{self.source}: {self.left_out} captions are empty or longer than {MAX_CAPTION_LENGTH} characters "
+                f"and were left out, the first of image {self.example}."
             )
 
 
 def unusable_captions(dataset, tokenizer, max_tokens: int | None, placeholder: str = "<image>") -> list[str]:
     """
-    Say which captions of a data set cannot be trained on: too long for the context, or holding the placeholder.
+    List the captions that cannot be used for training: too long for the context, or containing the placeholder.
 
     Args:
-        dataset ([`~datasets.Dataset`]): With the columns `captions` and, if it has ids, `image_id`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the language model.
-        max_tokens (`int`, *optional*): Tokens that a caption may have: the context length without prefix, prompt and end
+        dataset ([`~datasets.Dataset`]): Rows with `captions` and, if it has ids, `image_id`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's tokenizer.
+        max_tokens (`int`, *optional*): Most tokens per caption: the context length without prefix, prompt and end
             token. `None` for a model without a limit.
         placeholder (`str`): Text that stands for the prefix.
 
     Returns:
-        `list[str]`: A line for each, with its row (from 0) and image; empty if all can be used.
+        `list[str]`: One line per unusable caption, with its row (from 0) and image.
     """
     columns = [name for name in ("captions", "image_id") if name in dataset.column_names]
     faults, number = [], 0
@@ -190,10 +191,10 @@ def unusable_captions(dataset, tokenizer, max_tokens: int | None, placeholder: s
 
 
 def select_split(splits: DatasetDict, split: str | None, source: str) -> Dataset | DatasetDict:
-    """The split of that name, or all of them for `None`.
+    """Return the named split, or all splits for `None`.
 
     Raises:
-        ValueError: If there is none; the message lists those that there are.
+        ValueError: If the split does not exist; the message lists the splits.
     """
     if split is None:
         return splits
@@ -207,27 +208,27 @@ def select_split(splits: DatasetDict, split: str | None, source: str) -> Dataset
 
 def warn_of_overlap(splits: Mapping[str, Dataset]) -> dict[tuple[str, str], int]:
     """
-    Warn of images that are in several splits, by `image_id` and by path: scores on them say nothing about new images.
+    Warn of images in several splits, by `image_id` and path: scores on them say nothing about new images.
 
     Args:
         splits (mapping of `str` to [`~datasets.Dataset`]): Such as a [`~datasets.DatasetDict`], or
             `{"train": ..., "test": ...}` from two sources.
 
     Returns:
-        `dict`: The number of images that two splits share, for each pair that shares some.
+        `dict`: The number of shared images for each pair of splits that shares some.
     """
     seen = {name: _image_keys(dataset) for name, dataset in splits.items()}
     shared = {}
     names = list(seen)
     for number, first in enumerate(names):
         for second in names[number + 1 :]:
-            # The ids of two sources may count from 0 in both: where both know the paths, these decide.
+            # Ids of two sources may both count from 0, so paths decide if both splits have them.
             ids, paths = (len(seen[first][key] & seen[second][key]) for key in ("image_id", "path"))
             both_know_paths = seen[first]["path"] and seen[second]["path"]
             if count := paths if both_know_paths else ids:
                 shared[first, second] = count
                 logger.warning(
-                    f"{count} images are in both {first!r} and {second!r}: take them out of one of the two."
+                    f"{count} images are in both {first!r} and {second!r}: remove them from one of the two."
                 )
     return shared
 
@@ -244,7 +245,7 @@ def _image_keys(dataset: Dataset) -> dict[str, set]:
 
 
 def image_paths(dataset: Dataset, column: str = "image") -> list[str | None]:
-    """The paths of an image column, without reading the images; `None` where the data set holds the bytes itself."""
+    """Return the paths of an image column without reading the images; `None` if the data set holds the bytes."""
     import pyarrow.compute as pc
 
     arrow = dataset.select_columns([column]).with_format("arrow")
@@ -257,11 +258,11 @@ def image_paths(dataset: Dataset, column: str = "image") -> list[str | None]:
 
 
 def check_unique(ids: Iterable, source: str):
-    """Raise a `ValueError` that names the first of the ids that occur twice."""
+    """Raise a `ValueError` that names the first ids that occur twice."""
     repeated = (i for i, count in Counter(ids).items() if count > 1)
     if first := list(islice(repeated, 4)):
         more = ", ..." if len(first) > 3 else ""
         raise ValueError(
-            f"{source} lists the same image id twice: {', '.join(map(str, first[:3]))}{more}. Each image may have one entry "
-            "with all its captions."
+            f"{source} lists the same image id twice: {', '.join(map(str, first[:3]))}{more}. Each image may have one "
+            "entry with all its captions."
         )

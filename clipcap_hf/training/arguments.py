@@ -1,4 +1,4 @@
-"""The options of a training run, for `HfArgumentParser`: the captioner, the data and the recipe, all checked here."""
+"""Define and check the options of a training run: the captioner, the data and the recipe."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from transformers import Seq2SeqTrainingArguments
 from ..extras import install_hint
 
 
-# A switch without a default of its own can be given without a value, as other switches can.
+# Lets a switch whose default is None be given without a value.
 _SWITCH = {"nargs": "?", "const": True}
 
-# What a run uses where the user sets nothing. `fit` is adjusted to the captioner and the data, see recipe.py.
+# Defaults for options that the user leaves out. `fit` is adjusted to the captioner and the data, see recipe.py.
 RECIPES: dict[str, dict[str, float]] = {
     "fit": {
         "num_train_epochs": 10,
@@ -40,13 +40,13 @@ METRICS = ("loss", "cider", "bleu_4", "rouge_l", "words")
 def check_range(
     values: Any, name: str, low: float, high: float = math.inf, above: bool = False, hint: str = ""
 ) -> None:
-    """Refuse a number that is not within its range; None, which is no number, passes.
+    """Refuse a number outside its range; None passes.
 
     Args:
         values: The object that has the field.
         name (`str`): Name of the field.
-        low (`float`): The smallest value, or with `above` the value that is already too small.
-        high (`float`): The largest value.
+        low (`float`): The smallest allowed value; with `above`, the value itself is too small.
+        high (`float`): The largest allowed value.
         above (`bool`): Whether the value must be above `low`.
         hint (`str`): What to do instead.
     """
@@ -82,7 +82,7 @@ class ModelArguments:
         default=None, metadata={"help": "Language model of a new captioner: a Hub id or a folder of a causal LM."}
     )
     vision_feature: Literal["pooled", "patches"] = field(
-        default="pooled", metadata={"help": "What the tower gives: one embedding, or patches (for transformer)."}
+        default="pooled", metadata={"help": "Output of the tower: one embedding, or patches (for transformer)."}
     )
     mapping_type: Literal["mlp", "transformer", "linear"] = field(
         default="mlp", metadata={"help": "Mapping network: the paper's MLP or transformer, or one linear layer."}
@@ -91,10 +91,11 @@ class ModelArguments:
         default=None, metadata={"help": "Number of prefix vectors (default: 10 for mlp, 40 for transformer)."}
     )
     clip_length: int | None = field(
-        default=None, metadata={"help": "Tokens that the transformer makes of an embedding (default: prefix_length)."}
+        default=None,
+        metadata={"help": "Number of tokens that the transformer makes from an embedding (default: prefix_length)."},
     )
     clip_embed_dim: int | None = field(
-        default=None, metadata={"help": "Width of the embeddings, where there is no vision tower."}
+        default=None, metadata={"help": "Width of the embeddings, if there is no vision tower."}
     )
     normalize_clip_embeds: bool | None = field(
         default=None, metadata={"help": "Divide embeddings by their norm (default: only with text_only).", **_SWITCH}
@@ -117,7 +118,7 @@ class ModelArguments:
         },
     )
     save_frozen: bool = field(
-        default=True, metadata={"help": "Save the frozen parts, too; False saves where they come from."}
+        default=True, metadata={"help": "Also save the frozen parts; False saves only where they come from."}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower."})
     config_overrides: dict | str | None = field(
@@ -157,11 +158,11 @@ class DataArguments:
         default="auto",
         metadata={
             "help": "A reader of clipcap_hf.data (karpathy, coco, stair, official, conceptual, imagefolder, "
-            "webdataset, "
-            "hub), or saved for a folder of Dataset.save_to_disk. auto: emoji, saved or imagefolder, by the folder."
+            "webdataset, hub), or saved for a folder of Dataset.save_to_disk. auto: emoji, saved or imagefolder, by "
+            "the folder."
         },
     )
-    images: str | None = field(default=None, metadata={"help": "Folder of the images, where data is a file."})
+    images: str | None = field(default=None, metadata={"help": "Folder of the images, if data is a file."})
     missing: Literal["error", "skip"] | None = field(
         default=None,
         metadata={"help": "What to do with missing image files (default: skip for conceptual, else error)."},
@@ -170,14 +171,14 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(
         default="validation",
-        metadata={"help": "Split to evaluate on, see validation_share where there is none. none: do not evaluate."},
+        metadata={"help": "Split to evaluate on; if the data has none, see validation_share. none: do not evaluate."},
     )
     validation_share: float = field(
         default=0.1,
-        metadata={"help": "Share of the images to hold out where the data has no split to evaluate on; 0: none."},
+        metadata={"help": "Share of the images to hold out if the data has no split to evaluate on; 0: none."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the training set while training, never all of it; needs max_steps."}
+        default=False, metadata={"help": "Read the training set during training, never all at once; needs max_steps."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     caption_column: str = field(
@@ -192,8 +193,8 @@ class DataArguments:
     references: Literal["random", "all", "first", "together"] = field(
         default="all",
         metadata={
-            "help": "Captions that an epoch shows of each image: all, a random one, the first, or all together in one row, "
-            "which takes less time (several captions per image, language models that take 4-dimensional masks)."
+            "help": "Captions shown per image and epoch: all, a random one, the first, or all together in one row, "
+            "which takes less time (for several captions per image and language models with 4-dimensional masks)."
         },
     )
     append_eos: bool = field(default=True, metadata={"help": "End captions with the end token."})
@@ -203,8 +204,8 @@ class DataArguments:
     embed_once: bool | None = field(
         default=None,
         metadata={
-            "help": "Encode each image once before training, into OUTPUT_DIR/_embeddings (default: when the tower is "
-            "frozen and training shows at least as many images as there are).",
+            "help": "Encode each image once before training, into OUTPUT_DIR/_embeddings (default: if the tower is "
+            "frozen and training shows each image at least once on average).",
             **_SWITCH,
         },
     )
@@ -240,15 +241,15 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     """
     [`~transformers.Seq2SeqTrainingArguments`] for captioners.
 
-    `recipe` chooses what is left out: `"fit"`, the default, by what is trained and how much data there is (see
-    recipe.py); `"paper"` takes the numbers of the ClipCap paper.
+    `recipe` sets the options that are left out. `"fit"`, the default, goes by the trained part and the amount of data
+    (see recipe.py); `"paper"` uses the numbers of the ClipCap paper.
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the captioner and its checkpoints."})
     recipe: Literal["fit", "paper"] = field(
         default="fit",
         metadata={
-            "help": "Defaults for what is left out. fit: by the captioner and the data. paper: 10 epochs, batches of "
+            "help": "Defaults for options left out. fit: by the captioner and the data. paper: 10 epochs, batches of "
             "40, learning rate 2e-5 after 5,000 steps of warm-up, no clipping (for 500,000 captions)."
         },
     )
@@ -272,7 +273,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Training stops at NaN by itself."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints: no, steps or epoch."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best not counted."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, not counting the best."})
     load_best_model_at_end: bool | None = field(
         default=None,
         metadata={"help": "End with the best checkpoint (default: if there is an evaluation).", **_SWITCH},
@@ -280,12 +281,12 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     metric_for_best_model: str | None = field(
         default=None,
         metadata={
-            "help": "Measure that picks the best checkpoint: loss, cider, bleu_4 or rouge_l (default: loss, which "
-            "counts every word; CIDEr hardly counts words that all captions share. cider for scst)."
+            "help": "Score that picks the best checkpoint: loss, cider, bleu_4 or rouge_l (default: loss, since CIDEr "
+            "gives little weight to words that all captions share; cider for scst)."
         },
     )
     predict_with_generate: bool = field(
-        default=True, metadata={"help": "Caption the images in evaluation; False: compute their loss only."}
+        default=True, metadata={"help": "Caption the images in evaluation; False: compute only their loss."}
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "On resume, restore the early-stopping counter."}
@@ -295,24 +296,27 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     )
     eval_tokenizer: Literal["python", "ptb", "ja", "characters"] = field(
         default="python",
-        metadata={"help": "Tokenizer of the scores: python, ptb (of published scores; Java), ja or characters."},
+        metadata={
+            "help": "Tokenizer of the scores: python, ptb (as in published scores; needs Java), ja or characters."
+        },
     )
     objective: Literal["cross_entropy", "scst"] = field(
         default="cross_entropy",
         metadata={"help": "scst: self-critical training on CIDEr-D. Start from a captioner trained by cross_entropy."},
     )
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in output_dir, or start if there is none."}
+        default=False,
+        metadata={"help": "Continue from the last checkpoint in output_dir, or start anew if there is none."},
     )
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "Default: if there is an accelerator."}
     )
     num_samples: int = field(default=18, metadata={"help": "Sample captions to write at the end; 0: none."})
-    verbose: bool = field(default=False, metadata={"help": "Show everything that transformers and datasets say."})
+    verbose: bool = field(default=False, metadata={"help": "Show all messages of transformers and datasets."})
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs) -> "CaptioningArguments":
-        """Return the paper's recipe.
+        """Return arguments with the paper's recipe.
 
         10 epochs in batches of 40, AdamW with a learning rate of 2e-5 after 5,000 steps of warm-up, linear decay, no
         weight decay and no clipping.
@@ -365,7 +369,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if not self.predict_with_generate:
             self.prediction_loss_only = True  # logits of all tokens would fill the memory
         if self.metric_for_best_model is None:
-            # A reward is no likelihood: self-critical training raises the loss.
+            # Self-critical training raises the loss, since it optimises a reward.
             self.metric_for_best_model = "cider" if self.objective == "scst" and self.predict_with_generate else "loss"
         metric = self.metric_for_best_model.removeprefix("eval_")
         if metric not in METRICS:

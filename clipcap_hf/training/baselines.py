@@ -1,4 +1,4 @@
-"""What a captioner has to beat: the most common caption, and the caption of the nearest training image."""
+"""Baselines for a captioner: the most common caption, and the caption of the nearest training image."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def nearest_images(
         embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Embeddings of the images; those of patches,
             `(images, patches, clip_embed_dim)`, are averaged.
         train_embeds (`torch.Tensor` of shape `(training images, clip_embed_dim)`): Embeddings of the training images.
-        batch_size (`int`): Images that are compared at once.
+        batch_size (`int`): Images per batch.
 
     Returns:
         The index of the nearest training image of each image, and their cosine similarity, both of shape `(images,)`.

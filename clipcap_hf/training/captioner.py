@@ -1,4 +1,4 @@
-"""The captioner that a run starts from: an existing one, or a new one with the paper's sizes where nothing is said."""
+"""Load the captioner that a run starts from: an existing one, or a new one with the paper's default sizes."""
 
 import logging
 from pathlib import Path
@@ -24,8 +24,8 @@ def load_captioner(
         return _new_captioner(model_args, data_args)
     if model_args.model is None:
         logger.info(
-            f"Starting from {DEFAULT_CAPTIONER}, which knows drawings of emoji: pass `model`, or `vision` and "
-            "`text`, for another captioner."
+            f"Starting from {DEFAULT_CAPTIONER}, which was trained on drawings of emoji: pass `model`, or `vision` "
+            "and `text`, for another captioner."
         )
     return _existing_captioner(model_args)
 
@@ -77,7 +77,7 @@ def _config(model_args: ModelArguments, data_args: DataArguments, prefix_length:
 
 
 def _vision_of_captioner(name: str | None):
-    """Return the tower and the image processor of a captioner, or the name itself if it names something else."""
+    """Return the tower and the image processor of a captioner, or the name itself for other models."""
     if name is None:
         return None, None
     name = resolve(name)

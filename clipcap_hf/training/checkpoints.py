@@ -1,4 +1,4 @@
-"""Files of a run on disk: whole checkpoints, room for more, what dead runs left, and the captioner at the end."""
+"""The files of a run: find and save checkpoints, check for space, clean up after killed runs."""
 
 import json
 import logging
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAVING = ".saving-"  # start of the name of a folder that is being saved
+SAVING = ".saving-"  # prefix of a folder that is being saved
 
 
 def checkpoint_to_resume(args: "CaptioningArguments") -> str | None:
-    """Return the checkpoint that a run goes on from, if any.
+    """Return the checkpoint that a run continues from, if any.
 
     Raises:
-        ValueError: If `output_dir` holds another run and nothing says to go on from it.
+        ValueError: If `output_dir` holds another run and `resume` is not set.
     """
     wanted = args.resume_from_checkpoint
     if wanted and wanted not in (True, "True", "true"):
@@ -41,15 +41,15 @@ def checkpoint_to_resume(args: "CaptioningArguments") -> str | None:
     held = os.path.basename(last) if last else "config.json"
     if last is not None or os.path.exists(os.path.join(args.output_dir, held)):
         raise ValueError(
-            f"{args.output_dir} already holds {held}: pass `resume` to go on from it, or another `output_dir`."
+            f"{args.output_dir} already holds {held}: pass `resume` to continue from it, or another `output_dir`."
         )
     return None
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Return the newest `checkpoint-STEP` that was written to its end, or None.
+    """Return the newest complete `checkpoint-STEP`, or None.
 
-    `Trainer` writes the weights first and `trainer_state.json` last, so a checkpoint without it was interrupted.
+    `Trainer` writes the weights first and `trainer_state.json` last, so a checkpoint without it is incomplete.
     """
     found = []
     for path in Path(folder).glob("checkpoint-*"):
@@ -67,10 +67,10 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def check_writable(folder: str | os.PathLike, model: nn.Module):
-    """Make the folder, and check that it takes files and has room for a checkpoint and the final model.
+    """Create the folder, and check that it is writable and has space for a checkpoint and the final model.
 
     Raises:
-        OSError: If it does not; the message says what to do.
+        OSError: If the check fails; the message says what to do.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -83,7 +83,7 @@ def check_writable(folder: str | os.PathLike, model: nn.Module):
         ) from error
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    needed = 2 * weights + 2 * trained  # a checkpoint with the two moments of AdamW, and the model at the end
+    needed = 2 * weights + 2 * trained  # a checkpoint with the two moments of AdamW, and the final model
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -93,7 +93,7 @@ def check_writable(folder: str | os.PathLike, model: nn.Module):
 
 
 def remove_leftovers(folder: str | os.PathLike):
-    """Remove what runs left in the folder that were killed while they saved."""
+    """Remove the unfinished files of runs that were killed while saving."""
     for path in Path(folder).iterdir():
         if path.name.startswith(SAVING) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -104,9 +104,9 @@ def remove_leftovers(folder: str | os.PathLike):
 
 
 def save_whole(trainer: "Trainer", out: Path):
-    """Save the captioner aside and move it file by file, so that an earlier one is never half replaced."""
+    """Save the captioner to a temporary folder, then move its files, so that no file is ever half written."""
     with tempfile.TemporaryDirectory(dir=out, prefix=SAVING) as folder:
         trainer.save_model(folder, _internal_call=True)
         if trainer.is_world_process_zero():
-            for path in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what describes them
+            for path in sorted(Path(folder).iterdir(), reverse=True):  # weights before the files that describe them
                 os.replace(path, out / path.name)

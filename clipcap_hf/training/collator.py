@@ -1,4 +1,4 @@
-"""Batches for training: images or their embeddings, tokenised captions, and labels for the captions alone."""
+"""Make training batches: images or their embeddings, tokenised captions, and labels for the captions only."""
 
 import copy
 from typing import Any
@@ -16,29 +16,29 @@ class CaptioningCollator:
     Make a training batch of images (or their CLIP embeddings) and captions.
 
     Captions are tokenised, ended with the end token, padded on the right and turned into labels. Prefix and padding
-    get no label. That goes by position and not by token id, since the padding token is often a real token. Give
-    `Trainer` `remove_unused_columns=False`, or it drops the columns that are read here.
+    get no label; this goes by position, not by token id, since the padding token is often a real token. Pass
+    `remove_unused_columns=False` to `Trainer`, or it drops the columns that are read here.
 
     Args:
         processor ([`ClipCapProcessor`]): The processor of the model to train.
-        image_column (`str`): Column with the image (anything that the processor takes).
-        caption_column (`str`): Column with the caption, or with a list of captions of which one is drawn each time.
-        embeds_column (`str`): Column with the image's CLIP embedding, of shape `(clip_embed_dim,)`, or of its patches,
-            `(patches, clip_embed_dim)`. Preferred to the image where a row has both.
-        append_eos (`bool`): End captions with the end token. The official code does not, and its captions run on
-            unless they hit a full stop.
+        image_column (`str`): Column with the image, in any form that the processor accepts.
+        caption_column (`str`): Column with the caption, or with a list of captions from which one is drawn each time.
+        embeds_column (`str`): Column with the image's CLIP embedding of shape `(clip_embed_dim,)`, or its patches of
+            shape `(patches, clip_embed_dim)`. Preferred over the image if a row has both.
+        append_eos (`bool`): End captions with the end token. The official code does not, so its captions run on
+            until a full stop.
         sample_captions (`bool`): Draw one of several captions at random: by seed, epoch and row for rows of
             [`EpochRows`], else by torch's generator. `False` takes the first, as evaluation does.
         max_caption_length (`int`, *optional*): Cut captions to this many tokens, the end token included.
-        embeds_noise (`float`): Standard deviation of the Gaussian noise that is added to each dimension of an
-            embedding divided by its L2 norm (CapDec, Nukrai et al. 2022, section 3), so that the captioner also
+        embeds_noise (`float`): Standard deviation of the Gaussian noise that is added to each dimension of the
+            L2-normalised embedding (CapDec, Nukrai et al. 2022, section 3), so that the captioner also
             accepts embeddings near those of training. For models with `normalize_clip_embeds`.
-        video_column (`str`): Column with a video (anything that the processor takes), for rows without an image.
+        video_column (`str`): Column with a video, in any form that the processor accepts, for rows without an image.
         return_references (`bool`): Also return all captions of each row as `references`, and the length of the prompt
             as `prompt_length`, which self-critical training needs.
         captions_together (`bool`): Put all captions of an image into one row, where they share the prefix (see
             [`clipcap_hf.training.packing`]). Losses and gradients are those of a row per caption, in less time. Needs
-            a language model that takes 4-dimensional attention masks.
+            a language model that accepts 4-dimensional attention masks.
 
     Example:
 
@@ -93,7 +93,7 @@ class CaptioningCollator:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the caption: the placeholders, and what the processor's `prompt_template` says around them."""
+        """Number of tokens before the caption: the placeholders and the text of the processor's `prompt_template`."""
         return len(self.processor.tokenize_prompts(None, 1)["input_ids"][0])
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class CaptioningCollator:
         tokens = iter(tokenized)
         prompt = tokenized[0][:prompt_length]
         images = [ImageWithCaptions(prompt, [next(tokens)[prompt_length:] for _ in group]) for group in captions]
-        pad_token_id = self.processor.tokenizer.pad_token_id or 0  # padding sees and is seen by nothing
+        pad_token_id = self.processor.tokenizer.pad_token_id or 0  # the mask hides padding
         return {**inputs, **pack(images, self.processor.image_token_id, pad_token_id)}
 
     def _caption(self, feature: dict[str, Any], generator) -> str:
@@ -178,9 +178,8 @@ class CaptioningCollator:
             return {"videos": [feature[self.video_column] for feature in features]}
         raise ValueError(
             f"The data has neither a column {self.image_column!r} nor {self.video_column!r} nor "
-            f"{self.embeds_column!r}; "
-            f"it has {', '.join(features[0])}. Pass `image_column=`, `video_column=` or `embeds_column=`, and "
-            "`remove_unused_columns=False` to the training arguments."
+            f"{self.embeds_column!r}; it has {', '.join(features[0])}. Pass `image_column=`, `video_column=` or "
+            "`embeds_column=`, and `remove_unused_columns=False` to the training arguments."
         )
 
     def _embeds(self, features: list[dict[str, Any]], generators: list) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Encode each image once, before training, where that is no more work than encoding it in every epoch."""
+"""Encode each image once before training, if that is no more work than encoding it during training."""
 
 import sys
 from pathlib import Path
@@ -19,10 +19,10 @@ from .arguments import CaptioningArguments, DataArguments
 def pays_to_embed(
     train, model: ClipCapForConditionalGeneration, data_args: DataArguments, args: CaptioningArguments
 ) -> bool:
-    """Return whether to encode the images before training: as `embed_once` says, or if that is no more work.
+    """Return whether to encode the images before training: as `embed_once` says, or if it saves work.
 
     Raises:
-        ValueError: If `embed_once` is asked for a tower that is trained.
+        ValueError: If `embed_once` is set for a tower that is trained.
     """
     if data_args.embed_once and not model.config.freeze_vision:
         raise ValueError("`embed_once` needs a frozen tower: leave it out, or leave out `freeze_vision False`.")
@@ -47,10 +47,10 @@ def _images_shown(train, data_args: DataArguments, args: CaptioningArguments) ->
 def embed_once(
     data, split: str, model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, args: CaptioningArguments
 ):
-    """Return the data with the embedding of each image. All processes encode together; an interrupted run goes on.
+    """Return the data with the embedding of each image. All processes share the work.
 
-    The embeddings lie in `_embeddings` in `output_dir`, a name that `push_to_hub` skips. Images that cannot be read
-    are left out, with a warning. Data for training keeps embeddings and captions alone.
+    An interrupted run continues. The embeddings are stored in `_embeddings` in `output_dir`, a name that `push_to_hub`
+    skips. Images that cannot be read are left out, with a warning. Training data keeps only embeddings and captions.
     """
     if data is None or "clip_embeds" in data.column_names:
         return data
@@ -65,7 +65,7 @@ def embed_once(
     embedded = embedded.remove_columns("image_path")
     if split == "train":
         return embedded
-    # Next to the images, some of which are drawn with their captions at the end.
+    # Keep the images too: some are drawn with their captions at the end.
     rows = embedded["row"][:]
     if len(rows) < len(data):
         data = data.select(rows)

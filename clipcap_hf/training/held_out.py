@@ -1,4 +1,4 @@
-"""How the captioner does on held-out images: scores for `Trainer`, captions before and after, sample files."""
+"""Evaluate on held-out images: scores for `Trainer`, captions before and after, sample files."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def score(captions: Sequence[str], references: Sequence[Sequence[str]], tokenize
 
 
 def decode_captions(processor: ClipCapProcessor, predictions: np.ndarray) -> list[str]:
-    """Return the texts of what `Trainer.predict` returns with `predict_with_generate`."""
+    """Decode the predictions that `Trainer.predict` returns with `predict_with_generate`."""
     predictions = np.where(predictions < 0, processor.tokenizer.pad_token_id, predictions)  # Trainer pads with -100
     return [text.strip() for text in processor.batch_decode(predictions, skip_special_tokens=True)]
 
@@ -55,7 +55,7 @@ class HeldOut:
     """Captions and scores of held-out images.
 
     Args:
-        captions (`list[str]`): One caption per image, or none where evaluation does not caption.
+        captions (`list[str]`): One caption per image, or none if evaluation does not caption.
         metrics (`dict`): `eval_loss`, `eval_cider` and so on.
     """
 
@@ -64,7 +64,7 @@ class HeldOut:
 
 
 def look(trainer: ClipCapTrainer) -> HeldOut:
-    """Caption and score the held-out images. Nothing is logged: it would be a spike at the last step."""
+    """Caption and score the held-out images. Nothing is logged, which would draw a spike at the last step."""
     output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
     captions = []
     if trainer.args.predict_with_generate:
@@ -73,7 +73,7 @@ def look(trainer: ClipCapTrainer) -> HeldOut:
 
 
 def look_before(trainer: ClipCapTrainer) -> HeldOut:
-    """Caption some held-out images before training. A resumed run reads what its first start wrote."""
+    """Caption some held-out images before training. A resumed run reads the captions of its first start."""
     path = Path(trainer.args.output_dir) / BEFORE_FILE
     if path.is_file() and trainer.args.resume:
         stored = json.loads(path.read_text(encoding="utf-8"))

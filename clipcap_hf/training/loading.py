@@ -1,4 +1,4 @@
-"""Load the data of a run in one form: `captions` (a list of strings) with `image` or `clip_embeds`."""
+"""Load the data of a run in a common form: `captions` (a list of strings) with `image` or `clip_embeds`."""
 
 import logging
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from .rows import UNREADABLE, as_list, evenly_spread
 
 logger = logging.getLogger(__name__)
 
-FEW_IMAGES = 20  # below, a tenth of the images would be one image
+FEW_IMAGES = 20  # with fewer, a tenth would be a single image
 
 
 def load_data(data_args: DataArguments, seed: int = 0):
-    """Load the data to train on, and the data to evaluate on (None where there is none).
+    """Load the data to train on and the data to evaluate on (None without evaluation).
 
-    Both have the columns `captions`, and `image`, `clip_embeds` or both; further columns stay as they are.
+    Both have the column `captions`, and `image`, `clip_embeds` or both; other columns are kept unchanged.
     """
     if data_args.data is None:
         raise ValueError("Pass `data`: an annotation file, a folder, a Hub data set or emoji.")
@@ -62,27 +62,27 @@ def _with_evaluation(train, data_args: DataArguments, seed: int):
 
 
 def hold_out(data, share: float, seed: int):
-    """Hold out a share of the images, never some captions of an image, and say so.
+    """Hold out a share of the images, each with all its captions, and log it.
 
     Returns:
         The rows to train on, and the held-out rows or None.
     """
     if not share or not hasattr(data, "select"):
         logger.warning(
-            "Nothing is held out to evaluate on, so nothing will tell how the captioner does on new images."
+            "No images are held out for evaluation, so the quality of captions for new images will be unknown."
         )
         return data, None
     images = _image_of_rows(data)
     count = int(images.max()) + 1
     if count < FEW_IMAGES:
         logger.warning(
-            f"Only {count} images: none is held out to evaluate on, so nothing will tell how the captioner does on "
-            f"new images. From {FEW_IMAGES} images on, a tenth is held out."
+            f"Only {count} images: none is held out for evaluation, so the quality of captions for new images will be "
+            f"unknown. With {FEW_IMAGES} images or more, a tenth is held out."
         )
         return data, None
     chosen = np.random.default_rng(seed).permutation(count)[: max(2, round(share * count))]
     held_out = np.isin(images, chosen)
-    logger.info(f"{len(chosen)} of the {count} images are held out to evaluate on (`validation_share` {share:g}).")
+    logger.info(f"{len(chosen)} of the {count} images are held out for evaluation (`validation_share` {share:g}).")
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
 
 
@@ -135,7 +135,7 @@ def _guess_format(source: str) -> str:
     if folder.is_dir():
         return "webdataset" if list(folder.glob("*.tar")) else "imagefolder"
     if folder.is_file():
-        raise ValueError(f"`data_format`: say which format the file {source} has (karpathy, coco, ...).")
+        raise ValueError(f"Pass `data_format`, the format of the file {source} (karpathy, coco, ...).")
     return "hub"
 
 
@@ -158,11 +158,11 @@ def _load_saved(source: str, split: str):
     return data
 
 
-# -- the one form
+# -- the common form
 
 
 def _one_form(data, data_args: DataArguments, what: str):
-    """Give the columns our names, make captions clean lists, and leave out rows without a caption."""
+    """Use our column names, make captions clean lists, and leave out rows without a caption."""
     argument = _argument(what)
     if not hasattr(data, "select"):
         return data.map(_clean_row).filter(bool, input_columns="captions")
@@ -178,7 +178,7 @@ def _argument(what: str) -> str:
 
 
 def _named(data, data_args: DataArguments, what: str):
-    """Give our names to the columns that the user named; readers do this themselves."""
+    """Rename the columns that the user named to ours; readers do this themselves."""
     argument, text_only = _argument(what), data_args.text_only and what == "training"
     chosen = {"captions": "caption_column", "image": "image_column", "clip_embeds": "embeds_column"}
     theirs = {ours: getattr(data_args, option) for ours, option in chosen.items()}
@@ -191,7 +191,7 @@ def _named(data, data_args: DataArguments, what: str):
             f"{argument} has neither a column {theirs['image']!r} nor {theirs['clip_embeds']!r}; {has}. Pass "
             "`image_column` or `embeds_column`."
         )
-    # What has one of our names, but is not what the user named.
+    # Columns with one of our names that the user did not choose.
     replaced = [ours for ours, name in theirs.items() if name != ours and ours in names]
     renamed = {name: ours for ours, name in theirs.items() if name != ours and name in names}
     data = data.remove_columns(replaced) if replaced else data
@@ -221,7 +221,7 @@ def _clean(data, argument: str, column: str):
     if not kept_rows:
         raise ValueError(f"{argument} has no captions in the column {column!r}: pass `caption_column`, or other data.")
     if without := [row for row, texts in enumerate(captions) if not texts]:
-        logger.warning(f"{argument}: {len(without)} rows without a caption were left out, row {without[0]} the first.")
+        logger.warning(f"{argument}: {len(without)} rows without a caption were left out, first row {without[0]}.")
     if any(captions[row] != found[row] for row in kept_rows):
         data = data.remove_columns("captions").add_column("captions", captions, feature=List(Value("string")))
     return data if len(kept_rows) == len(data) else data.select(kept_rows)
@@ -232,25 +232,25 @@ def _warn_of_one_caption(train):
         captions = {text for texts in train["captions"] for text in as_list(texts)}
         if len(captions) == 1:
             logger.warning(
-                f"All captions of the training data are the same, {next(iter(captions))[:80]!r}: there is nothing to "
-                "learn but this one caption."
+                f"All captions of the training data are the same, {next(iter(captions))[:80]!r}: the captioner can "
+                "learn only this one caption."
             )
 
 
 def cut_to_context(data, tokenizer, room: int | None, max_caption_length: int | None, what: str) -> int | None:
-    """Return the number of tokens that captions are cut to, and name the captions that do not fit into the context.
+    """Return the number of tokens to cut captions to, and warn of captions that do not fit into the context.
 
     Args:
-        data: Rows with `captions`, or a stream, whose captions are cut without a word.
+        data: Rows with `captions`, or a stream, whose captions are cut without a warning.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's tokenizer.
-        room (`int`, *optional*): Tokens that the context has beside the prompt, the end token included.
-        max_caption_length (`int`, *optional*): What the user asked for.
+        room (`int`, *optional*): Tokens that fit into the context after the prompt, including the end token.
+        max_caption_length (`int`, *optional*): The length that the user chose.
         what (`str`): Name of the data in the warning.
     """
     if room is None or (max_caption_length is not None and max_caption_length <= room):
         return max_caption_length
     if hasattr(data, "select"):
-        # A token is at least one byte long, so that only long texts have to be tokenised.
+        # A token is at least one byte long, so only long texts need to be tokenised.
         long = [
             row
             for row, texts in enumerate(data["captions"])

@@ -1,11 +1,11 @@
-"""All captions of an image in one pass: the prefix is computed and read once, however many captions follow it.
+"""Pack all captions of an image into one row, so that the prefix is computed and read only once.
 
-The prefix does not depend on the caption, so `[prefix, caption 1, ..., caption 5]` can stand in one row: each caption sees
-the prefix and itself, and counts its positions from the end of the prefix. Losses and gradients are those of five rows of
-prefix and caption each. Several images share a row where that leaves less padding.
+The prefix does not depend on the caption, so a row can hold `[prefix, caption 1, ..., caption 5]`: each caption sees
+the prefix and itself, and counts its positions from the end of the prefix. Losses and gradients equal those of five
+rows with one caption each. Several images share a row if that leaves less padding.
 
 Next-token losses are shifted by one, so the first token of each caption needs its own predictor: the last token of the
-prompt stands once before every caption.
+prompt is repeated before every caption.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ IGNORED = -100
 
 @dataclass
 class ImageWithCaptions:
-    """The tokens of one image.
+    """The tokens of one image and its captions.
 
     Args:
-        prompt (`list[int]`): The image's placeholders and the text around them, which all captions share.
+        prompt (`list[int]`): The image's placeholders and the text around them, shared by all captions.
         captions (`list[list[int]]`): The tokens of each caption, end token included.
     """
 
@@ -45,15 +45,15 @@ def pack(
     Make a training batch in which all captions of an image share its prefix.
 
     Args:
-        images (sequence of [`ImageWithCaptions`]): In the order of the images or embeddings that go with the batch.
+        images (sequence of [`ImageWithCaptions`]): The images, in the order of the pixels or embeddings of the batch.
         image_token_id (`int`): The placeholder for one vector of the prefix.
-        pad_token_id (`int`): Fills rows up to the longest.
-        images_per_row (`int`): Rows hold about so many images, arranged so that they are nearly equally long.
+        pad_token_id (`int`): Fills rows up to the length of the longest.
+        images_per_row (`int`): Average number of images per row; rows get nearly equal lengths.
 
     Returns:
-        `dict`: `input_ids`, `position_ids` and `labels` (rows, length); `attention_mask` (rows, 1, length, length), True
-        where a position may look; `prefix_index` (placeholders,), which vector of all
-        the images' prefixes, one image after the other, stands at each placeholder.
+        `dict`: `input_ids`, `position_ids` and `labels` (rows, length); `attention_mask` (rows, 1, length, length),
+        True for positions that may be attended to; `prefix_index` (placeholders,), for each placeholder the index of
+        its prefix vector, counted over the prefixes of all images.
     """
     rows = _balanced_rows(images, max(1, round(len(images) / images_per_row)))
     length = max(sum(len(images[index]) for index in row) for row in rows)
@@ -61,7 +61,7 @@ def pack(
     input_ids = torch.full(shape, pad_token_id)
     position_ids = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED)
-    # Which image, and which caption of it (0: its prompt), each position belongs to; padding sees itself alone.
+    # The image and caption (0: prompt) of each position; padding sees only itself.
     image_of, caption_of = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
     prefix_index: list[int] = []
     prefix_length = sum(token == image_token_id for token in images[0].prompt)
@@ -87,7 +87,7 @@ def pack(
 
 
 def _balanced_rows(images: Sequence[ImageWithCaptions], number: int) -> list[list[int]]:
-    """Divide the images over rows: the longest first, each into the row that is the shortest so far."""
+    """Assign the images to rows: the longest first, each to the row that is shortest so far."""
     rows: list[list[int]] = [[] for _ in range(number)]
     lengths = [0] * number
     for index in sorted(range(len(images)), key=lambda index: -len(images[index])):
@@ -98,7 +98,7 @@ def _balanced_rows(images: Sequence[ImageWithCaptions], number: int) -> list[lis
 
 
 def _lay_out(image: ImageWithCaptions) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Give the tokens of an image with their positions, labels and captions (0 is the prompt)."""
+    """Return the tokens of an image with their positions, labels and captions (0 is the prompt)."""
     *shared, last = image.prompt
     tokens, positions = list(shared), list(range(len(shared)))
     labels, captions = [IGNORED] * len(shared), [0] * len(shared)
@@ -111,15 +111,15 @@ def _lay_out(image: ImageWithCaptions) -> tuple[list[int], list[int], list[int],
 
 
 def _prefix_vectors(tokens: list[int], image_token_id: int, first: int, prefix_length: int) -> list[int]:
-    """Say which vector stands at each placeholder: the last of the prefix again before every caption."""
+    """Return the prefix vector of each placeholder: the last one is repeated before every caption."""
     placeholders = sum(token == image_token_id for token in tokens)
     return [first + min(place, prefix_length - 1) for place in range(placeholders)]
 
 
 def _mask(image_of: torch.Tensor, caption_of: torch.Tensor) -> torch.Tensor:
-    """Let each position see what came before it in its image's prompt and in its own caption."""
+    """Let each position see the earlier tokens of its image's prompt and of its own caption."""
     length = image_of.shape[1]
-    same_image = image_of.unsqueeze(2) == image_of.unsqueeze(1)  # padding counts as an image of its own
+    same_image = image_of.unsqueeze(2) == image_of.unsqueeze(1)  # padding counts as a separate image
     keys = caption_of.unsqueeze(1)
     visible = (keys == 0) | (keys == caption_of.unsqueeze(2))
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -128,7 +128,7 @@ def _mask(image_of: torch.Tensor, caption_of: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def can_pack(model: ClipCapForConditionalGeneration) -> bool:
-    """Try whether the language model heeds 4-dimensional attention masks and positions, on two captions of two tokens.
+    """Test whether the language model respects 4-dimensional attention masks and positions, on two short captions.
 
     Recurrent models (Mamba) and some attention kernels do not, and would let captions see each other.
     """

@@ -1,4 +1,4 @@
-"""From loaded data to the rows of a run: checks against the captioner, embeddings, one row per caption."""
+"""Turn loaded data into the rows of a run: check it against the captioner, embed it, expand the captions."""
 
 import logging
 from collections.abc import Callable
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 @dataclass
 class RunData:
     """
-    The rows of a run and what belongs to them.
+    The rows of a run and their settings.
 
     Args:
         train: Rows to train on, one per image or per caption; or a stream.
         evaluation: Rows to evaluate on, one per image, or None.
-        train_captions (`list[list[str]]`): Captions of the training images; none of a stream.
-        train_embeds (`Callable`, *optional*): Gives the embeddings (training images, ...) if there are some.
+        train_captions (`list[list[str]]`): Captions of the training images; empty for a stream.
+        train_embeds (`Callable`, *optional*): Returns the embeddings (training images, ...), if they exist.
         max_caption_length (`int`, *optional*): Tokens that captions are cut to.
         embeds_noise (`float`): Noise on the embeddings.
-        name (`Callable`, *optional*): Names a training row in messages.
+        name (`Callable`, *optional*): Returns the name of a training row for messages.
     """
 
     train: Any
@@ -57,7 +57,7 @@ def prepare(
     data_args: DataArguments,
     args: CaptioningArguments,
 ) -> RunData:
-    """Check the data against the captioner and make the rows of the run. Fills in what the recipe leaves open."""
+    """Check the data against the captioner, complete the recipe, and make the rows of the run."""
     embeds_noise = _noise(data_args, model)
     _check_fit(train, evaluation, model, data_args)
     _check_stream(train, data_args, args)
@@ -147,13 +147,13 @@ def _check_together(train, model, data_args: DataArguments, args: CaptioningArgu
     if not can_pack(model):
         data_args.references = "all"
         logger.warning(
-            f"The language model, a `{model.config.text_config.model_type}`, takes no 4-dimensional attention masks, so "
-            "each caption gets a row of its own (`references all`)."
+            f"The language model, a `{model.config.text_config.model_type}`, takes no 4-dimensional attention masks, "
+            "so each caption gets a row of its own (`references all`)."
         )
 
 
 def _count_images(train, args: CaptioningArguments):
-    """Let a batch hold as many captions as it was to hold, now that a row has all those of an image."""
+    """Reduce the batch size, since each row holds all captions of an image, to keep the captions per batch."""
     per_image = sum(len(as_list(texts)) for texts in train["captions"]) / len(train)
     args.per_device_train_batch_size = max(1, round(args.per_device_train_batch_size / per_image))
     logger.info(f"Batches hold {args.per_device_train_batch_size} images with all their captions.")
@@ -179,13 +179,13 @@ def _noise(data_args: DataArguments, model) -> float:
     if data_args.embeds_noise is None:
         return CAPDEC_NOISE if data_args.text_only else 0.0
     if data_args.embeds_noise and not model.config.normalize_clip_embeds:
-        raise ValueError("`embeds_noise` is for captioners with `normalize_clip_embeds`: pass that, too.")
+        raise ValueError("`embeds_noise` needs a captioner with `normalize_clip_embeds`: pass that too.")
     return data_args.embeds_noise
 
 
 def _rows(train, data_args: DataArguments, args: CaptioningArguments):
     if {"clip_embeds", "image"} <= set(train.column_names or ()):
-        train = train.remove_columns("image")  # nobody reads the images, which would be decoded with each row
+        train = train.remove_columns("image")  # not needed, and each row would decode its image
     if data_args.references == "all" and args.objective == "cross_entropy":
         return one_row_per_caption(train)
     return train

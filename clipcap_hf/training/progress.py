@@ -1,4 +1,4 @@
-"""What a run shows: the first loss, and one table line per evaluation."""
+"""Show the progress of a run: the first loss, and one table line per evaluation."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ COLUMNS = {"loss": "loss", "eval_loss": "held-out loss", "eval_cider": "CIDEr", 
 
 class TableCallback(ProgressCallback):
     """
-    Print the first loss, then one line per evaluation, or per epoch where there is no evaluation.
+    Print the first loss, then one line per evaluation, or per epoch without evaluation.
 
     Args:
         bar (`bool`): Also draw a progress bar, if standard error is a terminal.

@@ -1,4 +1,4 @@
-"""Defaults that fit the captioner and the data: learning rate, batch size and number of epochs."""
+"""Choose defaults for the captioner and the data: learning rate, batch size and number of epochs."""
 
 import logging
 import math
@@ -9,16 +9,16 @@ from .arguments import CaptioningArguments
 
 logger = logging.getLogger(__name__)
 
-# Best of 2e-5 to 3e-3 by the loss on held-out images, for 50 and 300 drawings with new captions and a language model
-# of width 192.
+# The best rates from 2e-5 to 3e-3 by held-out loss, measured on 50 and 300 drawings with new captions and a language
+# model of width 192.
 LEARNING_RATES = {"everything": 5e-4, "LoRA": 3e-3, "mapping network": 3e-3}
 MEASURED_WIDTH = 192
-BATCH_SIZES = {100: 8, 2000: 16}  # for at most so many captions
+BATCH_SIZES = {100: 8, 2000: 16}  # by the largest number of captions
 FEWEST_STEPS = 150
 
 
 def trained_part(model: ClipCapForConditionalGeneration) -> str:
-    """Name what is trained: `"everything"` (the language model, too), `"LoRA"` or the `"mapping network"` alone."""
+    """Name the trained part: `"everything"` (with the language model), `"LoRA"` or only the `"mapping network"`."""
     trained = [name for name, parameter in model.language_model.named_parameters() if parameter.requires_grad]
     if any("lora_" not in name for name in trained):
         return "everything"
@@ -28,13 +28,12 @@ def trained_part(model: ClipCapForConditionalGeneration) -> str:
 def fit_recipe(args: CaptioningArguments, model: ClipCapForConditionalGeneration, captions: int | None):
     """Fill in what the user left to the recipe `fit`.
 
-    Small data wants small batches, so that there are enough steps. A wider language model wants a learning rate that
-    falls with its width.
+    Small data needs small batches, to get enough steps. A wider language model needs a lower learning rate.
 
     Args:
         args ([`CaptioningArguments`]): The arguments, changed in place.
         model ([`ClipCapForConditionalGeneration`]): The captioner.
-        captions (`int`, *optional*): Captions that an epoch shows; None for a stream.
+        captions (`int`, *optional*): Captions per epoch; None for a stream.
     """
     if args.recipe != "fit":
         return
@@ -68,7 +67,6 @@ def warn_of_warmup(args: CaptioningArguments, captions: int):
     if args.warmup_steps >= 1 and args.warmup_steps > steps / 2:
         logger.warning(
             f"The warm-up of {args.warmup_steps:.0f} steps is more than half of the {steps} steps of this run, so "
-            "that the "
-            f"learning rate hardly gets to {args.learning_rate:g}: pass a smaller `warmup_steps`, or 0.1 for a tenth "
-            "of the steps."
+            f"that the learning rate hardly gets to {args.learning_rate:g}: pass a smaller `warmup_steps`, or 0.1 for "
+            "a tenth of the steps."
         )

@@ -1,4 +1,4 @@
-"""Rows to train on: which caption of an image is shown in which epoch, the same again in a resumed run."""
+"""Rows to train on; a resumed run shows the same captions in the same epochs."""
 
 import logging
 import random
@@ -18,7 +18,7 @@ DRAW = "draw"
 logger = logging.getLogger(__name__)
 
 
-# What reading a damaged image raises: Pillow's decoders raise errors of many kinds.
+# The errors of damaged images: Pillow's decoders raise many kinds.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -33,16 +33,16 @@ class EpochRows(Dataset):
     """
     Rows of a data set, each with a column `draw` from which [`CaptioningCollator`] draws the caption and the noise.
 
-    Draws depend on the seed, the epoch and the row alone, not on how many batches were made before or by which
-    process. So an interrupted run goes on as if nothing had happened, with any number of workers and processes (but
+    Draws depend only on the seed, the epoch and the row, not on the number of earlier batches or on the process. So an
+    interrupted run continues as if it had never stopped, with any number of workers and processes (except that
     `dataloader_persistent_workers` shifts torch's generator and so the dropout). [`ClipCapTrainer`] sets the epoch.
 
-    An image that cannot be read is left out: the next row takes its place, and a warning names it once.
+    An image that cannot be read is replaced by the next row, and a warning names it once.
 
     Args:
         rows (sequence of `dict`): A map-style data set, such as [`~datasets.Dataset`].
         seed (`int`): Seed of the draws.
-        name (`Callable`, *optional*): Gives the name of a row for the warning, such as the path of its image.
+        name (`Callable`, *optional*): Returns the name of a row for the warning, such as the path of its image.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], seed: int = 0, name: Callable[[int], str] | None = None):
@@ -50,7 +50,7 @@ class EpochRows(Dataset):
         self.seed = seed
         self.name = name or (lambda row: f"of row {row}")
         self.unreadable: set[int] = set()
-        # Shared, so that workers that live through several epochs learn of them.
+        # In shared memory, so that persistent workers see each new epoch.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int):
@@ -88,12 +88,12 @@ class EpochRows(Dataset):
 
 
 def generator_of(row: dict[str, Any]) -> np.random.Generator | None:
-    """Return the generator of a row of [`EpochRows`], and None for other rows."""
+    """Return the random generator of a row of [`EpochRows`], or None for other rows."""
     return np.random.default_rng(row[DRAW]) if DRAW in row else None
 
 
 def one_row_per_caption(data):
-    """Make each caption a row of its own, in the order of the images: a stream of a stream, else [`CaptionRows`]."""
+    """Give each caption its own row, in the order of the images; return a stream for a stream."""
     if hasattr(data, "select"):
         return CaptionRows(data)
 
@@ -109,7 +109,7 @@ def one_row_per_caption(data):
 
 class CaptionRows(Dataset):
     """
-    Each caption of a data set as a row of its own. An image with five captions is stored once, not five times.
+    Rows with one caption each. An image with five captions is stored once, not five times.
 
     Args:
         data ([`~datasets.Dataset`]): Rows with a string, or a list of strings, in `captions`.
@@ -137,7 +137,7 @@ class CaptionRows(Dataset):
 
 
 def caption_lengths(captions: Sequence[str | list[str]], tokenizer, batch_size: int = 1000) -> list[int]:
-    """Count the tokens of each row's caption, of the longest where it has several: rows are grouped by this."""
+    """Count the tokens of each row's longest caption, by which rows are grouped."""
     lengths = []
     for start in range(0, len(captions), batch_size):
         groups = [as_list(texts) for texts in captions[start : start + batch_size]]
@@ -147,7 +147,7 @@ def caption_lengths(captions: Sequence[str | list[str]], tokenizer, batch_size: 
 
 
 def evenly_spread(data, limit: int | None):
-    """Take at most `limit` rows, evenly spread over a data set; of a stream, the first."""
+    """Take at most `limit` rows, evenly spread over a data set; from a stream, take the first."""
     if limit is None:
         return data
     if limit < 1:
@@ -161,7 +161,7 @@ def spread_rows(length: int, limit: int) -> range:
 
 
 class EpochShuffledLengths(torch.utils.data.Sampler):
-    """`Trainer`'s batches of similar length, in an order that depends on the seed and the epoch of the rows alone."""
+    """`Trainer`'s batches of similar length, in an order that depends only on seed and epoch."""
 
     def __init__(self, rows: EpochRows, lengths: list[int], batch_size: int):
         self.rows, self.lengths, self.batch_size = rows, lengths, batch_size

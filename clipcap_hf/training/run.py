@@ -1,4 +1,4 @@
-"""A training run from its arguments to the saved captioner: what `clipcap train` does."""
+"""Run training from the arguments to the saved captioner: `clipcap train`."""
 
 import json
 import logging
@@ -67,9 +67,9 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
 
     trainer = _trainer(model, processor, data, data_args, args)
     before = look_before(trainer) if data.evaluation is not None else HeldOut([], {})
-    set_seed(args.seed)  # whatever was drawn until here, training draws the same
+    set_seed(args.seed)  # so that training does not depend on earlier random draws
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    model.config.use_cache = True  # Trainer switches the cache off in what is saved
+    model.config.use_cache = True  # Trainer switches the cache off in the saved configuration
     after = look(trainer) if data.evaluation is not None else HeldOut([], {})
     if after.metrics and not any("eval_loss" in entry for entry in trainer.state.log_history):
         trainer.log(after.metrics)  # `eval_strategy no`: the only evaluation of the run
@@ -97,7 +97,7 @@ def _warm_start(model, processor: ClipCapProcessor, train, steps: int, seed: int
 
 
 def _trainer(model, processor: ClipCapProcessor, data, data_args: DataArguments, args: CaptioningArguments):
-    """Put the trainer together: rows, collator, metrics, callbacks."""
+    """Build the trainer: rows, collator, metrics, callbacks."""
     reward = CiderReward(data.train_captions, args.eval_tokenizer) if args.objective == "scst" else None
     collator = CaptioningCollator(
         processor,
@@ -133,7 +133,7 @@ def _trainer(model, processor: ClipCapProcessor, data, data_args: DataArguments,
 
 
 def _without_images(data):
-    """Drop images that nobody reads, which would be decoded with each row."""
+    """Drop images if there are embeddings: each row would decode its image in vain."""
     if data is not None and {"clip_embeds", "image"} <= set(data.column_names):
         return data.remove_columns("image")
     return data
@@ -143,11 +143,11 @@ def _callbacks(args: CaptioningArguments) -> list:
     return [] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)]
 
 
-# -- what is saved and said at the end
+# -- saving and the report at the end
 
 
 def _save(trainer: ClipCapTrainer, scores: dict, evaluation, captions: list[str]) -> list[str]:
-    """Save the captioner and what belongs to it; return the names of the files that a person may want to open."""
+    """Save the captioner, scores, curve and samples; return the names of the files that a user may want to open."""
     out = Path(trainer.args.output_dir)
     save_whole(trainer, out)
     trainer.save_state()

@@ -1,4 +1,4 @@
-"""Self-critical training (Rennie et al. 2017): make sampled captions that beat the greedy ones more likely."""
+"""Self-critical training (Rennie et al. 2017): favour sampled captions that score above greedy ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,12 +15,13 @@ from ..metrics.ngrams import Corpus
 
 class CiderReward:
     """
-    CIDEr-D of captions, with the end of a caption counted as a word.
+    Compute CIDEr-D of captions, counting the end of a caption as a word.
 
     Without that word, the reward teaches captions that break off after "with a".
 
     Args:
-        references (`list[list[str]]`): The captions of all training images, from which rare n-grams get their weight.
+        references (`list[list[str]]`): The captions of all training images, which determine the weight of rare
+            n-grams.
         tokenizer (`str`): `"python"`, `"ja"`, `"characters"` or `"none"`. Not `"ptb"`, which starts Java for each
             batch.
 
@@ -59,7 +60,7 @@ class CiderReward:
 
 
 class _GreedyFirstHalf(LogitsProcessor):
-    """Let the first half of a batch take the likeliest token while the second half samples: one pass for both."""
+    """Make the first half of a batch greedy while the second half samples, in one pass."""
 
     def __call__(self, input_ids, scores):
         half = len(scores) // 2
@@ -95,7 +96,9 @@ def self_critical_loss(
     images = {name: inputs[name] for name in ("clip_embeds", "pixel_values") if name in inputs}
     if "pixel_values" in images and captioner.config.freeze_vision:
         with torch.no_grad():
-            images = {"clip_embeds": captioner.get_clip_embeds(images["pixel_values"])}  # once for all uses below
+            images = {
+                "clip_embeds": captioner.get_clip_embeds(images["pixel_values"])
+            }  # encode once for all uses below
 
     sequences = captioner.generate(
         **{name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in {**prompt, **images}.items()},

@@ -18,10 +18,10 @@ def embed_captions(
     Args:
         embed (`Callable`): See [`~clipcap_hf.clip.load_text_tower`].
         captions (`Sequence[str]`): The texts.
-        batch_size (`int`): Texts that go through the tower at once.
+        batch_size (`int`): Texts per batch.
         progress (`bool`): Show a progress bar on standard error.
     """
-    # In the order of length, so that little is padding.
+    # Sorted by length, to reduce padding.
     unique = sorted(set(captions), key=len)
     place = {text: index for index, text in enumerate(unique)}
     starts = tqdm(range(0, len(unique), batch_size), unit="batch", desc="Embedding captions", disable=not progress)
@@ -33,9 +33,8 @@ def embed_captions(
 def text_only_rows(captions: Sequence[Sequence[str]], embed: Callable[[list[str]], torch.Tensor], progress=True):
     """Make a data set with one row per caption: its text embedding `clip_embeds`, and `captions`.
 
-    Train on it with noise on the embeddings (`CaptioningCollator(embeds_noise=...)`, by default of CapDec
-    [`CAPDEC_NOISE`]) and a captioner with `normalize_clip_embeds`, which then takes the image embeddings of the same
-    CLIP.
+    Train on it with noise on the embeddings (`CaptioningCollator(embeds_noise=...)`; CapDec uses [`CAPDEC_NOISE`]) and
+    a captioner with `normalize_clip_embeds`, which can then caption image embeddings of the same CLIP.
     """
     from datasets import Dataset
 

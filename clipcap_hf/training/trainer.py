@@ -1,4 +1,4 @@
-"""The trainer of captioners: `Trainer` with a cheaper loss and captions in evaluation."""
+"""The trainer for captioners: `Trainer` with a cheaper loss and captions in evaluation."""
 
 import errno
 import shutil
@@ -28,20 +28,20 @@ class ClipCapTrainer(Seq2SeqTrainer):
     """
     [`~transformers.Trainer`] for captioners.
 
-    Plain `Trainer` trains them too. This one
+    Plain `Trainer` can train them too. This one
 
-    - computes logits for the labelled tokens only, and applies label smoothing to the right tokens (`Trainer` smooths
-      the labels of the tokens before);
+    - computes logits for the labelled tokens only, and applies label smoothing to the right tokens (`Trainer` would
+      smooth the preceding labels);
     - evaluates without the collator's noise and random references, and with `predict_with_generate=True`
       ([`~transformers.Seq2SeqTrainingArguments`]) captions the images without showing the model the captions;
     - stops when the loss is NaN or infinite, and never saves such weights;
-    - over [`EpochRows`] ends a resumed run with the weights and the `train_loss` of one that was never interrupted.
+    - with [`EpochRows`], ends a resumed run with the same weights and `train_loss` as an uninterrupted run.
 
     Args:
         args: As for [`~transformers.Seq2SeqTrainer`].
-        reward (`Callable`, *optional*): Makes training self-critical (Rennie et al. 2017). It is called with the
-            captions, a list that tells which of them ended with the end token, and the references of each, and returns
-            the reward of each, see [`~clipcap_hf.training.self_critical.CiderReward`]. Needs a collator with
+        reward (`Callable`, *optional*): Makes training self-critical (Rennie et al. 2017). It receives the
+            captions, a list of whether each ended with the end token, and the references of each, and returns one
+            reward per caption, see [`~clipcap_hf.training.self_critical.CiderReward`]. Needs a collator with
             `return_references=True`, and a `processing_class`.
         kwargs: As for [`~transformers.Seq2SeqTrainer`].
     """
@@ -51,7 +51,7 @@ class ClipCapTrainer(Seq2SeqTrainer):
         self._loss_sum = None
         self.reward = reward
         if reward is not None:
-            # The loss is a mean over the batch, so Trainer has to divide it by the batches of a step.
+            # The loss is a batch mean, so Trainer must divide it by the number of batches per step.
             self.model_accepts_loss_kwargs = False
             if self.processing_class is None:
                 raise ValueError("Self-critical training decodes captions: pass the processor as `processing_class`.")
@@ -72,7 +72,7 @@ class ClipCapTrainer(Seq2SeqTrainer):
         return TrainOutput(output.global_step, train_loss, {**output.metrics, "train_loss": train_loss})
 
     def _loss_of_run(self) -> "LossOfRun":
-        # Resuming replaces callbacks by those that the checkpoint describes.
+        # Resuming replaces callbacks with those in the checkpoint.
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, LossOfRun))
 
     def _store_loss_sum(self):
@@ -97,7 +97,7 @@ class ClipCapTrainer(Seq2SeqTrainer):
             return super().get_test_dataloader(test_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        # In order, also where training groups by length: captions are scored against references in order.
+        # Keep the order even if training groups by length: captions are scored against references in order.
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     @contextmanager
@@ -116,7 +116,7 @@ class ClipCapTrainer(Seq2SeqTrainer):
             raise NonFiniteError(self._diverged(f"the loss is {float(loss.mean())}"))
         if self._loss_sum is None:
             self._loss_sum = torch.tensor(self._loss_of_run().total, device=loss.device, dtype=torch.float32)
-        if self.state.global_step < self.state.max_steps:  # Trainer does one step more when a finished run is resumed
+        if self.state.global_step < self.state.max_steps:  # Trainer does one extra step when a finished run is resumed
             self._loss_sum += loss.detach().float().mean()
         return loss
 
@@ -165,13 +165,13 @@ class ClipCapTrainer(Seq2SeqTrainer):
         if not return_outputs and self.args.n_gpu <= 1 and not self.args.torch_compile:
             return self._loss_of_labelled_tokens(model, inputs, **kwargs)
         if self.label_smoother is not None:
-            # Trainer shifts labels only for classes that it knows as causal language models.
+            # Trainer shifts labels only for known causal language model classes.
             labels = inputs["labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
     def _loss_of_labelled_tokens(self, model, inputs, **kwargs):
-        # Most positions are prefix and padding, and the vocabulary's logits are a third of the work, so only labelled
-        # positions go into the head. (A compiled model wants shapes that do not change.)
+        # Most positions are prefix and padding, and computing logits is a third of the work, so the head sees only
+        # labelled positions. (A compiled model needs constant shapes.)
         targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
         places = targets != IGNORED
 
@@ -191,7 +191,7 @@ class ClipCapTrainer(Seq2SeqTrainer):
             self.compute_loss_func = None
 
     def evaluation_loop(self, *args, **kwargs):
-        # Seq2SeqTrainer would count the rows that fill up the last batch of several processes as more images.
+        # With several processes, Seq2SeqTrainer would count the filler rows of the last batch as images.
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(*args, **kwargs)
 
@@ -204,11 +204,11 @@ class ClipCapTrainer(Seq2SeqTrainer):
             if "pixel_values" in inputs:  # encoded once, for the loss and the caption
                 inputs["clip_embeds"] = captioner.get_clip_embeds(inputs.pop("pixel_values"))
             loss = self.compute_loss(model, inputs).mean().detach() if "labels" in inputs else None
-        # Seq2SeqTrainer would give the whole `input_ids`, caption included, as the prompt.
+        # Seq2SeqTrainer would use all of `input_ids`, including the caption, as the prompt.
         prompt_length = inputs.get("prompt_length") or placeholders_end(inputs["input_ids"], captioner)
         prompt = {name: inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")}
         generate_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
-        # `generation_max_length` comes as max_length, over which the captioner's own max_new_tokens would win.
+        # `generation_max_length` arrives as max_length, which the captioner's own max_new_tokens would override.
         max_length = generate_kwargs.pop("max_length", None)
         if max_length is not None and generate_kwargs.get("max_new_tokens") is None:
             generate_kwargs["max_new_tokens"] = max_length
@@ -225,7 +225,7 @@ class ClipCapTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, language=None, license=None, tags=None, model_name=None, dataset=None, **kwargs):
-        """Write a card that tells how to use the captioner. A card that a person has edited is kept."""
+        """Write a model card that shows how to use the captioner; keep a card that a user has edited."""
         if not self.is_world_process_zero():
             return
         summary = TrainingSummary.from_trainer(self, dataset=dataset, model_name=model_name, **kwargs)
@@ -246,12 +246,12 @@ class ClipCapTrainer(Seq2SeqTrainer):
 
 
 def placeholders_end(input_ids: torch.Tensor, captioner) -> int:
-    """Return where the prompt ends in batches of another collator than ours: after the last placeholder."""
+    """Return the end of the prompt, after the last placeholder, in batches of other collators."""
     return int((input_ids == captioner.config.image_token_id).any(0).nonzero()[-1]) + 1
 
 
 class LossOfRun(TrainerCallback, ExportableState):
-    """The sum of the losses of all steps. Checkpoints keep it, for the mean of the whole run."""
+    """The sum of the losses of all steps, kept in checkpoints to compute the mean over the whole run."""
 
     def __init__(self, total: float = 0.0):
         self.total = total

@@ -1,4 +1,4 @@
-"""The ending of a run: best and last epoch, baselines, captions before and after, and one plain verdict."""
+"""Report the result of a run: best and last epoch, baselines, captions before and after, and a verdict."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ class Evaluation:
 @dataclass
 class Ending:
     """
-    What is known at the end of a run.
+    The results at the end of a run.
 
     Args:
         evaluations (`list[Evaluation]`): All evaluations of the run, in order.
         saved_step (`int`): Step of the weights that were saved.
         metric (`str`): The measure that picked them.
-        scores (`dict[str, dict[str, float]]`): Scores on the held-out images: of the captioner, first, and of
-            baselines.
+        scores (`dict[str, dict[str, float]]`): Scores on the held-out images: first of the captioner, then of
+            the baselines.
         references (`list[list[str]]`): Captions of the held-out images.
-        before (`list[str]`): The captioner's captions before training, of some of those images.
-        after (`list[str]`): Its captions of all those images after training.
+        before (`list[str]`): Captions of some of these images before training.
+        after (`list[str]`): Captions of all these images after training.
         before_rows (`list[int]`): Rows of the images that were captioned before training.
         loss_before (`float`, *optional*): Loss on held-out images before training.
         overlap (`int`): Held-out images that are the same as a training image.
@@ -57,7 +57,7 @@ class Ending:
 
     @property
     def saved(self) -> Evaluation:
-        """The evaluation of the saved weights; the last one before them where there is none of that very step."""
+        """The evaluation of the saved weights, or the last one before them."""
         known = [each for each in self.evaluations if each.step <= self.saved_step]
         return (known or self.evaluations)[-1]
 
@@ -68,19 +68,19 @@ class Ending:
 
 
 def verdict(ending: Ending) -> tuple[str, str]:
-    """Return the verdict in one or two words, and a sentence that says why and what to do."""
+    """Return the verdict in one or two words, and a sentence with the reason and advice."""
     if not ending.evaluations or not ending.after:
-        return "not judged", "Nothing was captioned on held-out images, so look at captions of new images yourself."
+        return "not judged", "No held-out images were captioned, so check captions of new images yourself."
     if len(ending.after) < FEW_HELD_OUT:
-        return "not judged", f"Only {len(ending.after)} images are held out, too few to tell. Add images."
+        return "not judged", f"Only {len(ending.after)} images are held out, too few to judge. Add images."
     if len({texts[0] for texts in ending.references}) == 1:
         return "not judged", "All held-out images have the same caption. Add captions that tell images apart."
     for judge in (_collapsed, _unchanged, _below_copying, _overfitted):
         if reason := judge(ending):
             return reason
     rose = _rise(ending)
-    more = f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs will do." if rose else ""
-    return "learned", f"It does better on held-out images than copying captions does.{more}"
+    more = f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs are enough." if rose else ""
+    return "learned", f"It scores higher on held-out images than copied captions do.{more}"
 
 
 def _collapsed(ending: Ending) -> tuple[str, str] | None:
@@ -115,9 +115,9 @@ def _below_copying(ending: Ending) -> tuple[str, str] | None:
         return None
     what = "the caption of the nearest training image" if better[0] == NEAREST else "the most common caption"
     return "below copying", (
-        f"Copying {what} scores at least as high (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). Add images "
-        "or captions, train for more epochs if the loss still fell at the end, or start from a captioner of similar "
-        "images."
+        f"Copying {what} scores at least as high (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). "
+        "Add images or captions, train for more epochs if the loss still fell at the end, or start from a captioner "
+        "of similar images."
     )
 
 
@@ -160,17 +160,17 @@ def disagreement(ending: Ending) -> str | None:
         f"Loss and CIDEr disagree: the loss is lowest in epoch {by_loss.epoch:g} (CIDEr "
         f"{by_loss.scores['cider']:.1f}), CIDEr "
         f"highest in epoch {by_cider.epoch:g} ({by_cider.scores['cider']:.1f}). CIDEr hardly counts words that all "
-        "captions share, and is noisy on few images. `--metric_for_best_model` chooses."
+        "captions share, and is noisy on few images. `--metric_for_best_model` sets the score that counts."
     )
 
 
 def report(ending: Ending, files: Sequence[str], out: str) -> str:
-    """Return the ending as text: tables, captions before and after, the verdict, and the files that were written."""
+    """Return the report as text: tables, captions before and after, the verdict, and the files that were written."""
     lines = [*_epochs(ending), *_scores(ending), *_captions(ending), *ending.notes]
     if ending.overlap:
         lines.append(
-            f"{ending.overlap} of the {len(ending.references)} held-out images are also training images: scores say "
-            "less about new images. Take them out of one of the two."
+            f"{ending.overlap} of the {len(ending.references)} held-out images are also training images, so "
+            "scores say less about new images. Remove them from one of the two."
         )
     if ending.evaluations and (warning := disagreement(ending)):
         lines.append(warning)

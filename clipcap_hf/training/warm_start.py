@@ -1,4 +1,4 @@
-"""A start for the mapping network of a frozen language model: the prefix as words that the model knows."""
+"""Initialise the mapping network of a frozen language model, so that the prefix resembles known words."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ def warm_start_mapper(
     seed: int = 0,
 ) -> list[float]:
     r"""
-    Regress the prefix onto the language model's own embeddings of words of the caption, before training.
+    Train the prefix to match the language model's embeddings of caption words, before the actual training.
 
-    A frozen language model cannot use prefix vectors that are unlike its token embeddings, and its gradient says
-    little until they are alike. This uses the language model's embedding table only, so a step is far cheaper than a
-    step of training. The targets of an image are the first `prefix_length` informative tokens of its caption, the last
-    one repeated if there are fewer. They are weighted by their rarity in the captions (the logarithm of the inverse
-    document frequency), whatever the language. Only the mapping network changes. The first layer of `"mlp"` is scaled
-    to the embeddings, and the last layer of `"mlp"` and `"linear"` to the deviation of the token embeddings.
+    A frozen language model cannot use prefix vectors that differ much from its token embeddings, and its gradient is
+    of little help until they are similar. Only the embedding table is used, so a step is far cheaper than a training
+    step. The targets of an image are the first `prefix_length` informative tokens of its caption; the last one is
+    repeated if there are fewer. They are weighted by their rarity in the captions (the logarithm of the inverse
+    document frequency), in any language. Only the mapping network changes. The first layer of `"mlp"` is scaled to the
+    embeddings, and the last layer of `"mlp"` and `"linear"` to the deviation of the token embeddings.
 
     Args:
         model ([`ClipCapForConditionalGeneration`]): The captioner, with a new mapping network.
@@ -46,7 +46,7 @@ def warm_start_mapper(
 
     Returns:
         `list[float]`: The loss of each step: the squared error over the variance of the token embeddings. A prefix
-        that is the same for all images has one of about 1.
+        that is the same for all images has a loss of about 1.
 
     Raises:
         ValueError: If there are not as many captions as embeddings, or none, or a caption is empty.
@@ -95,7 +95,7 @@ def _targets(tokenizer, captions: Sequence[str], length: int, common: float) -> 
     for token, count in frequency.items():
         if token < len(counts):
             counts[token] = count
-    # 1 + : in a data set of one caption all tokens are in all captions.
+    # 1 +, since the logarithm is 0 for tokens that are in all captions.
     return token_ids, 1 + torch.log(len(captions) / counts[token_ids])
 
 

@@ -1,4 +1,4 @@
-"""`clipcap caption --out` and `--sidecar`: nothing is lost when it is killed, and nothing foreign is overwritten."""
+"""`clipcap caption --out` and `--sidecar`: a killed run loses nothing, and files of others are never overwritten."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def pictures(tmp_path):
 
 
 def rows(path) -> list[list[str]]:
-    """The images and captions of a file, read by other means than those that wrote it."""
+    """Read the images and captions of a file independently of the code that wrote it."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         return [[record["image"], *record["captions"]] for record in map(json.loads, text.splitlines())]

@@ -1,4 +1,4 @@
-"""`clipcap evaluate`: whole evaluations of the embedded captioner, interrupted and in two processes too."""
+"""`clipcap evaluate`: complete evaluations of the packaged captioner, also interrupted and in two processes."""
 
 import json
 import os

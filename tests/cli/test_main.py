@@ -1,4 +1,4 @@
-"""The command line as a whole: help at once, errors in a line, output that nothing breaks, and no code from model folders."""
+"""The command line: fast help, one-line errors, robust output, and no code from model folders."""
 
 import json
 import os
@@ -157,7 +157,7 @@ def test_output_that_cannot_be_written_is_an_error(picture, redirection, said):
 
 @pytest.fixture
 def trap(tmp_path, model_folder):
-    """A model folder whose every part names code of its own, which leaves a file when it is run."""
+    """Make a model folder whose parts all name their own code, which writes a file if it is run."""
     folder = tmp_path / "trap"
     folder.mkdir()
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Thing: pass\n")

@@ -1,4 +1,4 @@
-"""`clipcap train`: recipes from files and flags, what a run leaves behind, and what it says of bad input."""
+"""`clipcap train`: recipes from files and flags, the files of a run, and errors for bad input."""
 
 import io
 import json
@@ -178,7 +178,7 @@ def test_a_run_leaves_a_captioner_with_scores_curve_and_samples(tmp_path, gpt2_f
 
 
 def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
-    """A tower out of a captioner, images encoded once, and a picture of the captions at the end."""
+    """Train with the tower of a captioner: images are encoded once, and sample captions are drawn at the end."""
     command = flags(tmp_path, gpt2_folder, "emoji", vision="emoji-mini", clip_embed_dim=384, max_steps=3)
     command += ["--embed_once", "--max_train_samples", "16", "--max_eval_samples", "4", "--eval_strategy", "no"]
     assert main([*command, "--save_strategy", "no"]) == 0
@@ -246,7 +246,7 @@ def test_named_columns_of_readers(tmp_path, gpt2_folder, images, data_format, co
 
 
 def test_images_are_encoded_once(tmp_path, gpt2_folder, monkeypatch):
-    """By default, where several captions or epochs would show an image several times; and never again in that folder."""
+    """Images are embedded once by default if training shows them several times, and never again in the same folder."""
     data = load_emoji("validation").select(range(12))
     pixels = io.BytesIO()
     data[0]["image"].save(pixels, "PNG")
@@ -336,7 +336,7 @@ def test_lengths_are_of_the_longest_reference(tokenizer, captions):
         ({"eval_split": "test"}, "no split 'test'; it has train, validation"),
         ({"clip_embed_dim": 12}, "12"),
         ({"data_format": "cocoa"}, "`data_format` must be one of auto, emoji, saved, karpathy"),
-        ({"embeds_noise": 0.1}, "`embeds_noise` is for captioners with `normalize_clip_embeds`"),
+        ({"embeds_noise": 0.1}, "`embeds_noise` needs a captioner with `normalize_clip_embeds`"),
         ({"text_only": True}, "`text_only` needs `text_tower`"),
         ({"model": "emoji-mini"}, "Pass either `model`"),
         ({"streaming": True, "data_format": "coco"}, "`streaming` works with imagefolder"),
@@ -379,7 +379,7 @@ def test_saved_rows_without_captions(tmp_path, gpt2_folder, captions, capsys, ca
     if bad == ["ok", " "]:
         assert "1 captions are empty" in caplog.text and train[0]["captions"] == ["ok"] and len(train) == 8
     else:
-        assert "rows without a caption were left out, row 0 the first" in caplog.text and len(train) == 7
+        assert "rows without a caption were left out, first row 0" in caplog.text and len(train) == 7
         assert (
             main([*save([bad, bad] if bad != "strings" else ["", " "]), "--output_dir", str(tmp_path / "other")]) == 1
         )

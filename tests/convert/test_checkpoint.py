@@ -311,7 +311,7 @@ def test_list_of_embeddings_and_other_ids(convert_embeds):
 
 
 class MaliciousStorage:
-    """Runs code in the inner file that a pickled tensor's storage is."""
+    """Run code from the inner file of a pickled tensor's storage."""
 
     def __init__(self, marker):
         buffer = io.BytesIO()
@@ -375,7 +375,7 @@ def test_bad_embeddings(convert_embeds, tmp_path):
         ({"image_id": [9]}, "Caption 1: its `image_id` is neither text nor a whole number"),
         ({"image_id": None}, "Caption 1: its `image_id` is neither"),
         ({"image_id": True}, "Caption 1: its `image_id` is neither"),
-        ({"image_id": "9"}, "embeddings that differ"),
+        ({"image_id": "9"}, "has different embeddings"),
     ],
 )
 def test_bad_captions(convert_embeds, change, message):

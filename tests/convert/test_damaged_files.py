@@ -1,4 +1,4 @@
-"""Files to convert that are not there, are something else, or are damaged: each is named for what it is."""
+"""Files to convert that are missing, of another kind or damaged: the error says which."""
 
 import os
 import pickle

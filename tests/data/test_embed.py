@@ -1,4 +1,4 @@
-"""Embedding whole data sets: the rows that come out, killed and resumed runs, several real processes."""
+"""Embedding whole data sets: the resulting rows, killed and resumed runs, several real processes."""
 
 import io
 import json
@@ -147,14 +147,14 @@ def test_provenance_and_check(tmp_path, make_model, processor, data):
     half = make_model()
     half.vision_tower.half()  # loses digits: other weights
     for other, complaint in (
-        (half, "another vision tower"),
+        (half, "not made by the model's vision tower"),
         (make_model(None, clip_embed_dim=8), "16 dimensions.* takes 8"),
     ):
         with pytest.raises(ValueError, match=complaint):
             check_embeddings(embedded, other)
     with torch.no_grad():
         model.vision_tower.visual_projection.weight[0, 0] += 0.01
-    with pytest.raises(ValueError, match="another vision tower"):
+    with pytest.raises(ValueError, match="not made by the model's vision tower"):
         check_embeddings(tmp_path / "embeds", model)
     with pytest.raises(ValueError, match="no column 'clip_embeds'; it has image"):
         check_embeddings(data, model)
@@ -204,7 +204,7 @@ def test_wrong_input(tmp_path, make_model, processor, embeds_processor, data):
         run(model=make_model(None))
     with pytest.raises(ValueError, match="image_processor"):
         run(processor=embeds_processor)
-    with pytest.raises(ValueError, match="No image could be embedded. The first: .*8.png"):
+    with pytest.raises(ValueError, match="No image could be embedded. The first error: .*8.png"):
         run(data.select([8, 7]), out="broken")
     run(data.select(range(3)))
     with pytest.raises(ValueError, match="differ in data: choose another folder"):
@@ -221,7 +221,7 @@ def test_wrong_input(tmp_path, make_model, processor, embeds_processor, data):
         embed(make_model(), data, "/proc/embeds", processor, progress=False)
     with torch.no_grad():
         other.vision_tower.visual_projection.weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="No image could be embedded. The first: the embedding holds NaN"):
+    with pytest.raises(ValueError, match="No image could be embedded. The first error: the embedding holds NaN"):
         run(data.select(range(3)), model=other, out="nan")
 
 
@@ -321,7 +321,7 @@ def script(tmp_path, model_folder, emoji_files):
 
 @pytest.fixture
 def expected_rows(tmp_path, model_folder, data):
-    """Of a run that nothing interrupts."""
+    """Return the rows of an uninterrupted run."""
     from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 
     model = ClipCapForConditionalGeneration.from_pretrained(model_folder).eval()

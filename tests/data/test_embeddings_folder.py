@@ -1,4 +1,4 @@
-"""A folder of embeddings that was damaged after it was written, or that two runs write at once."""
+"""Folders of embeddings that were damaged after writing, or that two runs write at once."""
 
 import json
 import os

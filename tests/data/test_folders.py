@@ -1,4 +1,4 @@
-"""Folders of images: which images are read, under which split, with which captions, and what is said of the rest."""
+"""Folders of images: the images that are read, their splits and captions, warnings and errors."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from PIL import Image
 
 @pytest.fixture
 def make(tmp_path):
-    """`make({"a.jpg": None, "metadata.csv": "..."})` writes images (None) and text files, and gives the folder."""
+    """`make({"a.jpg": None, "metadata.csv": "..."})` writes images (None) and text files, and returns the folder."""
 
     def make(files):
         for name, content in files.items():
@@ -91,12 +91,12 @@ def test_csv_is_text(make):
         (
             "metadata.csv",
             "file_name,words\na.jpg,x\n",
-            r"no column that is known for captions; the columns are file_name",
+            r"no column known for captions; the columns are file_name",
         ),
         ("metadata.csv", "image,text\na.jpg,x\n", r"no column 'file_name'; the columns are image, text"),
         ("metadata.csv", "", r"metadata.csv has no rows"),
         ("metadata.jsonl", '{"file_name": "b.jpg", "text": "x"}', r"1 images in .* have no caption: a.jpg"),
-        ("notes.md", "x", r"no captions that are known for folders: metadata.jsonl"),
+        ("notes.md", "x", r"no captions in a known form: metadata.jsonl"),
     ],
 )
 def test_wrong_metadata(make, name, content, complaint):
@@ -131,7 +131,7 @@ def test_flickr8k_tokens_with_the_official_splits(make, kind, caplog):
         "validation": {"b.jpg": ["a b , 0 .", "a b , 1 ."]},
         "test": {"c.jpg": ["a c , 0 .", "a c , 1 ."]},
     }
-    assert "1 images are in no list of a split" in caplog.text
+    assert "1 images are in no split list" in caplog.text
 
 
 def test_flickr8k_captions_txt(make):
@@ -149,7 +149,7 @@ def test_flickr8k_captions_txt(make):
 
 
 def test_a_subfolder_that_cannot_be_read_is_an_error(make, monkeypatch):
-    """Tests may run as root, who can read everything: the refusal is the system's in its place."""
+    """Root can read everything, so the test simulates the refusal of the system."""
     root = make({"a.jpg": None, "a.txt": "a", "closed/b.jpg": None})
     scandir = os.scandir
 

@@ -1,4 +1,4 @@
-"""Each format as its publishers lay it out, in small files written here."""
+"""Each format in its published layout, in small files written here."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def karpathy_image(filename, split, *captions, imgid=0, **more):
 
 def coco_file(captions_of, file_names, **more):
     images = [
-        {"license": 3, "file_name": name, "coco_url": "http://images.example/x.jpg", "height": 30, "width": 40, "id": i}
+        {"license": 3, "file_name": name, "coco_url": "http://example.org/x.jpg", "height": 30, "width": 40, "id": i}
         | {"date_captured": "2013-11-14 11:18:45", "flickr_url": "http://flickr.example/x.jpg"} | more.get(i, {})
         for i, name in file_names.items()
     ]  # fmt: skip
@@ -107,7 +107,7 @@ def test_coco(tmp_path, write, caplog):
     write("000000000025.jpg")
     data = load_captions("coco", file, images=tmp_path)
     assert data["validation"]["captions"][:] == [["A dog.", "A cat."], ["A cow."]]
-    assert "1 captions are of images that it does not list" in caplog.text
+    assert "1 captions belong to images that it does not list" in caplog.text
     assert list(load_captions("coco", {"minival": file}, images=tmp_path)) == ["minival"]
 
 
@@ -175,7 +175,7 @@ def test_conceptual_12m_has_the_url_first(tmp_path, write):
 
 
 def test_conceptual_rows_that_belong_to_other_captions(tmp_path, write):
-    """`img2dataset` writes the caption beside the image: another one means that the numbers are not rows."""
+    """`img2dataset` writes the caption next to the image: a different one shows that the numbers are not rows."""
     write("cc/000000000.jpg")
     write("cc/000000000.txt", "another caption")
     file = write("train.tsv", "a cat\thttp://x.example/1.jpg\n")
@@ -293,7 +293,7 @@ def test_clean_caption():
     "content, complaint",
     [
         ("{", "not a JSON file, or is incomplete"),
-        ([], "not of the layout.*images.*a list"),
+        ([], "does not have the layout.*images.*a list"),
         ({"annotations": []}, "holds annotations"),
         ({"images": [{"file": "a.jpg"}]}, "Entry 0 .* no 'filename'; it has file"),
         ({"images": [karpathy_image("a.jpg", "train", 5)]}, "must be a string.*image 0.*int"),
@@ -312,7 +312,7 @@ def test_wrong_annotation_files(tmp_path, write, content, complaint):
 
 def test_wrong_arguments(tmp_path, write):
     file = write("train.json", coco_file({1: ["x"]}, {1: "a.jpg"}))
-    with pytest.raises(ValueError, match="no reader 'voc'; there are 'karpathy'"):
+    with pytest.raises(ValueError, match="Unknown reader 'voc'; choose one of 'karpathy'"):
         load_captions("voc", file)
     with pytest.raises(FileNotFoundError, match="annotation file"):
         load_captions("coco", tmp_path / "none.json")

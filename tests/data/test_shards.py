@@ -1,4 +1,4 @@
-"""Tar shards: images of several formats, samples without an image, and archives that were cut short."""
+"""Tar shards: images of several formats, samples without an image, and truncated archives."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def write_shard(path, samples):
-    """Each sample is a key and the extensions of its files."""
+    """Write samples, each given by a key and the extensions of its files."""
     with tarfile.open(path, "w") as tar:
         for key, extensions in samples:
             for extension in extensions:
@@ -62,7 +62,7 @@ def test_an_archive_cut_between_members_is_refused(tmp_path, caplog, members):
     with tarfile.open(shard) as tar:
         end = tar.getmembers()[members].offset
     os.truncate(shard, end)
-    with pytest.raises(ValueError, match="0.tar has no end mark: it was cut short"):
+    with pytest.raises(ValueError, match="0.tar has no end mark: it is truncated"):
         load_captions("webdataset", tmp_path)
     assert len(list(load_captions("webdataset", tmp_path, split="train", missing="skip"))) == members // 2
-    assert "What is there is read" in caplog.text
+    assert "The rest is read" in caplog.text

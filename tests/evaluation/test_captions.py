@@ -1,4 +1,4 @@
-"""Kept captions are used again only if everything that made them is the same."""
+"""Stored captions are reused only if everything that they depend on is unchanged."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def files(tmp_path, images):
 
 @pytest.fixture
 def captioned(monkeypatch):
-    """How many images were captioned by each call."""
+    """Record the number of images that each call captions."""
     counts = []
     original = captioning.caption_images
 
@@ -90,7 +90,7 @@ def test_another_processor_is_another_key(change, make_model, processor, make_to
 
 
 def test_another_configuration_is_another_key(make_model, processor, files, tmp_path, captioned):
-    """The weights of both are the same, and the captions are not."""
+    """Both have the same weights but different captions."""
     first, record = run(make_model(), processor, files, tmp_path)
     second, other = run(make_model(normalize_clip_embeds=True), processor, files, tmp_path)
     assert record["model"]["weights_sha256"] == other["model"]["weights_sha256"]

@@ -66,7 +66,7 @@ def test_captions_meet_their_references_by_id():
 
 
 def test_scores_equal_pycocoevalcap_to_seven_digits(tmp_path):
-    """From files, as `clipcap evaluate --results ... --references ...` does it."""
+    """Score files, as `clipcap evaluate --results ... --references ...` does."""
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
     if shutil.which("java") is None:
         pytest.skip("there is no java on the PATH")

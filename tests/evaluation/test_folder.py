@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what is not ours stays, one process works in it, killed ones leave nothing."""
+"""The folder of an evaluation: other files stay, one process works in it, killed runs leave nothing behind."""
 
 import json
 import os

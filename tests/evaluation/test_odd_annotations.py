@@ -1,4 +1,4 @@
-"""Annotation files that are not as they should be: an error that names file and entry, never a traceback or silence."""
+"""Malformed annotation files: an error that names file and entry, never a traceback or silence."""
 
 import json
 import random
@@ -23,7 +23,10 @@ LONG = "x" * 100_000
         ({"annotations": [{"image_id": [1], "caption": "a"}]}, r"annotation 0: image_id .* not \[1\]"),
         ({"annotations": [{"image_id": True, "caption": "a"}]}, "annotation 0: image_id .* not True"),
         ({"annotations": [{"image_id": 1}]}, "annotation 0: the caption must be a string, not None"),
-        ({"annotations": [{"image_id": 1, "caption": ["a"]}]}, r"annotation 0: the caption must be a string, not \['a'\]"),
+        (
+            {"annotations": [{"image_id": 1, "caption": ["a"]}]},
+            r"annotation 0: the caption must be a string, not \['a'\]",
+        ),
         ({"annotations": [{"image_id": 1, "caption": {"x": LONG}}]}, "annotation 0: the caption must be a string"),
         ({"annotations": [], "images": 5}, "images must be a list, not 5"),
         ({"annotations": [], "images": [None]}, "image 0 must be like .*None"),
@@ -67,7 +70,7 @@ def test_what_is_no_json_is_named(tmp_path, content):
 
 
 def test_the_reader_for_training_and_the_one_for_references_agree(tmp_path):
-    """They were two, and refused different files."""
+    """There were once two readers, which refused different files."""
     broken = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": None, "caption": "a"}]}
     path = tmp_path / "captions_val2014.json"
     path.write_text(json.dumps(broken))

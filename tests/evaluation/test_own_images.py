@@ -1,4 +1,4 @@
-"""`clipcap evaluate --model M --data FOLDER`: one's own images and captions, in one command."""
+"""`clipcap evaluate --model M --data FOLDER`: evaluate on your own images and captions."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_data_set_of_shards_has_random_access(tmp_path, images):
     ("arguments", "message"),
     [
         (["--data", "absent-folder", "--data-format", "imagefolder", "--tokenizer", "python"], "absent-folder"),
-        (["--data", "x", "--data-format", "voc", "--tokenizer", "python"], "no reader 'voc'"),
+        (["--data", "x", "--data-format", "voc", "--tokenizer", "python"], "Unknown reader 'voc'"),
         (["--benchmark", "emoji", "--caption-column", "text"], "--caption-column describes your own images"),
         (["--benchmark", "emoji", "--data-format", "coco"], "--data-format describes your own images"),
         (["--data", "x", "--references", "y.json"], "--references goes with --results"),

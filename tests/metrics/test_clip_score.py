@@ -13,7 +13,7 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    """A random CLIP with a byte-level tokenizer and an image processor, saved in a folder."""
+    """Save a random CLIP with a byte-level tokenizer and an image processor."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
@@ -104,7 +104,7 @@ def test_clip_score_by_open_clip(tmp_path):
 
 
 class CountedImages:
-    """A column of images that are decoded when asked for, as `datasets` has it; counts those alive at a time."""
+    """A column of images decoded on access, as in `datasets`; it counts how many are alive at a time."""
 
     def __init__(self, number):
         self.number, self.alive, self.most, self.read = number, 0, 0, 0
@@ -127,7 +127,7 @@ class CountedImages:
 
 
 def test_a_benchmark_of_images_is_never_in_memory_at_once(tiny_clip, monkeypatch):
-    """4.6 GB for COCO's Karpathy split, were they a list."""
+    """As a list, the images of COCO's Karpathy split would take 4.6 GB."""
     monkeypatch.setattr("clipcap_hf.metrics.clip.BATCH_SIZE", 8)
     images = CountedImages(50)
     captions = [f"picture {place}" for place in range(50)]

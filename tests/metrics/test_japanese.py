@@ -1,4 +1,4 @@
-"""Japanese captions: no part of the package takes words to be split by spaces."""
+"""Japanese captions: no part of the package assumes that spaces separate words."""
 
 import clipcap_hf
 import pytest

@@ -1,4 +1,4 @@
-"""The metrics against pycocoevalcap, whose numbers the field reports, on captions made here."""
+"""The metrics agree with pycocoevalcap, the usual reference, on generated captions."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ HAND_WRITTEN = [
 
 
 def make_captions(images: int, seed: int = 0):
-    """Captions that share words with their references, some one word long, and 1 to 6 references an image."""
+    """Captions that share words with their references, some one word long, and 1 to 6 references per image."""
     rng = random.Random(seed)
     words = [f"w{int(rng.paretovariate(0.7)) % 300}" for _ in range(3000)] + ["a", "the", "on", "."] * 300
     predictions, references = [], []
@@ -52,7 +52,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def peer(corpus):
-    """(references, captions) as pycocoevalcap's tokenizer gives them, in its form."""
+    """Return (references, captions) in the form of pycocoevalcap's tokenizer."""
     ptb = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason="pycocoevalcap is not installed")
     need_java()
     predictions, references = corpus
@@ -68,7 +68,7 @@ def need_java():
 
 
 def fake_java(monkeypatch, folder, script: str):
-    """Puts a `java` of the given script first on the PATH."""
+    """Put a `java` with the given script first on the PATH."""
     path = folder / "java"
     path.write_text(script)
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
@@ -213,7 +213,7 @@ def test_missing_parts_are_named_with_the_remedy(monkeypatch, tmp_path):
 
 
 def test_spice_opens_the_modules_and_keeps_the_order(monkeypatch, tmp_path):
-    """The real jars are not to be had here: this checks how they are called and how their answer is read."""
+    """The real jars are not available here: check how they are called and how their answer is read."""
     script = f"""#!{sys.executable}
 import json, sys
 options = sys.argv[1:]

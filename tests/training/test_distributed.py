@@ -1,4 +1,4 @@
-"""Two real processes (gloo) train as one with the same global batch does."""
+"""Two real processes (gloo) train like one process with the same global batch."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 
 @pytest.fixture
 def run_folder(tmp_path, make_model, embeds_processor, captions):
-    """A captioner without dropout, which processes draw each for themselves, and 45 rows: no multiple of the batch."""
+    """Make a captioner without dropout, which differs between processes, and 45 rows: no multiple of the batch."""
     model = make_model(None, normalize_clip_embeds=True)
     for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         setattr(model.config.text_config, name, 0.0)
@@ -74,7 +74,7 @@ def test_two_processes_have_the_loss_curve_of_one(run_folder, freeze):
         history(run_folder / "two"),
     )
     assert len(losses) == 12
-    # The last batch of an epoch has 5 rows. Two processes fill it up with rows from the start, so steps later differ a bit.
+    # The last batch of an epoch has 5 rows. Two processes fill it up with rows from the start, so later steps differ.
     assert losses_of_two[:5] == pytest.approx(losses[:5], rel=1e-4)
     assert losses_of_two == pytest.approx(losses, rel=0.1)
     assert [loss for loss, _ in evaluations_of_two] == pytest.approx([loss for loss, _ in evaluations], rel=0.05)

@@ -1,4 +1,4 @@
-"""Data of any names in one form; images held out; captions and images that cannot be used are named, never fatal."""
+"""Loading: columns of any name, held-out images, and unusable captions and images, which are named, never fatal."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_equal_captions_are_noticed(tmp_path, caplog):
 
 @pytest.fixture
 def folder(tmp_path, images):
-    """Eight images with captions: one truncated image, one caption with the placeholder, one longer than the context."""
+    """Make eight images with captions: a truncated image, a caption with the placeholder, one that is too long."""
     texts = ["a red heart", "a <image> dog", "x y " * 60, *(f"picture {i}" for i in range(3, 8))]
     (tmp_path / "images").mkdir()
     with open(tmp_path / "images" / "metadata.jsonl", "w") as file:

@@ -1,4 +1,4 @@
-"""All captions of an image in one row: the losses and gradients of a row per caption, and less work."""
+"""All captions of an image in one row: the same losses and gradients as one row per caption, with less work."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def make_images(prompt: list[int]) -> list[ImageWithCaptions]:
 
 
 def one_row_per_caption(images: list[ImageWithCaptions]) -> dict[str, torch.Tensor]:
-    """The ordinary batch: prompt and caption in each row, padded on the right."""
+    """Make an ordinary batch: prompt and caption in each row, padded on the right."""
     rows = [(image.prompt, caption) for image in images for caption in image.captions]
     length = max(len(prompt) + len(caption) for prompt, caption in rows)
     batch = {
@@ -78,7 +78,7 @@ def test_losses_and_gradients_are_those_of_a_row_per_caption(make_model, text, m
 
 
 def test_captions_do_not_see_each_other(make_model):
-    """What stands in one caption changes no logit of another caption, nor of another image."""
+    """Changing a caption changes no logit of another caption or image."""
     model = make_model(None)
     images = make_images(PROMPTS["image alone"])
     embeds = torch.randn(len(images), 16)
@@ -122,7 +122,7 @@ ROWS = [
 @pytest.mark.parametrize("template", ["<image>", "Say: <image> caption:"])
 @pytest.mark.parametrize("max_caption_length", [None, 3])
 def test_collator(make_model, embeds_processor, template, max_caption_length):
-    """The collator's packed batch gives the loss of its batch with a row per caption."""
+    """The collator's packed batch has the same loss as its batch with one row per caption."""
     model = make_model(None)
     embeds_processor.prompt_template = template
     settings = {"max_caption_length": max_caption_length}
@@ -134,7 +134,7 @@ def test_collator(make_model, embeds_processor, template, max_caption_length):
 
 
 def test_a_step_of_the_trainer_is_the_same(make_model, embeds_processor, tmp_path):
-    """Steps of gradient accumulation change the weights as those with a row per caption do."""
+    """Gradient accumulation changes the weights in the same way as with one row per caption."""
     weights = {}
     for together in (False, True):
         model = make_model(None, freeze_language_model=True, mapping_type="transformer")

@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened; a run that diverges leaves its last good checkpoint."""
+"""A killed run continues as if never interrupted; a run that diverges keeps its last good checkpoint."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def make_rows(captions, count=60, width=16):
 
 @pytest.fixture
 def run_folder(tmp_path, make_model, embeds_processor, captions):
-    """A captioner with dropout and a data set on disk."""
+    """Save a captioner with dropout and a data set."""
     make_model(None, normalize_clip_embeds=True).save_pretrained(tmp_path / "captioner")
     embeds_processor.save_pretrained(tmp_path / "captioner")
     rows = make_rows(captions)
@@ -189,7 +189,7 @@ def test_another_run_is_not_overwritten(run_folder, capsys):
 
 
 class Poison(TrainerCallback):
-    """Spoils a weight, as a step with an infinite gradient does."""
+    """Ruin a weight, as a step with an infinite gradient does."""
 
     def __init__(self, step):
         self.step = step

@@ -1,4 +1,4 @@
-"""Self-critical training raises its own objective, the reward of captions."""
+"""Self-critical training raises its objective, the reward of captions."""
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_loss_is_the_weighted_log_probability_of_the_samples(make_model, embeds_
 
 
 def test_the_prompt_includes_what_the_template_says_after_the_image(make_model, tokenizer, captions):
-    """Greedy captions continue the whole prompt, as in evaluation; and the template is no part of what is rewarded."""
+    """Greedy captions continue the whole prompt, as in evaluation, and the reward leaves out the template."""
     from clipcap_hf import ClipCapProcessor
 
     processor = ClipCapProcessor(None, tokenizer, prefix_length=4, prompt_template="Look:<image> a red")
@@ -128,7 +128,7 @@ def test_references_are_needed(make_model, embeds_processor, batch, tmp_path):
 
 
 def test_reward_of_the_embedded_set_rises(tmp_path):
-    """From a captioner that knows the data half: its greedy captions of the images it is trained on get better."""
+    """Training improves the greedy captions of a half-trained captioner on its training images."""
     model = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI)
     processor = ClipCapProcessor.from_pretrained(EMOJI_MINI)
     rows = load_emoji("new_caption").select(range(0, 904, 30))  # of which it names half

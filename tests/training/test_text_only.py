@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
 @pytest.fixture
 def clip_folder(tmp_path, clip_config, tokenizer):
-    """A whole CLIP, whose own projection width differs from its text configuration's."""
+    """Save a complete CLIP whose projection width differs from that of its text configuration."""
     torch.manual_seed(0)
     text_config = CLIPTextConfig(
         vocab_size=290,
@@ -121,7 +121,7 @@ def run_folder(tmp_path, clip_folder, make_model, processor):
 
 
 def test_captions_come_out_of_their_own_embeddings(run_folder):
-    """Its own objective: the captioner learns to say the caption whose embedding it is given, noise included."""
+    """The captioner learns to reproduce the caption whose noisy embedding it receives."""
     assert main(flags(run_folder, references="first")) == 0
     losses = [
         entry["loss"] if "loss" in entry else entry["train_loss"]

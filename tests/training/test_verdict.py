@@ -1,4 +1,4 @@
-"""The verdict at the end of a run: what each kind of run is told."""
+"""The verdict at the end of each kind of run."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
 @pytest.mark.parametrize(
     ("run", "word", "advice"),
     [
-        (ending(), "learned", "better on held-out images than copying"),
+        (ending(), "learned", "scores higher on held-out images than copied captions"),
         (ending((3.0, 1.5, 2.5), saved=2), "learned", "rose after epoch 2"),
         (ending(after=["a drawing of a cat"] * 6), "collapsed", "Lower the learning rate"),
         (ending(after=NAMES), "did not change", "--learning_rate"),
@@ -44,7 +44,7 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
         (ending(own=1.0, nearest=0.0), "below copying", "most common caption"),
         (ending((1.5, 2.0, 2.5)), "overfitted", "fewer epochs"),
         (ending((1.5, 2.0, 2.2, 2.3, 2.5), saved=1), "overfitted", "epoch 1 was kept"),
-        (ending(()), "not judged", "look at captions"),
+        (ending(()), "not judged", "check captions of new images"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )

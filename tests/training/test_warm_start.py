@@ -1,4 +1,4 @@
-"""A warm mapping network begins where words are, and gets further in the same number of steps."""
+"""A warm start puts the prefix near word embeddings, so training gets further in the same number of steps."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def processor():
 
 
 def new_captioner(mapping_type="mlp", **kwargs):
-    """The language model of emoji-mini, which knows words, frozen behind a new mapping network."""
+    """Return the trained language model of emoji-mini, frozen behind a new mapping network."""
     language_model = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI).language_model
     torch.manual_seed(0)
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(

@@ -271,11 +271,12 @@ The choice depends on a hash of the names only.
 `examples/embedded/build_emoji_dataset.py` in the `clipcap_hf` repository builds every file of this folder from npm
 packages at pinned versions. SVG is rendered with resvg, 3D pictures are reduced from 256x256 pixels with a Lanczos
 filter, and all are stored as WebP of quality {quality}. Base emoji, gender variants and variants with one skin tone
-are included; couples with two different tones, regional indicators and components are not. Twemoji has base emoji only.
+are included; couples with two different tones, regional indicators and components are not. Twemoji has base emoji
+only.
 
 Pictures of `noto-v1` and `fxemoji` are matched by name. All matches without skin tone were compared with `noto`
-by eye, and the script excludes the wrong ones by name. The older designs draw some gender-neutral emoji as a man or as a
-woman.
+by eye, and the script excludes the wrong ones by name. The older designs draw some gender-neutral emoji as a man or as
+a woman.
 
 The 3D package also holds drawings that are not part of Microsoft's MIT-licensed Fluent Emoji (country flags, most
 couples and families). Only emoji that the flat set contains, which is taken from that repository, are used, and the

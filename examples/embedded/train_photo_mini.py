@@ -93,9 +93,10 @@ NO_THINGS = re.compile(
     r"face|hand|paw|monkey |nose|with|sign|traffic|construction|light rail|station|dragon|arrival|departure|leaf "
     r"fluttering|pouring|guide|poodle|"
     r"ewe|^ram$|^ox$|boar|baby|hatching|two-hump|spouting|blowfish|bug|beetle|shell|fries|"
-    r"pot of|T-Rex|sauropod|mate|clinking|cooking|tropical|red apple|green apple|oncoming|fire engine|articulated|locomotive|"
-    r"railway|tram car|high-speed|bullet|metro|light|utility|orangutan|rooster|automobile|honeybee|"
-    r"ticket|petri|x-ray|clothes|sandal|heart|[^us]s$|lotus|planet|drop of|empty|wing|microbe|^wood$|steaming|shallow|poultry|herb|leafy|custard|person"
+    r"pot of|T-Rex|sauropod|mate|clinking|cooking|tropical|red apple|green apple|oncoming|fire engine|"
+    r"articulated|locomotive|railway|tram car|high-speed|bullet|metro|light|utility|orangutan|rooster|"
+    r"automobile|honeybee|ticket|petri|x-ray|clothes|sandal|heart|[^us]s$|lotus|planet|drop of|empty|"
+    r"wing|microbe|^wood$|steaming|shallow|poultry|herb|leafy|custard|person"
 )
 
 

@@ -1,8 +1,8 @@
 """Let `import torchvision` succeed next to a CPU-only PyTorch.
 
-The torchvision wheels on PyPI are built for CUDA. Beside a CPU build of PyTorch their C++ extension does not load, and
-`import torchvision` then fails with "operator torchvision::nms does not exist", which takes transformers' vision models
-and open_clip with it, although both use torchvision's Python transforms alone. Declaring the schemas of the two
+The torchvision wheels on PyPI are built for CUDA. Next to a CPU build of PyTorch their C++ extension does not load,
+and `import torchvision` fails with "operator torchvision::nms does not exist". transformers' vision models and
+open_clip then fail, too, although both use only torchvision's Python transforms. Declaring the schemas of the two
 operators that torchvision registers unconditionally is enough for the import; calling one of them still raises.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 
 _UNCONDITIONAL_OPS = ("nms", "qnms")
-_libraries = []  # a torch.library.Library undoes its definitions when it is collected
+_libraries = []  # a torch.library.Library removes its definitions when it is garbage-collected
 
 
 def ensure_torchvision_imports() -> None:

@@ -1,4 +1,4 @@
-"""Captioning many images: files are read in workers, images go through the model in batches, bad files are reported."""
+"""Caption many images: read files in workers, run the model on batches, report files that cannot be read."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CaptionedImage:
-    """What became of one image: its `captions`, the best first, or an `error` that says why there are none.
+    """Result for one image: its `captions`, best first, or an `error` that says why there are none.
 
-    Where they were asked for, `scores` are the mean log-probabilities of the captions' tokens, and `prefix_tokens` the
-    texts and cosines of the tokens nearest to each prefix vector.
+    On request, `scores` holds the mean log-probability of each caption's tokens, and `prefix_tokens` the texts and
+    cosines of the tokens nearest to each prefix vector.
     """
 
     path: str | None = None
@@ -36,7 +36,7 @@ class CaptionedImage:
 
 
 class _Images(Dataset):
-    """Reads and preprocesses one image an item: `(pixel_values, None)` or `(None, error)`."""
+    """Images that are read and preprocessed when indexed: `(pixel_values, None)` or `(None, error)`."""
 
     def __init__(self, images: Sequence, processor: ClipCapProcessor):
         self.images = images
@@ -49,7 +49,7 @@ class _Images(Dataset):
         try:
             image = load_image(self.images[index])
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
-        except (ValueError, OSError, MemoryError) as error:  # a data set's column raises what Pillow raises
+        except (ValueError, OSError, MemoryError) as error:  # a column of a data set raises Pillow's errors
             return None, str(error) or type(error).__name__
 
 
@@ -66,23 +66,23 @@ def caption_files(
 ) -> Iterator[CaptionedImage]:
     """Caption image files.
 
-    Under `torchrun` or `accelerate launch` the files are divided over the processes, batch by batch. Every process must
-    go through all results, and every one gets them all, in the order of `paths`.
+    Under `torchrun` or `accelerate launch` the processes divide the files, batch by batch. Each process must iterate
+    over all results; each gets all of them, in the order of `paths`.
 
     Args:
-        model ([`ClipCapForConditionalGeneration`]): The captioner, on the device that is to be used.
+        model ([`ClipCapForConditionalGeneration`]): The captioner, on the device to use.
         processor ([`ClipCapProcessor`]): Its processor.
         paths (`list[str]`): Image files.
         batch_size (`int`): Images that go through the model at once.
-        num_workers (`int`): Processes that read and resize images meanwhile; 0 reads them here.
+        num_workers (`int`): Processes that read and resize images; 0 does it in this process.
         prompt (`str`, *optional*): A beginning that every caption continues.
         progress (`bool`): Show a progress bar on standard error.
-        explain (`int`): Tell for each prefix vector so many of its nearest tokens, see
+        explain (`int`): How many nearest tokens to return for each prefix vector, see
             [`ClipCapForConditionalGeneration.interpret_prefix`].
         generate_kwargs: For `generate()`: `num_beams`, `num_return_sequences`, `max_new_tokens`, ...
 
     Yields:
-        [`CaptionedImage`]: One for each path, in order. A file that cannot be read has an error and stops nothing.
+        [`CaptionedImage`]: One for each path, in order. A file that cannot be read gets an error and stops nothing.
     """
     process = process_state()
     stride = process.num_processes * batch_size
@@ -114,9 +114,9 @@ def caption_images(
     explain: int = 0,
     **generate_kwargs,
 ) -> Iterator[CaptionedImage]:
-    """Caption images of any sequence, such as a column of a data set, that are fetched by index when their turn comes.
+    """Caption the images of any sequence, such as a column of a data set. Each is fetched by its index when needed.
 
-    Takes what [`caption_files`] takes, but that `images` may be PIL images, paths or URLs.
+    The arguments are those of [`caption_files`], except that `images` may be PIL images, paths or URLs.
 
     Yields:
         [`CaptionedImage`]: One for each image, in order, without a path.
@@ -126,7 +126,7 @@ def caption_images(
     read = _Images(images, processor)
     first, *others = _growing_batches(len(images), batch_size) or [range(0)]
     loader = DataLoader(read, batch_sampler=others, num_workers=num_workers, collate_fn=list)
-    # The first is read here: its caption is there before the workers have started.
+    # Read the first batch here, so that its captions need not wait for the workers to start.
     batches = chain([[read[index] for index in first]], loader)
     fits = batch_size
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
@@ -142,7 +142,7 @@ def caption_images(
 
 
 def _growing_batches(images: int, batch_size: int) -> list[range]:
-    """Indices of batches that begin small, so that the first captions are there at once."""
+    """Return the indices of each batch. The first batches are small, so that the first captions come soon."""
     batches, start, size = [], 0, 1
     while start < images:
         batches.append(range(start, min(start + size, images)))
@@ -151,7 +151,7 @@ def _growing_batches(images: int, batch_size: int) -> list[range]:
 
 
 def _caption_what_fits(pixels: list, fits: int, caption: Callable[[list], list]) -> tuple[list, int]:
-    """The captions of a batch, taken in halves for as long as memory does not do, and the size that then fitted."""
+    """Caption a batch, halving it until it fits into memory; return the captions and the size that fitted."""
     captioned = []
     while len(captioned) < len(pixels):
         part = pixels[len(captioned) : len(captioned) + fits]
@@ -163,9 +163,9 @@ def _caption_what_fits(pixels: list, fits: int, caption: Callable[[list], list])
             fits = len(part) // 2
         else:
             continue
-        # Out here, where the error no longer holds on to what filled the memory.
+        # Outside of `except`: the error no longer keeps the tensors that filled the memory alive.
         clear_device_cache(garbage_collection=True)
-        logger.warning(f"{len(part)} images do not fit into memory at once; going on with {fits}.")
+        logger.warning(f"{len(part)} images do not fit into memory at once; continuing with {fits}.")
     return captioned, fits
 
 
@@ -193,7 +193,7 @@ def caption_pixels(
     # Convolutional towers are twice as fast with channels last.
     pixel_values = torch.stack(list(pixels)).to(model.device, memory_format=torch.channels_last)
     with torch.no_grad():
-        image_outputs = model.get_image_features(pixel_values, return_dict=True)  # once, for caption and explanation
+        image_outputs = model.get_image_features(pixel_values, return_dict=True)  # once, for captions and explanation
     results = [CaptionedImage() for _ in pixels]
     if explain:  # first, since beam search repeats the prefix in place
         found = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
@@ -225,13 +225,13 @@ def caption_embeds(
     progress: bool = True,
     **generate_kwargs,
 ) -> list[str]:
-    """The best caption of each CLIP embedding.
+    """Return the best caption of each CLIP embedding.
 
     Args:
         model ([`ClipCapForConditionalGeneration`]): The captioner.
         processor ([`ClipCapProcessor`]): Its processor.
-        clip_embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): From `model.get_clip_embeds`; of patches
-            `(images, patches, clip_embed_dim)`.
+        clip_embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): From `model.get_clip_embeds`; for patches
+            of shape `(images, patches, clip_embed_dim)`.
         batch_size (`int`): Embeddings that go through the model at once.
         progress (`bool`): Show a progress bar on standard error.
         generate_kwargs: For `generate()`.
@@ -260,20 +260,20 @@ def embed_images(
     progress: bool = True,
     desc: str = "Embedding",
 ) -> torch.Tensor:
-    """CLIP embeddings of images, each encoded once.
+    """Embed images with the vision tower, each once.
 
     Args:
         model ([`ClipCapForConditionalGeneration`]): A captioner with a vision tower.
         processor ([`ClipCapProcessor`]): Its processor.
         images (sequence): Images, paths or URLs, for example the `image` column of a data set.
-        batch_size (`int`): Images that go through the tower at once. Small batches stay in a CPU's cache; an accelerator
-            wants more.
+        batch_size (`int`): Images that go through the tower at once. Small batches stay in a CPU's cache; use larger
+            ones on an accelerator.
         progress (`bool`): Show a progress bar on standard error.
         desc (`str`): What the progress bar says.
 
     Returns:
-        `torch.Tensor` of shape `(images, clip_embed_dim)`, or of patches `(images, clip_length, clip_embed_dim)`, on the
-        CPU.
+        `torch.Tensor` of shape `(images, clip_embed_dim)`, or `(images, clip_length, clip_embed_dim)` for patches, on
+        the CPU.
     """
     embeds = []
     with torch.inference_mode(), tqdm(total=len(images), unit="image", desc=desc, disable=not progress) as bar:

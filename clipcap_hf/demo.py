@@ -33,23 +33,23 @@ METRICS = ("exact_match", "cider")
 def run_demo(
     out: str | Path, language: str = "en", seed: int = 0, epochs: float = 8, limit: int | None = None
 ) -> dict:
-    """Train a captioner of emoji on the embedded image tower, score it beside baselines, and save it.
+    """Train a captioner of emoji on the embedded image tower, score it next to baselines, and save it.
 
     Args:
-        out (`str` or `Path`): Folder for `model/`, `scores.json` and `captions.png`; made if need be.
-        language (`str`): Of the captions, `"en"` or `"ja"`.
-        seed (`int`): Of the new weights and the order of training. The same seed gives the same model on the same
-            machine.
+        out (`str` or `Path`): Folder for `model/`, `scores.json` and `captions.png`; created if it does not exist.
+        language (`str`): Language of the captions, `"en"` or `"ja"`.
+        seed (`int`): Seed of the new weights and of the order of training. The same seed gives the same model on the
+            same machine.
         epochs (`float`): Passes over the 11,000 training images.
-        limit (`int`, *optional*): Use about so many images of each split, evenly spread, for a quick look.
+        limit (`int`, *optional*): Use about this many images of each split, evenly spread, for a quick look.
 
     Returns:
-        `dict`: What `scores.json` holds: for each test split the scores of the captioner and of both baselines.
+        `dict`: The contents of `scores.json`: for each test split the scores of the captioner and of both baselines.
     """
     from transformers import set_seed
 
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made should fail before the training
     started = time.monotonic()
 
     tower = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI)
@@ -84,7 +84,7 @@ def run_demo(
 
 
 def embed_splits(model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, data) -> dict[str, torch.Tensor]:
-    """Normalised embeddings (images, clip_embed_dim) of the training and the test splits."""
+    """Embed the training and test splits: normalised, (images, clip_embed_dim)."""
     return {
         split: F.normalize(embed_images(model, processor, data[split]["image"], desc=f"Encoding {split}"), dim=-1)
         for split in ("train", *TEST_SPLITS)
@@ -99,7 +99,7 @@ def caption_and_score(
     language: str,
     num_beams: int = 3,
 ) -> tuple[dict[str, list[str]], dict[str, dict]]:
-    """Captions of each test split, and their scores beside the baselines."""
+    """Caption each test split, and score the captions next to the baselines."""
     captions, scores = {}, {}
     for split in TEST_SPLITS:
         captions[split] = caption_embeds(model, processor, embeds[split], num_beams=num_beams)
@@ -111,15 +111,16 @@ def caption_and_score(
 
 
 class DesignShift:
-    """Embeddings as other designers might have made them: each is moved the way that another thing's embedding moves from
-    one design to another, so that the captioner learns what designers change and what they do not.
+    """Shift embeddings as if another designer had drawn the image.
 
-    It is the transform of a data set with the columns `index` and `captions`; each row is moved anew each time it is read,
-    by torch's generator. In a trial with one training design held out it did neither good nor harm to that design.
+    Each embedding moves the way that the embedding of some other thing moves from one design to another, so that the
+    captioner learns what designers change and what they keep. Use it as the transform of a data set with the columns
+    `index` and `captions`. Each read of a row draws a new shift from torch's generator. In a trial with one training
+    design held out, it neither helped nor harmed on that design.
 
     Args:
         embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Normalised embeddings.
-        names (`list[str]`): What each image shows. The same name in several designs gives the moves.
+        names (`list[str]`): What each image shows. The shifts come from names that several designs share.
     """
 
     def __init__(self, embeds: torch.Tensor, names: list[str]):
@@ -127,7 +128,7 @@ class DesignShift:
         for index, name in enumerate(names):
             by_name.setdefault(name, []).append(index)
         self.embeds = embeds
-        # An image and itself: no move. So there always is one.
+        # The pair of an image and itself is no shift; it stands in where no design shares a name.
         pairs = [pair for group in by_name.values() for pair in itertools.permutations(group, 2)]
         self.pairs = torch.tensor(pairs or [(0, 0)])
 
@@ -140,7 +141,7 @@ class DesignShift:
 
 
 def training_data(embeds: torch.Tensor, captions: list[list[str]]):
-    """A data set of `clip_embeds`, moved by [`DesignShift`], and `captions`."""
+    """Make a data set of `clip_embeds`, shifted by [`DesignShift`], and `captions`."""
     from datasets import Dataset
 
     data = Dataset.from_dict({"index": list(range(len(embeds))), "captions": list(captions)})
@@ -148,7 +149,7 @@ def training_data(embeds: torch.Tensor, captions: list[list[str]]):
 
 
 def train_tokenizer(captions, vocab_size: int = 3000):
-    """A byte-level BPE tokenizer of the captions; it needs no spaces between words, so it serves Japanese too."""
+    """Train a byte-level BPE tokenizer on the captions. It needs no spaces between words, so it works for Japanese."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -164,7 +165,7 @@ def train_tokenizer(captions, vocab_size: int = 3000):
 def new_captioner(
     vision_tower, processor: ClipCapProcessor, hidden_size: int = 192, num_layers: int = 3
 ) -> ClipCapForConditionalGeneration:
-    """A mapping network and a small GPT-2, both with random weights, on a trained image tower."""
+    """Build a mapping network and a small GPT-2, both with random weights, on a trained image tower."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = processor.tokenizer
@@ -184,8 +185,8 @@ def new_captioner(
     )
     model.generation_config.max_new_tokens = 40  # the longest name has 20; the rest of the context is for a prompt
     with torch.no_grad():
-        # Each entry of a normalised embedding is tiny. Begin as if they had a variance of 1, or the mapping network takes
-        # a thousand steps to get there.
+        # The entries of a normalised embedding are tiny. Scale as if their variance were 1, or the mapping network
+        # needs a thousand steps to learn it.
         model.mapping_network.fc1.weight *= model.config.clip_embed_dim**0.5
     return model
 
@@ -200,9 +201,9 @@ def train(
     learning_rate: float = 2e-3,
     embeds_noise: float = 0.02,
 ) -> list[float]:
-    """Train on a data set with `clip_embeds` and `captions`; returns the loss of each epoch.
+    """Train on a data set with `clip_embeds` and `captions`, and return the loss of each epoch.
 
-    Small batches and so many steps: at this size the number of steps is what counts.
+    Batches are small because at this size the number of steps matters most.
     """
     from transformers import Seq2SeqTrainingArguments
 
@@ -226,25 +227,25 @@ def train(
             model=model,
             args=arguments,
             train_dataset=data,
-            # The first reference is the name; alternative names would only blur what is to be learned in minutes.
+            # The first reference is the name; alternative names would only make the few minutes of training harder.
             data_collator=CaptioningCollator(processor, sample_captions=False, embeds_noise=embeds_noise),
             processing_class=processor,
         )
         trainer.train()
-    model.config.use_cache = True  # Trainer switches the cache off in what is saved
+    model.config.use_cache = True  # Trainer switches the cache off in the saved config
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def score_beside_baselines(captions, embeds, references, train_embeds, train_captions, language) -> dict:
-    """Exact match (percent) and CIDEr (times 100) of the captions and of two baselines that need no captioner.
+    """Score the captions and two baselines without a captioner, by exact match (percent) and CIDEr (times 100).
 
     Args:
-        captions (`list[str]`): The captioner's.
+        captions (`list[str]`): The captioner's captions.
         embeds (`torch.Tensor` of shape `(images, clip_embed_dim)`): Normalised embeddings of the images.
-        references (`list[list[str]]`): Of each image, its name first.
+        references (`list[list[str]]`): Names of each image, the main name first.
         train_embeds (`torch.Tensor` of shape `(training images, clip_embed_dim)`): Normalised.
-        train_captions (`list[list[str]]`): Of each training image, its name first.
+        train_captions (`list[list[str]]`): Names of each training image, the main name first.
         language (`str`): `"en"` is scored in words, `"ja"` in characters.
     """
     nearest, _ = nearest_images(embeds, train_embeds)
@@ -262,7 +263,7 @@ def score_beside_baselines(captions, embeds, references, train_embeds, train_cap
 
 
 def _save(out: Path, model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, report: dict):
-    # Whatever an earlier run left is replaced only once the new files are complete.
+    # The files of an earlier run are replaced only once the new ones are complete.
     with tempfile.TemporaryDirectory(dir=out) as folder:
         temporary = Path(folder)
         model.save_pretrained(temporary / "model")
@@ -275,7 +276,7 @@ def _save(out: Path, model: ClipCapForConditionalGeneration, processor: ClipCapP
 
 
 def summary(out: Path, report: dict) -> str:
-    """The scores as a table, and how to use the captioner."""
+    """Return the scores as a table, and how to use the captioner."""
     lines = []
     for split, systems in report["scores"].items():
         lines.append(f"{SPLIT_TITLES[split]}, {len(report['captions'][split])} images")

@@ -1,6 +1,6 @@
-"""Captioners as ONNX graphs, and captions from them with onnxruntime alone.
+"""Export captioners as ONNX graphs, and caption with onnxruntime alone.
 
-transformers' own `OnnxExporter` writes the language model and leaves tower and mapping network out, hence this file.
+transformers' own `OnnxExporter` writes the language model only, without tower and mapping network, hence this file.
 """
 
 import os
@@ -26,7 +26,7 @@ ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 
 
 class _Encoder(nn.Module):
-    """Tower and mapping network; the mapping network alone for a captioner that is fed with embeddings."""
+    """Tower and mapping network, or the mapping network alone if the captioner has no tower."""
 
     def __init__(self, model: ClipCapForConditionalGeneration):
         super().__init__()
@@ -38,7 +38,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """The language model after so many tokens of cache, which may be none, on a prefix and tokens, either of which may be."""
+    """One decoding step on a cache of any length; prefix and tokens may each be empty."""
 
     def __init__(self, language_model: nn.Module):
         super().__init__()
@@ -53,7 +53,7 @@ class _Decoder(nn.Module):
         past_length, length = past[0].shape[-2], embeds.shape[1]
         positions = past_length + torch.arange(length)
         hidden = torch.arange(past_length + length) > positions.unsqueeze(-1)
-        # Every row is as long as every other, so the mask is the causal one; made here, it holds for any length.
+        # All rows have the same length, so the mask is the causal one. Built here, it fits any length.
         mask = torch.zeros(hidden.shape, dtype=embeds.dtype).masked_fill(hidden, torch.finfo(embeds.dtype).min)
         outputs = self.language_model(
             inputs_embeds=embeds,
@@ -75,28 +75,29 @@ def export_onnx(
     int8: bool = False,
 ) -> Path:
     r"""
-    Write a captioner as two ONNX graphs with all that [`OnnxCaptioner`] needs to caption with them.
+    Write a captioner as two ONNX graphs, with everything else that [`OnnxCaptioner`] needs.
 
-    `encoder.onnx` makes the prefix (batch, prefix_length, hidden) of `pixel_values` (batch, 3, height, width), or of
-    `clip_embeds` (batch, clip_embed_dim) where the captioner has no tower. `decoder.onnx` takes `prefix`, `input_ids`
-    (batch, tokens) and `past.0` ... (batch, heads, past, head size), keys and values in turn, and gives the `logits`
-    (batch, vocabulary) of the next token and `present.0` ... for the next call. A first call has a past of length 0,
-    later ones have a prefix of length 0. Needs `pip install onnx onnx_ir onnxscript onnxruntime`.
+    `encoder.onnx` turns `pixel_values` (batch, 3, height, width), or `clip_embeds` (batch, clip_embed_dim) if the
+    captioner has no tower, into the prefix (batch, prefix_length, hidden). `decoder.onnx` takes `prefix`, `input_ids`
+    (batch, tokens) and `past.0` ... (batch, heads, past, head size), alternating keys and values. It returns the
+    `logits` (batch, vocabulary) of the next token, and `present.0` ... for the next call. The first call has a past of
+    length 0, later calls have a prefix of length 0. Needs `pip install onnx onnx_ir onnxscript onnxruntime`.
 
     Args:
-        model ([`ClipCapForConditionalGeneration`]): In `torch.float32`; it is exported on the CPU, without dropout.
-        processor ([`ClipCapProcessor`]): Its processor, which is saved beside the graphs.
-        folder (`str` or `Path`): For the files; must not exist.
-        int8 (`bool`): Store the weights of matrix products in 8 bits and quantise activations as they come.
-            `examples/benchmark_onnx.py` measures what that costs and gains.
+        model ([`ClipCapForConditionalGeneration`]): The captioner, in `torch.float32`. It is exported on the CPU,
+            without dropout.
+        processor ([`ClipCapProcessor`]): Its processor, which is saved next to the graphs.
+        folder (`str` or `Path`): Folder to write; must not exist.
+        int8 (`bool`): Store the weights of matrix products in 8 bits and quantise activations dynamically.
+            `examples/benchmark_onnx.py` measures the effect on scores and speed.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ImportError: If onnx, onnxscript or onnxruntime are absent.
-        ValueError: If the folder exists, the weights are not float32, or the language model keeps something other than
-            keys and values between tokens (Mamba and other recurrent ones).
+        ImportError: If onnx, onnxscript or onnxruntime is not installed.
+        ValueError: If the folder exists, the weights are not float32, or the language model caches something other
+            than keys and values (Mamba and other recurrent ones).
     """
     folder = Path(folder)
     if folder.exists():
@@ -144,14 +145,14 @@ def _export_graphs(model: ClipCapForConditionalGeneration, processor: ClipCapPro
         name, inputs = "pixel_values", processor.image_processor([blank] * 2, return_tensors="pt")["pixel_values"]
     _export(_Encoder(model), (inputs,), ({0: batch},), [name], ["prefix"], folder / ENCODER)
 
-    # Lengths in the sample that are all different, so that none is taken for another.
+    # All lengths of the sample differ, so that the exporter confuses none with another.
     prefix = torch.randn(2, 3, config.text_config.get_text_config().hidden_size)
     cache = DynamicCache()
     model.language_model(inputs_embeds=torch.cat([prefix, prefix[:, :2]], 1), use_cache=True, **{CACHE: cache})
     layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if not layers or any(tensor is None for layer in layers for tensor in layer):
         raise ValueError(
-            f"The cache of a `{config.text_config.model_type}` is not one of keys and values, which ONNX export is for."
+            f"The cache of a `{config.text_config.model_type}` does not hold keys and values, which ONNX export needs."
         )
     past = [tensor for layer in layers for tensor in layer]
     dynamic = (
@@ -169,8 +170,8 @@ def _export_graphs(model: ClipCapForConditionalGeneration, processor: ClipCapPro
 
 def _export(module: nn.Module, inputs: tuple, dynamic: tuple, input_names: list, output_names: list, path: Path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself
-        # Traced here: left to itself the ONNX exporter falls back to ways that fix sizes without a word.
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        # Trace here: on its own, the ONNX exporter silently falls back to methods that fix the sizes.
         traced = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic, strict=False)
         program = torch.onnx.export(
             traced, dynamo=True, input_names=input_names, output_names=output_names, verbose=False
@@ -185,7 +186,7 @@ def _quantize(folder: Path):
     umask = os.umask(0)
     os.umask(umask)
     for name in (ENCODER, DECODER):
-        # Convolutions stay as they are: onnxruntime has no fast kernel for dynamically quantised ones.
+        # Leave convolutions alone: onnxruntime has no fast kernel for dynamically quantised ones.
         model = onnx.load(folder / name)
         for file in folder.glob(f"{name}*"):
             file.unlink()
@@ -198,17 +199,19 @@ def _quantize(folder: Path):
             use_external_data_format=True,
         )
         for file in folder.glob(f"{name}*"):
-            file.chmod(0o666 & ~umask)  # onnxruntime writes weights for their owner alone
+            file.chmod(0o666 & ~umask)  # onnxruntime makes them readable by their owner only
 
 
 class OnnxCaptioner:
     r"""
-    Greedy captions from a folder that [`export_onnx`] wrote, by onnxruntime: those of `generate(num_beams=1, do_sample=False)`.
+    Caption greedily with onnxruntime, from a folder that [`export_onnx`] wrote.
+
+    The captions are those of `generate(num_beams=1, do_sample=False)`.
 
     Args:
-        folder (`str` or `Path`): The folder.
+        folder (`str` or `Path`): The folder with the graphs.
         providers (`list`, *optional*): onnxruntime's execution providers; `["CPUExecutionProvider"]` by default.
-        session_options (`onnxruntime.SessionOptions`, *optional*): Number of threads and so on.
+        session_options (`onnxruntime.SessionOptions`, *optional*): Number of threads and other settings.
 
     Example:
 
@@ -217,7 +220,8 @@ class OnnxCaptioner:
     >>> captioner(["drawing-1.png", "drawing-2.png"])  # doctest: +SKIP
     ['red heart', 'woman running']
 
-    ```"""
+    ```
+    """
 
     def __init__(self, folder: str | Path, providers: list | None = None, session_options=None):
         _require_onnx()
@@ -243,17 +247,18 @@ class OnnxCaptioner:
         max_new_tokens: int | None = None,
         batch_size: int = 32,
     ) -> list[str]:
-        """
+        """Caption images or embeddings.
+
         Args:
-            images (list of images, paths or URLs, *optional*): What to caption.
-            clip_embeds (`np.ndarray` of shape `(images, clip_embed_dim)`, *optional*): In place of images, for a captioner
-                without a tower.
+            images (list of images, paths or URLs, *optional*): Images to caption.
+            clip_embeds (`np.ndarray` of shape `(images, clip_embed_dim)`, *optional*): Embeddings to caption, if the
+                captioner has no tower.
             prompt (`str`, *optional*): A beginning that every caption continues.
-            max_new_tokens (`int`, *optional*): Longest caption, in tokens; that of the generation config by default.
-            batch_size (`int`): Images at once.
+            max_new_tokens (`int`, *optional*): Longest caption, in tokens; by default as in the generation config.
+            batch_size (`int`): Images per batch.
 
         Returns:
-            `list[str]`: A caption for each, prompt included.
+            `list[str]`: A caption for each, including the prompt.
         """
         (name,) = (graph_input.name for graph_input in self.encoder.get_inputs())
         rows = {"pixel_values": images, "clip_embeds": clip_embeds}[name]
@@ -276,7 +281,7 @@ class OnnxCaptioner:
         return captions
 
     def _prefix_bounds(self, input_ids: np.ndarray) -> tuple[int, int]:
-        # Every row has the same text, hence the placeholders in the same place.
+        # All rows have the same text, so the placeholders are in the same place.
         start = int((input_ids[0] == self.config.image_token_id).argmax())
         return start, start + self.config.prefix_length
 
@@ -287,9 +292,18 @@ class OnnxCaptioner:
         max_new_tokens: int | None = None,
         start_ids: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Token ids (batch, start + prompt + caption), padded after the end token, that continue a prefix (batch,
-        prefix_length, hidden) and the ids of a prompt (batch, prompt), which may have length 0. `start_ids` (batch, start) are
-        those of text in front of the prefix, which a `prompt_template` may have."""
+        """Continue a prefix and a prompt greedily.
+
+        Args:
+            prefix (`np.ndarray` of shape `(batch, prefix_length, hidden)`): From `encoder.onnx`.
+            input_ids (`np.ndarray` of shape `(batch, prompt)`): Ids of the prompt, which may have length 0.
+            max_new_tokens (`int`, *optional*): Longest caption, in tokens; by default as in the generation config.
+            start_ids (`np.ndarray` of shape `(batch, start)`, *optional*): Ids of the text before the prefix, which a
+                `prompt_template` may have.
+
+        Returns:
+            `np.ndarray` of shape `(batch, start + prompt + caption)`: Token ids, padded after the end token.
+        """
         if start_ids is None:
             start_ids = input_ids[:, :0]
         max_new_tokens = max_new_tokens or self.generation_config.max_new_tokens
@@ -298,8 +312,8 @@ class OnnxCaptioner:
         given, context = start_ids.shape[1] + prefix.shape[1] + input_ids.shape[1], self.context
         if context is not None and given + max_new_tokens > context:
             raise ValueError(
-                f"`max_new_tokens` is {max_new_tokens}, but after {given} tokens of prefix and prompt the language model's "
-                f"context of {context} leaves room for {max(context - given, 0)}."
+                f"`max_new_tokens` is {max_new_tokens}, but after {given} tokens of prefix and prompt the language "
+                f"model's context of {context} leaves room for {max(context - given, 0)}."
             )
         eos_token_id = self.generation_config.eos_token_id
         end_ids = [] if eos_token_id is None else np.atleast_1d(eos_token_id)

@@ -1,4 +1,4 @@
-"""The optional packages, as the extras of setup.cfg name them."""
+"""Optional packages: how to install the extras that setup.cfg names."""
 
 import shlex
 from importlib.metadata import PackageNotFoundError, requires
@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 
 def install_hint(extra: str) -> str:
     """
-    Return the command that installs the packages of an extra, with or without a clone of the repository at hand.
+    Return the command that installs the packages of an extra, with or without a clone of the repository.
 
     ```python
     >>> from clipcap_hf.extras import install_hint
@@ -19,7 +19,7 @@ def install_hint(extra: str) -> str:
     """
     try:
         requirements = [Requirement(line) for line in requires("clipcap-hf") or ()]
-    except PackageNotFoundError:  # run from a clone that is not installed
+    except PackageNotFoundError:  # running from a clone that is not installed
         return f"pip install '.[{extra}]'"
     # An extra's requirements have the marker `extra == "NAME"`.
     chosen = [each for each in requirements if each.marker and each.marker.evaluate({"extra": extra})]

@@ -1,4 +1,4 @@
-"""Files on disk: find images, write a file whole or not at all, and name the first few of many."""
+"""Files on disk: find images, write files whole or not at all, and list the first few of many names."""
 
 import glob
 import os
@@ -17,9 +17,9 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a scratch file to write; it takes the place of `path` only once it is complete and on the disk.
+    """Yield a scratch file to write; it replaces `path` only once it is complete and on the disk.
 
-    If the block fails, or the process is killed, `path` stays as it was. Missing folders are made.
+    If the block fails or the process is killed, `path` stays as it was. Missing folders are created.
 
     ```python
     >>> import tempfile
@@ -42,7 +42,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         yield scratch
         umask = os.umask(0)
         os.umask(umask)
-        scratch.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
+        scratch.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
         sync(scratch)
         os.replace(scratch, path)
     except BaseException:
@@ -53,7 +53,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike):
-    """Put a file or folder on the disk, so that a power loss after a rename cannot leave it empty."""
+    """Flush a file or folder to the disk, so that a power loss after a rename cannot leave it empty."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -74,7 +74,7 @@ def write_text(path: str | os.PathLike, text: str):
 
 @contextmanager
 def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes that ask for the same lock out of a folder. The lock of a killed process ends with it.
+    """Lock a folder against other processes that ask for the same lock. A killed process loses its lock.
 
     Raises:
         ValueError: If another process holds the lock; the message names it.
@@ -88,7 +88,7 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     with open(path, "a+", encoding="utf-8") as file:
         if fcntl is not None:
             try:
-                # A lock of the process itself: worker processes that outlive it for a moment do not hold it.
+                # The lock belongs to this process: workers that outlive it for a moment do not hold it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 file.seek(0)
@@ -98,7 +98,7 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
                 ) from None
             except OSError:
                 pass  # a file system without locks
-        with suppress(OSError):  # on a full disk the lock holds without a name
+        with suppress(OSError):  # on a full disk the lock holds, but names no holder
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -109,15 +109,15 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def check_file(path: str | os.PathLike, what: str = "file"):
-    """Make sure that a path is a file with its content.
+    """Check that a path is a regular file and not a Git LFS pointer.
 
     Args:
         path (`str` or path): The file.
-        what (`str`): What it is called in messages.
+        what (`str`): Name of its kind in messages.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is a folder, a pipe or a device, or Git LFS left a pointer in its place.
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is a folder, a pipe, a device or a Git LFS pointer.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no {what} {path}.")
@@ -131,7 +131,7 @@ def check_file(path: str | os.PathLike, what: str = "file"):
 
 
 def listed(items: Sequence, most: int = 5) -> str:
-    """Name the first few items, and say how many more there are.
+    """List the first few items, and say how many more there are.
 
     ```python
     >>> from clipcap_hf.files import listed
@@ -145,7 +145,7 @@ def listed(items: Sequence, most: int = 5) -> str:
 
 
 def _files_below(folder: str, errors: list[str]) -> list[Path]:
-    """All files in a folder and its subfolders; a subfolder that cannot be read becomes an error."""
+    """Return all files in a folder and its subfolders; a subfolder that cannot be read becomes an error."""
 
     def note(error: OSError):
         errors.append(f"{error.filename}: the folder cannot be read ({error.strerror})")
@@ -156,10 +156,10 @@ def _files_below(folder: str, errors: list[str]) -> list[Path]:
 
 
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
-    """Find the image files that paths, folders (searched recursively) and glob patterns name, in order, each once.
+    """Find the image files of paths, folders (searched recursively) and glob patterns, in order and each once.
 
     Returns:
-        `(paths, errors)`: each error says which argument names no image.
+        `(paths, errors)`: each error names an argument without images.
     """
     from .model.images_clipcap import raster_formats  # here, since it imports torch
 

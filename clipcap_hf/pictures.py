@@ -18,15 +18,15 @@ def draw_captions(
     per_split: int = 18,
     columns: int = 6,
 ):
-    """Draw a grid of images, evenly spread over each split, with caption (green where right) and reference below each.
+    """Draw a grid of images from each split, with caption (green if correct) and reference below each.
 
     Args:
         path (`str` or `Path`): The PNG file to write.
-        data (`Mapping`): The rows of each split, with `image` and `captions`.
-        captions (`Mapping[str, list[str]]`): The captioner's caption of each row.
+        data (`Mapping`): Rows of each split, with the columns `image` and `captions`.
+        captions (`Mapping[str, list[str]]`): The captioner's caption for each row.
         titles (`Mapping[str, str]`, *optional*): Titles of the splits.
-        per_split (`int`): Images to draw of each split.
-        columns (`int`): Images in a row of the grid.
+        per_split (`int`): Images to draw from each split, evenly spread.
+        columns (`int`): Images per row of the grid.
     """
     cell_width, cell_height, size, margin = 270, 206, 128, 10
     picked = {split: _evenly(len(texts), per_split) for split, texts in captions.items()}
@@ -34,7 +34,7 @@ def draw_captions(
     title_height = 34
     grid = Image.new("RGB", (columns * cell_width, rows * cell_height + len(captions) * title_height), "white")
     draw = ImageDraw.Draw(grid)
-    # The basic layout draws whatever an untrained captioner may write; the other one refuses some texts.
+    # The basic layout draws any text that an untrained captioner may write; Raqm refuses some.
     font, title_font = (
         ImageFont.truetype(str(FONT), points, layout_engine=ImageFont.Layout.BASIC) for points in (13, 18)
     )
@@ -71,15 +71,15 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def draw_curve(path: str | Path, log_history: list[dict], metric: str = "cider") -> bool:
-    """Draw the losses and a metric over the steps of training.
+    """Draw the losses and a metric over the training steps.
 
     Args:
         path (`str` or `Path`): The PNG file to write.
         log_history (`list[dict]`): `trainer.state.log_history`.
-        metric (`str`): What evaluation logged as `eval_METRIC`.
+        metric (`str`): Metric that evaluation logged as `eval_METRIC`.
 
     Returns:
-        `bool`: Whether the curve was drawn: it needs matplotlib.
+        `bool`: Whether the curve was drawn, which needs matplotlib.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""This process: its place among those that `torchrun` started, and the memory that it keeps."""
+"""This process: its rank among those that `torchrun` started, and the memory that it keeps."""
 
 import atexit
 import ctypes
@@ -14,10 +14,10 @@ LARGEST = 2**31 - 1
 
 
 def process_state():
-    """accelerate's `PartialState`: of this process alone, or of all that share the work."""
+    """Return the `PartialState` of accelerate, for this process alone or for all that share the work."""
     from accelerate import PartialState
 
-    # The fastest process waits for the slowest at the end, perhaps for hours.
+    # At the end the fastest process waits for the slowest, perhaps for hours.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     leave_at_exit()
     return state
@@ -30,20 +30,21 @@ def leave_at_exit():
 
 
 def _leave():
-    if hasattr(sys, "last_value"):  # after an error the others may wait in a collective, and NCCL would wait for them
+    # After an error the other processes may hang in a collective, and NCCL would wait for them.
+    if hasattr(sys, "last_value"):
         return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, for the next step, rather than give it back to the system.
+    """Let the C library keep freed memory for the next step instead of returning it to the system.
 
-    Gradients and activations are freed and allocated again in every training step; fetched from the system each time, page by
-    page, they cost a CPU up to a sixth of the step. The process stays as large as it once was.
+    Every training step frees and allocates gradients and activations. Fetching that memory from the system again, page
+    by page, costs a CPU up to a sixth of the step. In exchange, the process never shrinks.
 
     Returns:
-        `bool`: Whether this could be had, which is so with glibc (Linux).
+        `bool`: Whether the C library can do this; glibc (Linux) can.
     """
     if not sys.platform.startswith("linux"):
         return False

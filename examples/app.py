@@ -1,7 +1,7 @@
-"""A captioner as a page in the browser, ready to be a Space: set CAPTIONER to a Hub id.
+"""Serve a captioner as a page in the browser, on this machine or as a Space; set CAPTIONER to a Hub id.
 
-On the Hub: a Gradio Space with this file as app.py, and a requirements.txt with one line, clipcap-hf[serve].
-Here: python examples/app.py
+On the Hub: make a Gradio Space with this file as app.py, and a requirements.txt with the line clipcap-hf[serve].
+On this machine: python examples/app.py
 """
 
 import os
@@ -18,6 +18,6 @@ processor = ClipCapProcessor.from_pretrained(CAPTIONER)
 app = build_app(model, processor, title="Image captioning with ClipCap")
 
 if __name__ == "__main__":
-    # A Space tells gradio by GRADIO_SERVER_NAME where to listen.
+    # A Space sets GRADIO_SERVER_NAME to tell gradio where to listen.
     launch(app, host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     app.block_thread()

@@ -1,4 +1,4 @@
-"""How fast this machine captions, at real sizes with random weights: the same as `clipcap benchmark`.
+"""Measure how fast this machine captions, at real sizes with random weights: the same as `clipcap benchmark`.
 
 python examples/benchmark.py --language-model gpt2 --repeats 3 --out clipcap-benchmark
 """

@@ -1,7 +1,8 @@
-"""Measure `clipcap_hf.data.embed` against a loop of one image at a time: `python examples/benchmark_embedding.py`.
+"""Compare `clipcap_hf.data.embed` with a loop over single images: `python examples/benchmark_embedding.py`.
 
-ViT-B/32 with random weights on JPEGs of 640x480 made here. The loop computes in float32, `embed` in that and, where the device is
-faster so, in 16 bits, which is its default. The ways are timed by turns, and medians are reported.
+A ViT-B/32 with random weights embeds JPEGs of 640x480 that are made here. The loop computes in float32; `embed` in
+float32 and, if the device is faster with them, in 16 bits, which is its default. All are timed in turns, and medians
+are reported.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def make_images(folder: Path, count: int) -> list[str]:
     random = np.random.default_rng(0)
     paths = []
     for number in range(count):
-        # Smooth colours with some noise, so that the files have the size of photographs.
+        # Smooth colours with some noise give files as large as photographs.
         coarse = PILImage.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480))
         noisy = np.asarray(coarse, dtype=np.int16) + random.integers(-12, 13, (480, 640, 3), dtype=np.int16)
         paths.append(str(folder / f"{number}.jpg"))
@@ -85,8 +86,9 @@ def main():
     for dtype, values in rates.items():
         ratio = statistics.median(new / old for new, old in zip(values, slow))
         print(
-            f"embed in {dtype}: {statistics.median(values):.1f} images/s ({', '.join(f'{rate:.1f}' for rate in values)}), "
-            f"{ratio:.2f} times as fast; lowest cosine similarity with the loop's {similarity[dtype]:.6f}"
+            f"embed in {dtype}: {statistics.median(values):.1f} images/s "
+            f"({', '.join(f'{rate:.1f}' for rate in values)}), {ratio:.2f} times as fast; "
+            f"lowest cosine similarity with the loop's embeddings {similarity[dtype]:.6f}"
         )
 
 

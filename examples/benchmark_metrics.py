@@ -1,4 +1,4 @@
-"""Times BLEU, ROUGE-L and CIDEr against pycocoevalcap's on made-up captions, and compares them image by image.
+"""Compare the speed and the scores of BLEU, ROUGE-L and CIDEr with pycocoevalcap's, on made-up captions.
 
 pip install 'clipcap-hf[metrics]'
 python examples/benchmark_metrics.py --images 40000
@@ -16,7 +16,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 
 def make_captions(images: int, references: int, seed: int = 0) -> tuple[list[str], list[list[str]]]:
-    """Captions of 8 to 14 words, with frequencies of words as in a language, that share half of them with their references."""
+    """Make captions of 8 to 14 words, half of them shared with the references; word frequencies follow a power law."""
     rng = random.Random(seed)
     words = [f"w{min(int(rng.paretovariate(0.6)), 9999)}" for _ in range(200_000)]
     captions, groups = [], []
@@ -29,7 +29,7 @@ def make_captions(images: int, references: int, seed: int = 0) -> tuple[list[str
 
 
 def timed(work):
-    """(result, seconds of CPU)"""
+    """Return the result, and the CPU seconds that it took."""
     start = time.process_time()
     return work(), time.process_time() - start
 
@@ -50,15 +50,16 @@ def main():
     theirs = {**{f"bleu_{order + 1}": bleu[order] for order in range(4)}, "rouge_l": rouge, "cider": cider}
     for name, values in theirs.items():
         difference = np.abs(ours[f"{name}_per_image"] - np.array(values)).max()
-        print(f"{name}: largest difference of an image {difference:.1e}")
+        print(f"{name}: largest difference for an image {difference:.1e}")
         if difference > 1e-9:
             raise SystemExit(f"{name} differs")
     their_seconds = bleu_seconds + rouge_seconds + cider_seconds
-    print(f"{arguments.images:,} captions with {arguments.references} references each, seconds of CPU:")
+    print(f"{arguments.images:,} captions with {arguments.references} references each, CPU seconds:")
     print(
-        f"pycocoevalcap {their_seconds:.1f} (BLEU {bleu_seconds:.1f}, ROUGE-L {rouge_seconds:.1f}, CIDEr {cider_seconds:.1f})"
+        f"pycocoevalcap {their_seconds:.1f} "
+        f"(BLEU {bleu_seconds:.1f}, ROUGE-L {rouge_seconds:.1f}, CIDEr {cider_seconds:.1f})"
     )
-    print(f"clipcap_hf    {seconds:.1f}, which is {their_seconds / seconds:.1f} times as fast")
+    print(f"clipcap_hf    {seconds:.1f}, {their_seconds / seconds:.1f} times as fast")
 
 
 if __name__ == "__main__":

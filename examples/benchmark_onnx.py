@@ -1,6 +1,7 @@
-"""Score and speed of emoji-mini in torch, in onnxruntime and in onnxruntime with int8 weights, greedy, on the CPU.
+"""Compare emoji-mini in torch, onnxruntime and onnxruntime with int8 weights: scores and speed, greedy, on the CPU.
 
-`pip install '.[onnx]' && python examples/benchmark_onnx.py` captions the 904 images of the split `new_caption` with each.
+`pip install '.[onnx]' && python examples/benchmark_onnx.py` captions the 904 images of the split `new_caption` with
+each.
 """
 
 import statistics
@@ -40,7 +41,7 @@ with tempfile.TemporaryDirectory() as folder:
     sizes = {path.name: sum(file.stat().st_size for file in path.glob("*.onnx*")) / 1e6 for path in (float32, int8)}
     captions = {name: [] for name in captioners}
     seconds = {name: [] for name in captioners}
-    # In turns, so that whatever else the machine does slows all alike.
+    # Take turns, so that other work on the machine slows all alike.
     for start in range(0, len(images), BATCH_SIZE):
         batch = images[start : start + BATCH_SIZE]
         for name, captioner in captioners.items():
@@ -52,7 +53,7 @@ for name in captioners:
     scores = score_captions(captions[name], references, metrics=("exact_match", "cider"), tokenizer="python")
     same = sum(a == b for a, b in zip(captions[name], captions["torch"])) / len(images)
     print(
-        f"{name:18} {1000 * statistics.median(seconds[name]):6.1f} ms an image, exact match {scores['exact_match']:.4f}, "
-        f"CIDEr {scores['cider']:.3f}, {same:.1%} of torch's captions"
+        f"{name:18} {1000 * statistics.median(seconds[name]):6.1f} ms per image, "
+        f"exact match {scores['exact_match']:.4f}, CIDEr {scores['cider']:.3f}, {same:.1%} of torch's captions"
     )
 print(", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()))

@@ -1,16 +1,16 @@
-"""Captions trained per second: `ClipCapTrainer` beside the official code's way of training, at the paper's size.
+"""Compare captions trained per second by `ClipCapTrainer` and by the official code's step, at the paper's size.
 
 python examples/benchmark_training.py --steps 6 --out training-speed.json
 
-Random weights of the real sizes: GPT-2 small, embeddings of ViT-B/32 (512), batches of 40 captions of 11.5 tokens on average,
-the end token included, the longest of the data set 20; the trainer groups captions of like length. The official way pads to
-the longest caption of the data set, computes logits for every position, prefix included, and gradients for every weight, frozen
-or not, and updates with a loop over the weights. Its attention and its mapping network are ours here, so the ratio says nothing
-of those. The steps of both take turns, each with a product of matrices that tells how fast the machine multiplies at that
-moment.
+Weights are random, sizes are real: GPT-2 small, embeddings of ViT-B/32 (512), batches of 40 captions of 11.5 tokens on
+average, including the end token, and at most 20. The trainer groups captions of similar length. The official step pads
+to the longest caption of the data set, computes logits for every position, including the prefix, and gradients for
+every weight, frozen or not, and updates with a loop over the weights. Attention and mapping network are ours in both,
+so the ratio does not cover them. The steps take turns, each with a matrix product that shows how fast the machine
+multiplies at that moment.
 
-On a CPU everything is measured twice: with the C library's memory as it is, and then keeping what is freed, as `clipcap train`
-does for itself and a script of one's own can (`clipcap_hf.processes.keep_freed_memory`). The official way gains the most by that.
+On a CPU everything is measured twice: with the C library's default, and then keeping freed memory, as `clipcap train`
+does and any script can (`clipcap_hf.processes.keep_freed_memory`). The official step gains the most from it.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import time
 import clipcap_hf  # noqa: F401  (before transformers)
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor, ClipCapTrainer
+from clipcap_hf.files import write_text
 from clipcap_hf.processes import keep_freed_memory
 from clipcap_hf.training.arguments import CaptioningArguments
 from clipcap_hf.training.rows import EpochRows
@@ -45,11 +46,10 @@ VOCABULARY, LONGEST, BATCH_SIZE = 50257, 20, 40
 
 
 def make_data(steps: int) -> Dataset:
-    """Embeddings, and captions of words that are one token each."""
+    """Make embeddings, and captions whose words are one token each."""
     rows = BATCH_SIZE * (steps + 2)
-    lengths = (
-        (10.5 + 2.6 * torch.randn(rows)).round().clamp(5, LONGEST - 1).long().tolist()
-    )  # the end token is one more
+    # Without the end token.
+    lengths = (10.5 + 2.6 * torch.randn(rows)).round().clamp(5, LONGEST - 1).long().tolist()
     captions = [" ".join(f"w{word}" for word in torch.randint(VOCABULARY - 1, (length,))) for length in lengths]
     data = Dataset.from_dict({"clip_embeds": torch.randn(rows, 512).numpy(), "captions": captions})
     return data.with_format("numpy", columns=["clip_embeds"], output_all_columns=True)
@@ -72,7 +72,7 @@ def make_model(recipe: dict) -> ClipCapForConditionalGeneration:
 
 
 class OfficialWay:
-    """A training step as the official code makes it."""
+    """Training step of the official code."""
 
     def __init__(self, recipe: dict, device: str):
         self.model = make_model(recipe).to(device).train()
@@ -98,11 +98,11 @@ class OfficialWay:
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens.flatten(), ignore_index=0)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()  # not the gradients of a frozen language model, which add up unused
+        self.optimizer.zero_grad()  # leaves the gradients of a frozen language model, which add up unused
 
 
 class TakingTurns(TrainerCallback):
-    """After each step of the trainer one of the official way, on as many captions, and a product of matrices."""
+    """Run, after each step of the trainer, an official step on as many captions and a matrix product."""
 
     def __init__(self, official: OfficialWay, batches: list, device: str, dtype: torch.dtype):
         self.official, self.batches, self.device = official, batches, device
@@ -140,7 +140,7 @@ def measure(recipe: dict, steps: int, bf16: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         args = CaptioningArguments(
             output_dir=folder,
-            max_steps=steps + 1,  # the first is not counted
+            max_steps=steps + 1,  # the first step is not counted
             eval_strategy="no",
             save_strategy="no",
             logging_steps=10_000,
@@ -197,10 +197,10 @@ def measure(recipe: dict, steps: int, bf16: bool) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="of each kind")
-    parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--bf16", action="store_true", help="autocast in ClipCapTrainer; the official way is float32")
-    parser.add_argument("--recipe", choices=list(RECIPES), help="one of them only")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each kind")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--bf16", action="store_true", help="autocast in ClipCapTrainer; the official step is float32")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="measure one recipe only")
     parser.add_argument("--out", help="JSON file for the figures")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -222,8 +222,7 @@ def main():
                 flush=True,
             )
     if arguments.out:
-        with open(arguments.out, "w") as file:
-            json.dump(report, file, indent=2)
+        write_text(arguments.out, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python examples/caption_with_ray.py shards/ --out captions --model my-captioner --captioners 8 --gpus 1
 
-Ray reads the shards as a stream, spreads the images over actors that each hold the model, and starts again what fails.
-Parquet files need a column with the image's bytes (or Hugging Face's {"bytes", "path"}): --image-column.
+Ray streams the shards, spreads the images over actors that each hold the model, and repeats failed work. Parquet files
+need a column with the image's bytes (or Hugging Face's {"bytes", "path"}): --image-column.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from PIL import Image
 
 
 class Captioner:
-    """An actor: the model is loaded once and captions batch after batch."""
+    """Actor that loads the model once and captions batch after batch."""
 
     def __init__(self, model: str, device: str, image_column: str, id_column: str):
         self.model = ClipCapForConditionalGeneration.from_pretrained(model).to(device).eval()
@@ -32,7 +32,7 @@ class Captioner:
                 content = value["bytes"] if isinstance(value, dict) else value
                 images.append(to_rgb(Image.open(io.BytesIO(content))))
                 errors.append(None)
-            except Exception as error:  # one broken image must not fail its batch again and again
+            except Exception as error:  # one broken image must not make its batch fail again and again
                 errors.append(str(error))
         captions = iter(self.caption(images))
         return {
@@ -67,7 +67,7 @@ def main():
     if arguments.parquet:
         shards = ray.data.read_parquet(arguments.shards, columns=[image_column, id_column])
     else:
-        # Without a decoder the images stay bytes, and a broken one is the captioner's to report.
+        # Without a decoder the images stay bytes, so that the captioner reports broken ones.
         shards = ray.data.read_webdataset(arguments.shards, decoder=None, suffixes=[image_column])
     captions = shards.map_batches(
         Captioner,

@@ -1,15 +1,17 @@
-"""Cross entropy, self-critical and text-only training side by side on the embedded emoji, scored on the held-out splits.
+"""Compare cross entropy, self-critical and text-only training on the embedded emoji, on the held-out splits.
 
 python examples/compare_objectives.py --out build/objectives
 
-Everything is trained by `clipcap train`, on embeddings that are computed once; the commands are printed. What is compared:
+`clipcap train` trains everything, on embeddings that are computed once; the commands are printed. The comparisons are:
 
-- *Self-critical*: `emoji-mini` as it is, after more cross entropy, and after self-critical training of as many steps.
-- *Text only*: a new mapping network and language model, trained on images or on captions alone. emoji-mini's tower comes without a
-  text tower, so a small one is trained here first, contrastively against the frozen image embeddings of the training split.
-  It has seen pairs, as every CLIP has; the captioner sees captions only. At `--noise` 0 the two kinds of embeddings lie apart.
+- *Self-critical*: `emoji-mini` as shipped, after more cross entropy, and after as many self-critical steps.
+- *Text only*: a new mapping network and language model, trained on images or on captions alone. emoji-mini's tower has
+  no text tower, so a small one is trained first, contrastively against the frozen image embeddings of the training
+  split. It sees pairs, as every CLIP does; the captioner sees captions only. At `--noise` 0 the two kinds of
+  embeddings lie apart.
 
-Scores are of greedy captions: CIDEr on words split in Python, times 100, and percent of captions that equal a reference.
+Scores are of greedy captions: CIDEr on words split in Python, times 100, and percent of captions that equal a
+reference.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.cli import main as clipcap
 from clipcap_hf.data import load_emoji
 from clipcap_hf.demo import new_captioner
+from clipcap_hf.files import write_text
 from clipcap_hf.metrics import score_captions
 from clipcap_hf.training.rows import evenly_spread
 from datasets import DatasetDict
@@ -45,7 +48,7 @@ def embedded_emoji(model, processor, train_images: int, test_images: int) -> Dat
 
 
 def train_text_tower(folder: Path, rows, steps: int, batch_size: int = 256):
-    """A small text tower for the frozen image embeddings: CLIP's loss, over captions that differ."""
+    """Train a small text tower for the frozen image embeddings, with CLIP's loss over distinct captions."""
     tokenizer = AutoTokenizer.from_pretrained(EMOJI_MINI)
     end = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -106,11 +109,11 @@ def score(folder: str, data: DatasetDict) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a new folder for all results")
-    parser.add_argument("--train-images", type=int, help="of the 11,080; all by default")
-    parser.add_argument("--test-images", type=int, help="of each held-out split; all by default")
-    parser.add_argument("--steps", type=int, default=300, help="of self-critical training")
+    parser.add_argument("--train-images", type=int, help="how many of the 11,080 (default: all)")
+    parser.add_argument("--test-images", type=int, help="how many of each held-out split (default: all)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of self-critical training")
     parser.add_argument(
-        "--text-only-steps", type=int, default=1500, help="of the new captioners, and of the text tower"
+        "--text-only-steps", type=int, default=1500, help="steps of the new captioners and of the text tower"
     )
     parser.add_argument("--noise", type=float, nargs="*", default=[0.02, 0.05], help="levels to try for text only")
     parser.add_argument("--seed", type=int, default=0)
@@ -128,12 +131,14 @@ def main():
     fresh.save_pretrained(arguments.out / "new")
     processor.save_pretrained(arguments.out / "new")
 
-    common = f"--data {shlex.quote(str(arguments.out / 'data'))} --seed {arguments.seed} --eval_strategy no --save_strategy no"
-    common += (
-        " --per_device_train_batch_size 32 --warmup_steps 0.1 --disable_tqdm True --num_samples 0 --references first"
+    common = (
+        f"--data {shlex.quote(str(arguments.out / 'data'))} --seed {arguments.seed} "
+        "--eval_strategy no --save_strategy no "
+        "--per_device_train_batch_size 32 --warmup_steps 0.1 --disable_tqdm True --num_samples 0 --references first"
     )
     more = f"--model emoji-mini --max_steps {arguments.steps}"
-    new = f"--model {shlex.quote(str(arguments.out / 'new'))} --max_steps {arguments.text_only_steps} --learning_rate 2e-3"
+    new = f"--model {shlex.quote(str(arguments.out / 'new'))}"
+    new += f" --max_steps {arguments.text_only_steps} --learning_rate 2e-3"
     text_only = f"{new} --text_only --text_tower {shlex.quote(str(arguments.out / 'text-tower'))}"
     recipes = {
         "emoji-mini, more cross entropy": f"{more} --learning_rate 1e-4 --embeds_noise 0.02",
@@ -149,7 +154,7 @@ def main():
         if status := clipcap(command):
             return status
         scores[name] = score(out, data)
-        (arguments.out / "scores.json").write_text(json.dumps(scores, indent=1))
+        write_text(arguments.out / "scores.json", json.dumps(scores, indent=1))
     print(f"{'':<34}" + "".join(f"{split + ': CIDEr, exact':>28}" for split in TEST_SPLITS))
     for name, found in scores.items():
         cells = (f"{found[split]['cider']:.1f}, {found[split]['exact_match']:.1f} %" for split in TEST_SPLITS)

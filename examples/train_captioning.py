@@ -3,8 +3,9 @@
 python examples/train_captioning.py --data emoji --model emoji-mini --output_dir emoji-captioner \
     --num_train_epochs 1
 
-trains the embedded captioner further on the embedded data. For your own: `--vision openai/clip-vit-base-patch32 --text
-openai-community/gpt2 --data my-images`. See `--help` and examples/README.md for the rest.
+trains the embedded captioner further on the embedded data. For your own captioner and data: `--vision
+openai/clip-vit-base-patch32 --text openai-community/gpt2 --data my-images`. For all options see `--help` and
+examples/guides/training.md.
 """
 
 import sys

@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 
 
-# What is tested is what is installed: `python -m pytest` puts the clone before the standard library on the path. A clone
+# Test the installed package: `python -m pytest` puts the clone before the standard library on the path. A clone
 # that is installed editable comes after it, and stays.
 _clone = Path(__file__).parents[1]
 _installed = sys.path.index(sysconfig.get_path("stdlib"))
@@ -64,7 +64,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory):
-    """Work in an empty folder: a process that a test starts there imports the installed package, and not the clone."""
+    """Work in an empty folder, where a process that a test starts imports the installed package and not the clone."""
     start = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
@@ -83,7 +83,7 @@ def captions():
 
 @pytest.fixture(scope="session")
 def images():
-    """Eight pictures of different colours, sizes and shapes."""
+    """Draw eight pictures of different colours, sizes and shapes."""
     pictures = []
     for index, colour in enumerate(COLOURS):
         picture = Image.new("RGB", (48 + 4 * index, 40), "grey")
@@ -94,7 +94,7 @@ def images():
 
 @pytest.fixture
 def tokenizer():
-    """A byte-level BPE whose padding token is its end token, as with GPT-2."""
+    """Return a byte-level BPE whose padding token is its end token, as with GPT-2."""
     return build_tokenizer()
 
 
@@ -145,7 +145,7 @@ def open_clip_configs():
 
 @pytest.fixture
 def make_model(text_config, clip_config, open_clip_configs):
-    """`make_model(vision, **config)`: a random captioner with a tower of CLIP or open_clip, or none."""
+    """Return `make_model(vision, **config)`: a random captioner with a CLIP tower, an open_clip tower or none."""
 
     def make(vision="clip", **kwargs):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def embeds_processor(tokenizer):
 
 @pytest.fixture
 def model_folder(tmp_path, make_model, processor):
-    """A saved captioner with its processor."""
+    """Save a captioner with its processor."""
     make_model().save_pretrained(tmp_path / "captioner")
     processor.save_pretrained(tmp_path / "captioner")
     return tmp_path / "captioner"

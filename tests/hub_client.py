@@ -1,4 +1,4 @@
-"""Python processes of their own, with fresh caches, that talk to the test server (or to none)."""
+"""Run code in new Python processes, with fresh caches, that talk to the test server (or to none)."""
 
 import hashlib
 import inspect
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def weights_hash(state_dict) -> str:
-    """SHA-256 over names and bytes of weights."""
+    """Return the SHA-256 of names and bytes of weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
@@ -24,9 +24,10 @@ WEIGHTS_HASH = "import hashlib\n" + inspect.getsource(weights_hash)  # for proce
 
 
 def run_client(code: str, home: Path, hub=None, token: str | None = None, timeout: float = 240, **environment):
-    """Run code in a new process; gives what it put into `report`.
+    """Run code in a new process and return what it put into `report`.
 
-    The process finds the package at the front of its path, a Hugging Face home at `home`, and no network but the server.
+    The process finds the package at the front of its path, a Hugging Face home at `home`, and no network except the
+    server.
     """
     home.mkdir(parents=True, exist_ok=True)
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}

@@ -1,8 +1,9 @@
-"""A protocol-level test server: what `huggingface_hub`, `transformers` and `datasets` say to the Hub when they push and load.
+"""Test server of the Hub's protocol, for pushing and loading with `huggingface_hub`, `transformers` and `datasets`.
 
-It is not the Hub. It speaks the routes that the unmodified clients call (repositories, commits, Git LFS with its redirects to
-another host name, tokens, private repositories, branches, tags and commits as revisions), on loopback, with everything in
-memory, and it can be told to fail. Of the Hub's Xet storage, quotas, gating, licence checks and widgets it knows nothing.
+It is not the Hub. It serves the routes that the unmodified clients call (repositories, commits, Git LFS with its
+redirects to another host name, tokens, private repositories, branches, tags and commits as revisions), on loopback,
+with everything in memory, and it can be told to fail. It has none of the Hub's Xet storage, quotas, gating, licence
+checks and widgets.
 """
 
 import base64
@@ -30,7 +31,7 @@ class HubError(Exception):
 
 
 class Repository:
-    """Commits (each the whole table of files), and branches and tags that point to them."""
+    """Commits (each a full table of files), and branches and tags that point to them."""
 
     def __init__(self, private: bool):
         self.private = private
@@ -56,9 +57,9 @@ class Repository:
 class HubServer:
     """`with HubServer() as hub:` serves at `hub.endpoint`.
 
-    `hub.fail(method, pattern, how, times)` lets requests whose path matches fail: `how` is an HTTP status, `"drop"` (the
-    connection is closed in the middle of the upload) or `"hang"` (no answer while the server lives). `hub.requests` counts
-    `(method, path)`.
+    `hub.fail(method, pattern, how, times)` makes requests with a matching path fail: `how` is an HTTP status, `"drop"`
+    (the connection closes in the middle of the upload) or `"hang"` (no answer while the server lives). `hub.requests`
+    counts `(method, path)`.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Exported captioners caption as the ones they were made from."""
+"""Exported captioners give the same captions as the originals."""
 
 import clipcap_hf
 import pytest
@@ -121,7 +121,7 @@ def test_refuses_what_it_cannot_export(tmp_path, onnx_packages, make_model, proc
 
 
 def test_prompt_embeddings_caption_with_the_language_model_alone(tmp_path, emoji_mini, drawings):
-    """What an engine that takes prompt embeddings is given: the prefix, and the language model as a stock checkpoint."""
+    """An engine that takes prompt embeddings gets the prefix, and the language model as a stock checkpoint."""
     model, processor = emoji_mini
     model.language_model.save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)

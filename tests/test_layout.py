@@ -18,7 +18,7 @@ def module_name(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> list[tuple[ast.AST, str, int]]:
-    """Every import of this package in a file: the node, the module, and the number of leading dots."""
+    """Return every import of this package in a file: the node, the module, and the number of leading dots."""
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = []
@@ -34,18 +34,18 @@ def imported_modules(path: Path) -> list[tuple[ast.AST, str, int]]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Each module of the package with those that it imports, also inside functions."""
+    """Return each module of the package with those that it imports, also inside functions."""
     files = {module_name(path): path for path in PACKAGE.rglob("*.py")}
     graph = {}
     for name, path in files.items():
         imported = {module for _, module, _ in imported_modules(path) if module in files and module != name}
-        # `from . import x` in a package imports the module `x`, and the package itself, which is being imported anyway.
+        # `from . import x` in a package imports the module `x`; the package itself is being imported anyway.
         graph[name] = {module for module in imported if not name.startswith(f"{module}.")}
     return graph
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Follow the arrows from each module, and list every path that comes back to its start."""
+    """Follow the arrows from each module, and list every path that returns to its start."""
     found, done = [], set()
 
     def visit(module: str, path: list[str]):
@@ -74,7 +74,7 @@ def test_a_circle_would_be_found():
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.name)
 def test_what_travels_to_the_hub_imports_siblings_only(path):
-    """transformers copies `folder/x.py` for `from .x import y`, and for no other form of relative import."""
+    """For remote code, transformers follows `from .x import y` and no other form of relative import."""
     siblings = {file.stem for file in path.parent.glob("*.py")}
     for node, module, level in imported_modules(path):
         assert module.partition(".")[0] != "clipcap_hf" or level == 1, ast.unparse(node)

@@ -1,4 +1,4 @@
-"""The package declares what it imports, is installed as it is, and is what the tests import."""
+"""The package declares its imports, installs completely, and is what the tests import."""
 
 import ast
 import configparser
@@ -31,13 +31,13 @@ def normalized(name: str) -> str:
 
 
 def declared(lines: str) -> dict[str, Requirement]:
-    """Requirements by name, without those that name other extras of this package."""
+    """Return requirements by name, without those that name other extras of this package."""
     requirements = [Requirement(line) for line in lines.splitlines() if line]
     return {normalized(each.name): each for each in requirements if normalized(each.name) != "clipcap-hf"}
 
 
 def imports(folder: Path) -> set[tuple[str, bool]]:
-    """Top-level names of other packages that are imported, and whether the import stands at the top of its module."""
+    """Return the other packages that a folder imports, and whether each import is at the top of its module."""
     found = set()
     for path in folder.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ installed_modules = cache(packages_distributions)  # reads every package's list 
 
 
 def distributions(module: str) -> set[str]:
-    """The packages that a module may come from; one that is not installed is taken to bear the module's name."""
+    """Return the packages that a module may come from; one that is not installed is assumed to have its name."""
     return {normalized(name) for name in installed_modules().get(module, [module])}
 
 
@@ -126,7 +126,7 @@ def test_the_package_is_the_installed_one():
 
 
 def install(clone: Path, folder: Path) -> set[str]:
-    """Install a clone into a folder; returns the modules that are there."""
+    """Install a clone into a folder and return the modules that are there."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--target", folder, clone], check=True, capture_output=True, timeout=300)
     return {path.relative_to(folder).as_posix() for path in (folder / "clipcap_hf").rglob("*.py")}

@@ -1,4 +1,4 @@
-"""What the README tells people to type works."""
+"""The commands and code of the README work, and the links of all pages lead somewhere."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_caption_block(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def tiny_clip_folder(tmp_path, clip_config, image_processor):
-    """A repository of a whole CLIP, as the README's is."""
+    """Make a repository of a whole CLIP, as in the README."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
     text = CLIPTextConfig(
@@ -54,7 +54,7 @@ def tiny_gpt2_folder(tmp_path, text_config, tokenizer):
 
 
 def test_training_block(tmp_path, monkeypatch, tiny_clip_folder, tiny_gpt2_folder):
-    """The block as it stands, but for the names of the two models, which are made here, and the number of epochs."""
+    """Run the block as it stands, except for the names of the two models, which are made here, and the epochs."""
     from transformers import pipeline
 
     (code,) = [block for block in code_blocks("python") if "Trainer(" in block]

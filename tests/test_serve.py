@@ -1,4 +1,4 @@
-"""`clipcap serve`: a real server, clients that come together, a real browser."""
+"""`clipcap serve`: a real server, concurrent clients, a real browser."""
 
 import base64
 import csv
@@ -210,7 +210,7 @@ def upload(server: str, name: str, data: bytes) -> str:
 
 
 def ask(server: str, *files: str, decoding: str = "greedy") -> str:
-    """What the server says to a request for captions of uploaded files: its last event."""
+    """Request captions of uploaded files, and return the last event of the answer."""
     data = [[{"path": file, "meta": {"_type": "gradio.FileData"}} for file in files]]
     body = json.dumps({"data": [*data, decoding, 5, 1, 1.0, 0.9, 30, ""]}).encode()
     request = urllib.request.Request(

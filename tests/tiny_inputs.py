@@ -1,4 +1,4 @@
-"""What the tests of the model share: tiny inputs, and comparisons of weights."""
+"""Helpers of the model tests: tiny inputs, and comparisons of weights."""
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ def pixels(model, batch=2):
 
 
 def prompt_ids(model, *rest):
-    """`input_ids` of one row: the placeholders and then these tokens."""
+    """Return `input_ids` of one row: the placeholders and then these tokens."""
     return torch.tensor([[model.config.image_token_id] * model.config.prefix_length + list(rest)])
 
 
@@ -27,7 +27,7 @@ def left_padded(model, *rows):
 
 
 def aligned(model):
-    """The same model; weights lie at odd addresses after loading, which changes the last bit of some products."""
+    """Copy the weights: loading leaves them at odd addresses, which changes the last bit of some products."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model

@@ -10,7 +10,7 @@ from . import benchmark, caption, completion, convert, demo, embed, evaluate, ex
 from .output import escape, make_streams_safe
 
 
-# Each has `add_parser(commands)`, and imports what is slow to import when it runs.
+# Each has `add_parser(commands)`, and postpones slow imports until it runs.
 COMMANDS = (demo, caption, train, embed, evaluate, serve, convert, export, benchmark, completion)
 LONGEST_MESSAGE = 2000
 
@@ -18,7 +18,7 @@ LONGEST_MESSAGE = 2000
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     arguments = _parse(argv)
-    if sys.stdout is None:  # closed by the caller (`>&-`); print() would drop everything without a word
+    if sys.stdout is None:  # closed by the caller (`>&-`); print() would silently drop everything
         print("clipcap: standard output is closed", file=sys.stderr)
         return 1
     make_streams_safe()
@@ -26,12 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(arguments, "loads_models", True):
             _import_package()
         status = arguments.run(arguments)
-        sys.stdout.flush()  # here, where a full disk is still an error with a message
+        sys.stdout.flush()  # here, where a full disk still gives an error message
         return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has enough of it (`| head`).
+        # The reader of our output has stopped (`| head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -43,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     arguments, unknown = build_parser().parse_known_args(argv)
-    if unknown:  # said by the command's own parser, so that its usage is printed
+    if unknown:  # reported by the command's own parser, which prints its usage
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands; nothing slow is imported for it."""
+    """Build the parser of all commands, without slow imports."""
     parser = argparse.ArgumentParser(prog="clipcap", description="Image captioning with ClipCap.")
     parser.add_argument("--version", action="version", version=f"clipcap {__version__}")
     parser.add_argument("--debug", action="store_true", help="on an error, print the traceback")
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_parser(commands)
     for leaf in leaves(parser):
         leaf.set_defaults(parser=leaf)
-        if leaf.prefix_chars == "-":  # `train` leaves its options to another parser
+        if leaf.prefix_chars == "-":  # `train` passes its options to another parser
             leaf.add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help="on an error, print the traceback"
             )
@@ -74,30 +74,30 @@ def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def _import_package():
-    """Register the classes with transformers, and see to it that no model folder can run code."""
+    """Register the classes with transformers, and make sure that no model folder can run code."""
     from transformers import dynamic_module_utils
 
     from .. import _public  # noqa: F401
 
-    # Where a load does not say `trust_remote_code`, transformers asks on standard input and takes a piped "y" for an
-    # answer. With no time to answer it refuses.
+    # If a load does not pass `trust_remote_code`, transformers asks on standard input and accepts a piped "y". With no
+    # time to answer, it refuses.
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 def _message(error: Exception) -> str:
-    """Say in a line what went wrong, and how to see where if it is not one of the errors that we expect."""
+    """Say in one line what went wrong; for an unexpected error, add how to see the traceback."""
     text = str(error).strip()
     if isinstance(error, ValueError) and "execute" in text and "trust_remote_code" in text:
         return (
             "the model's folder or repository brings its own Python code, which the command line never runs. If you "
             "trust it, load it in Python with `trust_remote_code=True`."
         )
-    if isinstance(error, pickle.UnpicklingError):  # its own text advises to load without care
+    if isinstance(error, pickle.UnpicklingError):  # its own text advises unsafe loading
         text = "a file of weights is damaged or holds more than tensors; it was not loaded"
     elif isinstance(error, MemoryError):
         text = f"out of memory {text}".strip()
     elif not isinstance(error, (ValueError, OSError, ImportError)):
-        # Not an error that we expect, so its text may say little.
+        # An unexpected error, whose text may say little.
         text = f"{type(error).__name__}: {escape(text)} (--debug prints the traceback)"
     text = text or type(error).__name__
     if len(text) > LONGEST_MESSAGE:

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and what they name: devices, captioners, data."""
+"""Arguments that several commands share, and how to load the devices, captioners and data that they name."""
 
 import argparse
 import ipaddress
@@ -7,7 +7,7 @@ import re
 import sys
 
 
-MOST_BEAMS = 1000  # memory and time grow with it
+MOST_BEAMS = 1000  # memory and time grow with the number of beams
 #: The names of `clipcap_hf.data.READERS`, whose import takes seconds.
 DATA_FORMATS = (
     "karpathy",
@@ -30,12 +30,12 @@ def positive(text: str) -> int:
 
 
 def add_device_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of weights and arithmetic (default: as the weights are stored); 16 bits are several times as fast on "
-        "GPUs, and bfloat16 on CPUs with AMX",
+        help="type of weights and arithmetic (default: as stored); 16 bits are several times as fast on GPUs, and "
+        "bfloat16 on CPUs with AMX",
     )
 
 
@@ -52,10 +52,10 @@ def beams(text: str) -> int:
 
 
 def address(text: str) -> str:
-    """Return a host to listen on; refuse one that cannot be looked up, for which a server would wait."""
+    """Return a host to listen on; refuse one that cannot be resolved, on which a server would hang."""
     import socket
 
-    if re.fullmatch(r"[\d.]+", text):  # not a name, so there is nothing to look up
+    if re.fullmatch(r"[\d.]+", text):  # an address, so there is no name to resolve
         try:
             ipaddress.ip_address(text)
         except ValueError as error:
@@ -68,14 +68,15 @@ def address(text: str) -> str:
 
 
 def reading_workers(workers: int | None, images: int) -> int:
-    """Return the number of processes that read images: as asked for, or by the number of images."""
+    """Return the number of processes that read images: as requested, or depending on the number of images."""
     if workers is not None:
         return workers
-    return 0 if images < 64 else min(4, os.cpu_count() or 1)  # starting one costs as much as reading some dozens
+    # Starting a process takes as long as reading dozens of images.
+    return 0 if images < 64 else min(4, os.cpu_count() or 1)
 
 
 def load_captioner(name: str, device: str | None, dtype: str | None = None):
-    """Return the model, ready to caption, and the processor. Code in the model's folder is never run."""
+    """Return the model, ready to caption, and the processor. Code in the model's folder never runs."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -101,7 +102,7 @@ def load_captioner(name: str, device: str | None, dtype: str | None = None):
 
 
 def pick_device(name: str | None):
-    """Return the device of that name; by default an accelerator, if any, under torchrun that of this process."""
+    """Return the named device; by default an accelerator if available, or under torchrun this process's device."""
     import torch
 
     if name is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -124,28 +125,26 @@ def pick_device(name: str | None):
 def add_data_arguments(parser: argparse.ArgumentParser):
     data = parser.add_argument_group("data")
     data.add_argument(
-        "data", nargs="?", metavar="DATA", help="annotation file, folder, shards or Hub id, according to --data-format"
+        "data", nargs="?", metavar="DATA", help="annotation file, folder, shards or Hub id, depending on --data-format"
     )
     data.add_argument("--data", dest="data_option", metavar="DATA", help="the same, as an option")
     data.add_argument(
         "--data-format",
         choices=DATA_FORMATS,
         default="hub",
-        help="the form of DATA; hub, the default, is anything that `datasets.load_dataset` takes",
+        help="format of DATA; hub, the default, is anything that `datasets.load_dataset` takes",
     )
-    data.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of DATA)")
-    data.add_argument("--split", metavar="NAME", help="one split (default: all)")
+    data.add_argument("--images", metavar="DIR", help="image folder (default: the folder of DATA)")
+    data.add_argument("--split", metavar="NAME", help="use one split (default: all)")
     data.add_argument(
         "--missing",
         choices=["error", "skip"],
         help="what to do with listed images that do not exist (default: skip for conceptual, else error)",
     )
     for name, what in (("image", "images"), ("caption", "captions"), ("id", "image ids")):
-        data.add_argument(
-            f"--{name}-column", metavar="NAME", help=f"column of the {what}, where DATA has named columns"
-        )
+        data.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {what}, if DATA has named columns")
     data.add_argument(
-        "--streaming", action="store_true", help="read a Hub data set while it is used, without storing it"
+        "--streaming", action="store_true", help="read a Hub data set while using it, without storing it"
     )
 
 

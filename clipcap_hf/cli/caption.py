@@ -1,4 +1,4 @@
-"""`clipcap caption`."""
+"""The command `clipcap caption`."""
 
 import argparse
 import sys
@@ -46,16 +46,16 @@ def add_parser(commands):
         "escape (\\udc80 to \\udcff)",
     )
     output.add_argument("--out", metavar="FILE", help="write a .csv, .tsv or .jsonl file, line by line")
-    output.add_argument("--sidecar", action="store_true", help="write a .txt file beside each image")
+    output.add_argument("--sidecar", action="store_true", help="write a .txt file next to each image")
     output.add_argument(
         "--skip-existing",
         action="store_true",
-        help="leave out images that --out or --sidecar already have, for example after an interruption",
+        help="skip images that --out or --sidecar already have, for example after an interruption",
     )
-    output.add_argument("--overwrite", action="store_true", help="replace existing files of --out and --sidecar")
+    output.add_argument("--overwrite", action="store_true", help="replace existing --out and --sidecar files")
     speed = caption.add_argument_group("speed")
     speed.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
+        "--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: %(default)s)"
     )
     speed.add_argument(
         "--workers",
@@ -79,7 +79,7 @@ def run(arguments) -> int:
 
     _check(arguments)
     paths, errors = find_images(arguments.paths)
-    writes = process_state().is_main_process  # under torchrun, for all
+    writes = process_state().is_main_process  # under torchrun one process writes for all
     for error in errors if writes else ():
         print(f"clipcap: {escape(error)}", file=sys.stderr)
     if not paths:
@@ -95,7 +95,7 @@ def run(arguments) -> int:
     if outputs and writes:
         where = arguments.out or "sidecars"
         print(f"{where}: {len(todo) - failed + len(errors)} images captioned, {len(paths) - len(todo)} done before")
-    # torchrun kills the other processes as soon as one fails, and the first may still have lines to print.
+    # torchrun kills all processes when one fails, and the first may still have lines to print.
     return int(failed > 0 and writes)
 
 
@@ -144,14 +144,14 @@ def _caption(arguments, model, processor, paths: list[str]):
 
 
 def _write(arguments, results, table, sidecars, writes: bool) -> int:
-    """Print or keep the results as they come, and return the number of images that could not be read."""
+    """Print or save each result as it comes, and return the number of images that could not be read."""
     failed, opened = 0, False
     try:
         for result in results:
             if not writes:
                 continue
             if table is not None and not opened:
-                table.open()  # now that the first captions are there: nothing before has failed
+                table.open()  # only now, when the first captions exist, so that a failed start leaves the file alone
                 opened = True
             if result.error:
                 failed += 1

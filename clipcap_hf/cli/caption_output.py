@@ -1,4 +1,4 @@
-"""Where captions are kept: a table that grows line by line, and a text file beside each image."""
+"""Files of captions: a table that grows line by line, and a text file next to each image."""
 
 import csv
 import io
@@ -11,20 +11,20 @@ from .output import escape, json_line
 
 
 FORMATS = (".csv", ".tsv", ".jsonl")
-OVERWRITE_HINT = "--skip-existing goes on where it ends, --overwrite starts anew"
+OVERWRITE_HINT = "--skip-existing continues where it ends, --overwrite starts again"
 
 
 class CaptionTable:
-    """A `.csv`, `.tsv` or `.jsonl` file with a line for each image, written as soon as its captions are there.
+    """A `.csv`, `.tsv` or `.jsonl` file with a line per image, written as soon as the image is captioned.
 
-    A run that was killed leaves whole lines and perhaps a part of one, which the next run takes off. Names of files
-    that are not UTF-8 keep their bytes in `.csv` and `.tsv` files, and are escapes in `.jsonl`. Control characters are
-    escaped in all of them.
+    A killed run leaves complete lines and perhaps part of one, which the next run removes. File names that are not
+    UTF-8 keep their bytes in `.csv` and `.tsv` files, and are escaped in `.jsonl`. Control characters are always
+    escaped.
 
     Args:
         path (`str` or `Path`): The file.
         captions (`int`): Number of captions per image.
-        skip_existing (`bool`): Keep the lines of an existing file and go on after them.
+        skip_existing (`bool`): Keep the lines of an existing file and continue after them.
         overwrite (`bool`): Replace an existing file.
     """
 
@@ -37,7 +37,7 @@ class CaptionTable:
             raise ValueError(f"--out {path}: this is a folder, or its folder does not exist")
         self.columns = ["image", "caption", *(f"caption_{number}" for number in range(2, captions + 1))]
         self.done: set[str] = set()
-        self.size = 0  # of what is kept of the file, in bytes
+        self.size = 0  # bytes of the file that are kept
         self.file = None
         if self.path.exists() and not overwrite:
             if not skip_existing:
@@ -83,7 +83,7 @@ class CaptionTable:
         return {"delimiter": "\t", "lineterminator": "\n", "quoting": csv.QUOTE_NONE, "quotechar": None}
 
     def open(self):
-        """Open the file for the lines to come; called once everything else is known to be right."""
+        """Open the file for new lines; called only after everything else has been checked."""
         self.file = open(self.path, "r+b" if self.size else "wb")
         self.file.truncate(self.size)
         self.file.seek(self.size)
@@ -91,7 +91,7 @@ class CaptionTable:
             self._write(self._row(self.columns))
 
     def add(self, image: str, captions: list[str], record: dict):
-        """Add the line of an image; it is with the system when this returns, so that killing us loses nothing."""
+        """Add the line of an image and flush it, so that a killed process loses no finished line."""
         self._write(
             json_line(record) + "\n" if self.suffix == ".jsonl" else self._row([escape(image), *map(escape, captions)])
         )
@@ -107,19 +107,19 @@ class CaptionTable:
         self.file.flush()
 
     def close(self):
-        """Close the file and put it on the disk."""
+        """Close the file and flush it to the disk."""
         if self.file is not None:
             os.fsync(self.file.fileno())
             self.file.close()
 
 
 class Sidecars:
-    """A `.txt` file beside each image, with a caption on each line; each is written whole or not at all.
+    """A `.txt` file next to each image, with one caption per line, written whole or not at all.
 
     Args:
         images (`list[str]`): Paths of the images.
         skip_existing (`bool`): Leave existing files as they are.
-        overwrite (`bool`): Replace them.
+        overwrite (`bool`): Replace existing files.
     """
 
     def __init__(self, images: list[str], skip_existing: bool = False, overwrite: bool = False):

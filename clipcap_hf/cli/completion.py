@@ -1,4 +1,4 @@
-"""`clipcap completion`."""
+"""The command `clipcap completion`."""
 
 import argparse
 
@@ -34,7 +34,7 @@ def run(arguments) -> int:
     from . import build_parser
 
     words = _words(build_parser(), "")
-    # The longest first: `convert official` before `convert`, and that before the command itself.
+    # Longest first: `convert official`, then `convert`, then the bare command.
     cases = [
         f'        "{command} "*) words="{" ".join(words[command])}" ;;' for command in sorted(words, reverse=True)
     ]
@@ -43,7 +43,7 @@ def run(arguments) -> int:
 
 
 def _words(parser: argparse.ArgumentParser, command: str) -> dict[str, list[str]]:
-    """Return what may follow each command: its subcommands and options."""
+    """Return the words that may follow each command: its subcommands and options."""
     words = {command: []}
     for action in parser._actions:
         words[command] += [option for option in action.option_strings if option.startswith("--")]

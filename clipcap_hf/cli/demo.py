@@ -1,4 +1,4 @@
-"""`clipcap demo`."""
+"""The command `clipcap demo`."""
 
 from pathlib import Path
 
@@ -10,14 +10,18 @@ def add_parser(commands):
         "demo",
         help="train a captioner of emoji from scratch, offline, in minutes",
         description="Encodes the embedded emoji drawings with the embedded image tower, trains a captioner from "
-        "scratch, scores it on two held-out splits beside baselines, and saves it with a picture of its captions.",
+        "scratch, scores it on two held-out splits next to baselines, and saves it with a picture of its captions.",
     )
     demo.add_argument(
         "--out", default="clipcap-demo", metavar="DIR", help="folder for the results (default: %(default)s)"
     )
-    demo.add_argument("--language", choices=["en", "ja"], default="en", help="of the captions (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
-    demo.add_argument("--epochs", type=positive, help="passes over the training set (default: what fits into minutes)")
+    demo.add_argument(
+        "--language", choices=["en", "ja"], default="en", help="language of the captions (default: %(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    demo.add_argument(
+        "--epochs", type=positive, help="passes over the training set (default: as many as fit into a few minutes)"
+    )
     demo.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""`clipcap export`."""
+"""The command `clipcap export`."""
 
 
 def add_parser(commands):
@@ -7,8 +7,8 @@ def add_parser(commands):
     onnx = kinds.add_parser(
         "onnx",
         help="two ONNX graphs, for onnxruntime",
-        description="Writes encoder.onnx (pixels to prefix) and decoder.onnx (a step of the language model, with its "
-        "cache), and what clipcap_hf.export.OnnxCaptioner needs to caption with them.",
+        description="Writes encoder.onnx (pixels to prefix), decoder.onnx (one decoding step of the language model, "
+        "with its cache) and everything else that clipcap_hf.export.OnnxCaptioner needs.",
     )
     onnx.add_argument("model", metavar="MODEL", help="a folder, a Hub id or emoji-mini")
     onnx.add_argument("--out", required=True, metavar="DIR", help="folder for the files; must not exist")

@@ -1,4 +1,4 @@
-"""What commands print: one record per line, whatever is in names and captions."""
+"""Output of the commands: one record per line, whatever names and captions contain."""
 
 import codecs
 import json
@@ -7,10 +7,10 @@ import sys
 
 
 def make_streams_safe():
-    """Let no character stop the output.
+    """Make standard output and error accept every character.
 
-    Names of files may hold bytes that are not UTF-8: they are printed as they are. Other characters that the
-    terminal or file cannot take are printed as backslash escapes.
+    File names may hold bytes that are not UTF-8: they are printed as they are. Other characters that the terminal or
+    file cannot encode are printed as backslash escapes.
     """
     codecs.register_error("clipcap", _keep_bytes)
     for stream in (sys.stdout, sys.stderr):
@@ -21,7 +21,7 @@ def make_streams_safe():
 def _keep_bytes(error: UnicodeError):
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    error.end = error.start + 1  # one character at a time: its neighbours may be of the other kind
+    error.end = error.start + 1  # one character at a time, since its neighbours may need the other handler
     is_byte = 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF
     return codecs.lookup_error("surrogateescape" if is_byte else "backslashreplace")(error)
 
@@ -45,7 +45,7 @@ def json_line(record: dict) -> str:
     Return JSON on one line of valid UTF-8.
 
     A byte of a file name that is not UTF-8 becomes an escape from `\udc80` to `\udcff`; Python's `json.loads` and
-    `os.fsencode` give the name back.
+    `os.fsencode` restore the name.
     """
     text = json.dumps(record, ensure_ascii=False)
     return re.sub(r"[\ud800-\udfff\x7f-\x9f\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -220,9 +220,9 @@ configs:
 # Emoji captions
 
 A small image captioning data set: {rows} pictures of {concepts} emoji in six designs, with names in English and
-Japanese. It is meant for trying out, teaching and testing captioning models, and it asks two questions that a larger
-data set cannot ask so cleanly: does a model describe known things in an unknown *design*, and does it find *captions*
-that it has never read, made of words that it knows?
+Japanese. Use it to try, teach and test captioning models. It answers two questions more cleanly than a larger data
+set: does a model describe known things in an unknown *design*, and does it find *captions* that it has never read,
+made of words that it knows?
 
 ```python
 from clipcap_hf.data import load_emoji
@@ -268,14 +268,15 @@ The choice depends on a hash of the names only.
 
 ## How it was built
 
-`examples/embedded/build_emoji_dataset.py` in the `clipcap_hf` repository builds every file of this folder from npm packages at
-pinned versions. SVG is rendered with resvg, 3D pictures are reduced from 256x256 pixels with a Lanczos filter, and all
-are stored as WebP of quality {quality}. Base emoji, gender variants and variants with one skin tone are included; couples
-with two different tones, regional indicators and components are not. Twemoji has base emoji only.
+`examples/embedded/build_emoji_dataset.py` in the `clipcap_hf` repository builds every file of this folder from npm
+packages at pinned versions. SVG is rendered with resvg, 3D pictures are reduced from 256x256 pixels with a Lanczos
+filter, and all are stored as WebP of quality {quality}. Base emoji, gender variants and variants with one skin tone
+are included; couples with two different tones, regional indicators and components are not. Twemoji has base emoji
+only.
 
-Pictures of `noto-v1` and `fxemoji` are matched by name. All matches without skin tone were looked at next to `noto`,
-and the wrong ones are excluded by name in the script. The older designs draw some gender-neutral emoji as a man or as a
-woman.
+Pictures of `noto-v1` and `fxemoji` are matched by name. All matches without skin tone were compared with `noto`
+by eye, and the script excludes the wrong ones by name. The older designs draw some gender-neutral emoji as a man or as
+a woman.
 
 The 3D package also holds drawings that are not part of Microsoft's MIT-licensed Fluent Emoji (country flags, most
 couples and families). Only emoji that the flat set contains, which is taken from that repository, are used, and the

@@ -1,9 +1,9 @@
-"""Score `photo-mini` on the animal photographs of gcompris-qt-data, which nobody trained on, beside two baselines.
+"""Score `photo-mini` and two baselines on the animal photographs of gcompris-qt-data, which no model was trained on.
 
     apt-get download gcompris-qt-data && dpkg-deb -x gcompris-qt-data_*.deb build/gcompris
     python examples/embedded/score_photo_mini.py build/gcompris/usr/share/gcompris-qt/rcc
 
-The 24 photographs lie in Qt resource files. Their file names are the references ("A polar bear.").
+The 24 photographs are in Qt resource files. Their file names are the references ("A polar bear.").
 """
 
 import argparse
@@ -25,7 +25,7 @@ ANIMALS = ("explore_farm_animals.rcc", "explore_world_animals.rcc")
 
 
 def read_qt_resources(path: Path) -> dict[str, bytes]:
-    """The files in a Qt resource file (format versions 1 to 3, with or without zlib), by path."""
+    """Return the files in a Qt resource file (format versions 1 to 3, with or without zlib), by path."""
     content = path.read_bytes()
     version, tree, data, names = struct.unpack(">4xIIII", content[:20])
     node_size = 14 if version < 2 else 22
@@ -62,7 +62,7 @@ def load_animals(folder: Path) -> tuple[list[Image.Image], list[str]]:
 
 
 def score_animals(model, processor, folder: Path) -> dict[str, dict[str, float]]:
-    """Exact match and CIDEr of the captioner, of the caption retrieved by embedding and of naming the likeliest class."""
+    """Score the captioner, the caption retrieved by embedding and the likeliest class, by exact match and CIDEr."""
     images, references = load_animals(folder)
     embeds = embed_images(model, processor, images, progress=False)
     of_classes = everyday_names()
@@ -88,7 +88,7 @@ def score_animals(model, processor, folder: Path) -> dict[str, dict[str, float]]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with the .rcc files")
+    parser.add_argument("folder", type=Path, help="folder with the .rcc files")
     parser.add_argument("--model", default=PHOTO_MINI)
     arguments = parser.parse_args()
     model = ClipCapForConditionalGeneration.from_pretrained(arguments.model).eval()

@@ -1,13 +1,14 @@
 """Train `emoji-mini`, the embedded captioner of emoji drawings, on the tower of `train_emoji_tower.py`.
 
-The tower is frozen. Each training drawing is embedded as it is and, with --views, in augmented views (the tower training's
-own augmentation); in training each embedding is moved as if by another designer (`clipcap_hf.demo.DesignShift`).
+The tower is frozen. Each training drawing is embedded as it is and, with --views, in augmented views (with the
+augmentation of the tower's training). Training shifts each embedding as if another designer had drawn the image
+(`clipcap_hf.demo.DesignShift`).
 
     python examples/embedded/train_emoji_tower.py --output build/emoji-tower
     python examples/embedded/train_emoji_mini.py --tower build/emoji-tower --out build/emoji-mini
 
-writes the captioner, with weights in half precision, and scores.json: exact match and CIDEr on both test splits beside
-copying the caption of the nearest training image.
+writes the captioner, with weights in half precision, and scores.json: exact match and CIDEr on both test splits, next
+to the baselines of `clipcap demo`.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from clipcap_hf.demo import (
     train_tokenizer,
     training_data,
 )
+from clipcap_hf.files import write_text
 from clipcap_hf.model.image_processing_open_clip import image_processor_from_open_clip
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -38,7 +40,7 @@ logger = logging.getLogger("train_emoji_mini")
 
 @torch.inference_mode()
 def embed_views(tower: OpenClipVisionModel, images, views: int, mean, std, seed: int) -> torch.Tensor:
-    """Normalised embeddings (views, images, embed_dim) of augmented views of the images."""
+    """Embed augmented views of the images: normalised, (views, images, embed_dim)."""
     import numpy as np
 
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
@@ -55,14 +57,14 @@ def embed_views(tower: OpenClipVisionModel, images, views: int, mean, std, seed:
 
 
 def save_half(model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, out: Path):
-    """Save with weights in half precision, to be computed with in single precision: `config.dtype` says so."""
+    """Save the weights in half precision; `config.dtype` makes loading turn them to single precision."""
     halves = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     if not all(value.isfinite().all() for value in halves.values()):
-        raise ValueError("Weights of this model are out of the range of half precision")
+        raise ValueError("Some weights of this model do not fit into half precision")
     model.save_pretrained(out, state_dict=halves)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     processor.save_pretrained(out)
 
 
@@ -74,10 +76,10 @@ def main():
     parser.add_argument("--epochs", type=float, default=20, help="passes over all views")
     parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of noise on the embeddings")
     parser.add_argument("--prefix-length", type=int, default=PREFIX_LENGTH)
-    parser.add_argument("--hidden-size", type=int, default=192, help="of the GPT-2")
-    parser.add_argument("--layers", type=int, default=3, help="of the GPT-2")
+    parser.add_argument("--hidden-size", type=int, default=192, help="hidden size of the GPT-2")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the GPT-2")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--beams", type=int, default=3, help="for the scores")
+    parser.add_argument("--beams", type=int, default=3, help="beams of the scored captions")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -111,13 +113,13 @@ def main():
     )
     save_half(model, processor, arguments.out)
 
-    # What is scored is what is shipped.
+    # Score the saved weights, since those are shipped.
     model = ClipCapForConditionalGeneration.from_pretrained(arguments.out).eval()
     _, scores = caption_and_score(model, processor, data, embeds, "en", num_beams=arguments.beams)
     for split, found in scores.items():
         logger.info("%s: %s", split, json.dumps(found))
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "tower")}
-    (arguments.out / "scores.json").write_text(json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
+    write_text(arguments.out / "scores.json", json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

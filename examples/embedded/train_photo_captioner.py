@@ -6,9 +6,9 @@
 
 The tower is an object detector (`DetectorVisionModel`), so an image is embedded by the things found on it. What a
 caption speaks of can be put in the same form, so captions without photographs are enough to train the mapping network
-and a small GPT-2. Each image's captions name its objects; `photo_captions.DetectorNoise` makes of them what the detector
-would have found, with its confusions, misses and doubles; the captioner learns to write each of the captions. Confusions
-and sizes are measured on any folder of photographs; nobody needs to know what these show.
+and a small GPT-2. Each image's captions name its objects; `photo_captions.DetectorNoise` makes of them what the
+detector would have found, with its confusions, misses and doubles; the captioner learns to write each of the captions.
+Confusions and sizes are measured on any folder of photographs; nobody needs to know what these show.
 
 `--captions` is a JSON file of lists of captions by image, such as COCO's.
 """

@@ -67,7 +67,7 @@ def test_unknown_device(tmp_path, capsys):
 
 
 def out_of_memory_above(most, model, monkeypatch):
-    """A stand-in for a full accelerator, which cannot be had here: larger batches raise what torch raises then."""
+    """Stand in for a full accelerator, which does not exist here: larger batches raise what torch raises then."""
     sizes = []
     features = model.get_image_features
 

@@ -28,14 +28,12 @@ if not _is_command_line():
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
+    if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    if name in __all__:
-        from . import _public
+        from . import _public  # first: it prepares what the others import
 
-        return getattr(_public, name)
+        return getattr(import_module(f".{_LAZY[name]}", __name__) if name in _LAZY else _public, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -252,8 +252,9 @@ def image_paths(dataset: Dataset, column: str = "image") -> list[str | None]:
     paths = []
     for table in arrow.iter(10_000):
         stored = table[column]
-        inside = pc.is_valid(pc.struct_field(stored, "bytes"))
-        paths += pc.if_else(inside, None, pc.struct_field(stored, "path")).to_pylist()
+        inside = pc.is_valid(pc.struct_field(stored, "bytes")).to_pylist()
+        # In plain Python: `pc.if_else` of pyarrow before 26 reads outside of selected rows.
+        paths += [None if held else path for held, path in zip(inside, pc.struct_field(stored, "path").to_pylist())]
     return paths
 
 

@@ -1,12 +1,12 @@
 """The metrics agree with pycocoevalcap, the usual reference, on generated captions."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 import time
 import warnings
@@ -382,21 +382,31 @@ def test_combine_gives_the_same_values_and_tokenizes_once(corpus, tmp_path, monk
     assert result["cider_tokenizer"] == "python (not exact)"
 
 
-def _score_a_share(process_id: int, cache_dir: str):
-    predictions, references = make_captions(40)
-    process = {"num_process": 2, "process_id": process_id, "experiment_id": "shares", "cache_dir": cache_dir}
-    share = slice(0, 25) if process_id == 0 else slice(25, 40)
-    module = metrics.load("cider", **process, **SETTINGS)
-    return module.compute(predictions=predictions[share], references=references[share])
+SCORE_A_SHARE = """
+import json, sys
+from clipcap_hf import metrics
+
+share = json.load(sys.stdin)
+module = metrics.load("cider", **share["process"], **share["settings"])
+result = module.compute(predictions=share["predictions"], references=share["references"])
+print(json.dumps(result))
+"""
 
 
 def test_several_processes_give_the_same_value(tmp_path):
-    other = multiprocessing.get_context("spawn").Process(target=_score_a_share, args=(1, str(tmp_path)))
-    other.start()
-    result = _score_a_share(0, str(tmp_path))
-    other.join(60)
-    assert other.exitcode == 0
-    assert result == metrics.score_captions(*make_captions(40), "cider", per_image=False, **SETTINGS)
+    predictions, references = make_captions(40)
+    processes = []
+    for number, share in enumerate((slice(0, 25), slice(25, 40))):
+        process = {"num_process": 2, "process_id": number, "experiment_id": "shares", "cache_dir": str(tmp_path)}
+        data = {"predictions": predictions[share], "references": references[share], "process": process}
+        command = [sys.executable, "-c", SCORE_A_SHARE]
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        processes[-1].stdin.write(json.dumps({**data, "settings": SETTINGS}))
+        processes[-1].stdin.close()
+    printed = [process.stdout.read() for process in processes]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    result = json.loads(printed[0])  # the first process scores for all
+    assert result == metrics.score_captions(predictions, references, "cider", per_image=False, **SETTINGS)
 
 
 # CLIPScore

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.activations import GELUTanh, NewGELUActivation
 
-from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig
+from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig, context_length
 
 
 # Their `forward` looks like any other, but they carry a recurrent state, not keys and values.
@@ -107,7 +107,7 @@ def caption_generation_config(
     if pad_token_id is not None and pad_token_id >= text_config.vocab_size:
         pad_token_id = 0  # it pads finished captions while others continue, so it needs an embedding
     # The official decoders stop after 67 tokens.
-    context = getattr(text_config, "max_position_embeddings", None)
+    context = context_length(text_config)
     return GenerationConfig(
         max_new_tokens=67 if context is None else min(67, context - config.prefix_length),
         bos_token_id=language_model.generation_config.bos_token_id,

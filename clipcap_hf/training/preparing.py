@@ -10,6 +10,7 @@ import torch
 
 from ..clip import load_text_tower
 from ..data import check_embeddings
+from ..model.configuration_clipcap import context_length
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
@@ -127,8 +128,8 @@ def _without_evaluation(args: CaptioningArguments):
 
 def _room(model, processor: ClipCapProcessor) -> int | None:
     """Return how many tokens of caption, end token included, fit into the context; None without a limit."""
-    context = getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
-    if context is None or context < 1:
+    context = context_length(model.config.text_config)
+    if context is None:
         return None
     return context - len(processor.tokenize_prompts(None, 1)["input_ids"][0])
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .arguments import add_device_arguments, load_captioner, not_negative, positive
+from .arguments import add_device_arguments, beams, load_captioner, not_negative, positive
 
 
 def add_parser(commands):
@@ -83,7 +83,7 @@ def _add_source_arguments(what):
 
 
 def _add_decoding_arguments(decoding):
-    decoding.add_argument("--beams", type=positive, default=5, metavar="N", help="beam search (default: %(default)s)")
+    decoding.add_argument("--beams", type=beams, default=5, metavar="N", help="beam search (default: %(default)s)")
     decoding.add_argument(
         "--official-beam-search", action="store_true", help="use the rule of the official ClipCap code"
     )
@@ -295,6 +295,7 @@ def _load_data(arguments, benchmark, split):
 
 def _captions(arguments, captioner, data, folder: Path):
     from ..evaluation import caption_benchmark
+    from ..processes import default_workers
 
     generate_kwargs = {"num_beams": arguments.beams}
     if arguments.official_beam_search:
@@ -303,10 +304,6 @@ def _captions(arguments, captioner, data, folder: Path):
         generate_kwargs["custom_generate"] = official_beam_search
     if arguments.max_new_tokens:
         generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
-    workers = arguments.workers
-    if workers is None:
-        # Starting a process costs as much as reading some dozens of images.
-        workers = 0 if len(data) < 64 else min(4, os.cpu_count() or 1)
     model, processor = captioner
     name = os.path.expanduser(arguments.model)
     return caption_benchmark(
@@ -317,7 +314,7 @@ def _captions(arguments, captioner, data, folder: Path):
         folder,
         prompt=arguments.prompt,
         batch_size=arguments.batch_size,
-        num_workers=workers,
+        num_workers=default_workers(len(data)) if arguments.workers is None else arguments.workers,
         progress=sys.stderr.isatty(),
         allow_subset=arguments.allow_subset,
         **generate_kwargs,

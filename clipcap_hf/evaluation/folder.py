@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from ..files import lock_folder
 from .coco_files import read_results
 from .digests import digest
 
@@ -96,32 +95,11 @@ def only_process(folder: str | Path) -> Iterator[None]:
     """Work in the folder as the only evaluation, and first remove what killed ones left half-written.
 
     Raises:
-        ValueError: Another process evaluates into this folder; the message has its number.
+        ValueError: If another process evaluates into this folder; the message names it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".evaluate.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"Process {_owner(folder)} evaluates into {folder} already. Wait for it, or name another folder by --out."
-        ) from None
-    try:
-        with suppress(OSError):  # Windows lets nobody write into a locked file
-            (folder / ".evaluate.lock").write_text(str(os.getpid()))
-        _remove_leftovers(folder)
+    with lock_folder(folder):
+        _remove_leftovers(Path(folder))
         yield
-    finally:
-        with suppress(OSError):
-            (folder / ".evaluate.lock").unlink()
-        lock.release()
-
-
-def _owner(folder: Path) -> str:
-    with suppress(OSError, ValueError):
-        return (folder / ".evaluate.lock").read_text()[:20] or "(unknown)"
-    return "(unknown)"
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -79,7 +79,7 @@ class BatchedCaptioner:
     def caption(self, paths: list[str], settings: Settings) -> list[tuple[CaptionedImage, str | None]]:
         """Caption the images of one request, together with those of other waiting threads."""
         # gradio's own batching does not help: one request with a bad value makes its whole batch fail.
-        answer = Future()
+        answer: Future = Future()
         with self._list:
             self._waiting.append((paths, settings, answer))
         with self._turn:
@@ -111,7 +111,7 @@ class BatchedCaptioner:
                 except Exception as error:  # other requests, with other settings, keep their captions
                     if not isinstance(error, ValueError):
                         logger.exception("Captioning failed")
-                        error = "captioning failed; the server's log says why"
+                        error = ValueError("captioning failed; the server's log says why")
                     for result, _, _ in batch:
                         result.error = str(error)
         return [[(result, thumbnail) for result, thumbnail, _ in answer] for answer in answers]

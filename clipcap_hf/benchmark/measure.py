@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def measure_speed(
     model, processor = make_captioner(language_model, device, dtype)
     decoding = {}
     if compile_mode:
-        decoding = {"cache_implementation": "static", "compile_config": transformers.CompileConfig(mode=compile_mode)}
-        decoding["compile_config"]._compile_all_devices = True  # else not on a CPU
+        compile_config: Any = transformers.CompileConfig(mode=compile_mode)
+        compile_config._compile_all_devices = True  # else not on a CPU
+        decoding = {"cache_implementation": "static", "compile_config": compile_config}
     limits = {"matmul_flops": matmul_flops(place, dtype), "read_bytes": read_bytes(place, dtype)}
     report: dict[str, Any] = {
         "written_by": WRITTEN_BY,
@@ -231,8 +233,11 @@ def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -
                 config = {"prefix_length": value, "language_model": model.language_model}
                 model, _ = make_captioner(language_model, device, dtype, **config)
             embeds = torch.randn(setting["batch"], model.config.clip_embed_dim, device=device, dtype=dtype)
-            ways[value] = lambda model=model, embeds=embeds, setting=setting: model.generate(
-                clip_embeds=embeds, max_new_tokens=setting["new_tokens"], num_beams=setting["num_beams"]
+            ways[value] = partial(
+                model.generate,
+                clip_embeds=embeds,
+                max_new_tokens=setting["new_tokens"],
+                num_beams=setting["num_beams"],
             )
         times = _take_turns(ways, max(1, repeats - 1), torch.device(device))
         for value, taken in times.items():

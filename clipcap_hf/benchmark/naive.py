@@ -36,18 +36,15 @@ def naive_beams(
     captions = []
     for image in images.split(1):
         sequences = _prefix(model, image)
-        tokens = scores = None
+        tokens = torch.zeros(1, 0, dtype=torch.long, device=sequences.device)
+        scores = torch.zeros(1, device=sequences.device)
         for _ in range(new_tokens):
             logits = model.language_model(inputs_embeds=sequences, use_cache=False).logits[:, -1]
             totals = logits.float().log_softmax(-1)
-            if tokens is None:
-                scores, best = totals[0].topk(num_beams)
-                sequences, tokens = sequences.expand(num_beams, -1, -1), best[:, None]
-            else:
-                scores, places = (scores[:, None] + totals).flatten().topk(num_beams)
-                parents, best = places // totals.shape[-1], places % totals.shape[-1]
-                sequences = sequences[parents]
-                tokens = torch.cat([tokens[parents], best[:, None]], dim=1)
+            scores, places = (scores[:, None] + totals).flatten().topk(num_beams)
+            parents, best = places // totals.shape[-1], places % totals.shape[-1]
+            sequences = sequences[parents]
+            tokens = torch.cat([tokens[parents], best[:, None]], dim=1)
             sequences = torch.cat([sequences, model.get_input_embeddings()(best)[:, None]], dim=1)
         captions.append(tokens[:1])
     return torch.cat(captions)

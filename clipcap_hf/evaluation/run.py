@@ -94,7 +94,7 @@ def evaluate_captions(
     options = {"tokenizer": tokenizer, "empty_references": empty_references, "spice_home": spice_home}
     scores, notes = _score(predictions, data, metrics, clip_model, **options)
     by_part = {ENTIRE: scores, **_in_order(scores.pop("groups", {}), benchmark)}
-    report = {
+    report: dict[str, Any] = {
         "written_by": WRITTEN_BY,
         **_title(benchmark, split, tokenizer, data),
         "scores": {part: _percent(found) for part, found in by_part.items()},

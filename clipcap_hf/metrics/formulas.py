@@ -86,7 +86,7 @@ def rouge_l(corpus: Corpus) -> Scores:
         if not caption:
             continue
         words = caption.split(" ")  # and not split(): a PTB token may hold a no-break space, as in "1 1/2"
-        positions = {}
+        positions: dict[str, int] = {}
         for place, word in enumerate(words):
             positions[word] = positions.get(word, 0) | 1 << place
         precision = recall = 0.0

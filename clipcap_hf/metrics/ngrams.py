@@ -80,7 +80,7 @@ class Corpus:
 
     def _ngrams(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each order: (line of each n-gram, its id, the position where it begins)."""
-        ids = defaultdict(count().__next__)
+        ids: defaultdict[str, int] = defaultdict(count().__next__)
         tokens = np.fromiter(map(ids.__getitem__, self.words), np.int64, len(self.words))
         line = np.repeat(np.arange(len(self._lengths)), self._lengths)
         words_left = np.repeat(np.cumsum(self._lengths), self._lengths) - np.arange(len(tokens))

@@ -81,7 +81,7 @@ class ConseVisionModel(PreTrainedModel):
     config_class = ConseVisionConfig
     base_model_prefix = "conse"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: ConseVisionConfig):
         super().__init__(config)
@@ -101,7 +101,7 @@ class ConseVisionModel(PreTrainedModel):
 
     def forward(
         self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
+    ) -> tuple | BaseModelOutputWithPooling:
         logits = self.network(pixel_values.to(self.dtype))
         embeds = embed_by_classes(logits, self.class_embeds, self.config.top_k, self.config.temperature)
         output = BaseModelOutputWithPooling(pooler_output=embeds.to(self.dtype))

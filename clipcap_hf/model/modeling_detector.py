@@ -16,6 +16,18 @@ class ConvLayer(nn.Sequential):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, padding=1), nn.LeakyReLU(0.1))
 
 
+class CspBlock(nn.Sequential):
+    """Halve the channels and convolve them; pass on both halves, (batch, channels, height, width) as before."""
+
+    def __init__(self, channels: int):
+        super().__init__(ConvLayer(channels, channels // 2), ConvLayer(channels // 2, channels // 2))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        reduce, convolve = self
+        reduced = reduce(features)
+        return torch.cat([convolve(reduced), reduced], dim=1)
+
+
 class CspStage(nn.Module):
     """
     A stage of a cross-stage partial network (Wang et al. 2019, arXiv 1911.11929).
@@ -27,17 +39,13 @@ class CspStage(nn.Module):
     def __init__(self, channels: int, depth: int, stride: int):
         super().__init__()
         self.first = ConvLayer(channels, channels, stride)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList([ConvLayer(channels, channels // 2), ConvLayer(channels // 2, channels // 2)])
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(CspBlock(channels) for _ in range(depth))
         self.last = ConvLayer(channels, channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         first = features = self.first(features)
-        for reduce, convolve in self.blocks:
-            reduced = reduce(features)
-            features = torch.cat([convolve(reduced), reduced], dim=1)
+        for block in self.blocks:
+            features = block(features)
         return torch.cat([self.last(features), first], dim=1)
 
 
@@ -144,7 +152,7 @@ class DetectorVisionModel(PreTrainedModel):
     config_class = DetectorVisionConfig
     base_model_prefix = "detector"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: DetectorVisionConfig):
         super().__init__(config)
@@ -187,7 +195,7 @@ class DetectorVisionModel(PreTrainedModel):
 
     def forward(
         self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
+    ) -> tuple | BaseModelOutputWithPooling:
         scores, boxes, features = self.detect(pixel_values)
         embeds = summarize_detections(scores, boxes, self.config).to(self.dtype)
         output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)

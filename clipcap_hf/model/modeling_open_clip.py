@@ -1,5 +1,7 @@
 """Any open_clip image tower as a transformers model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
@@ -21,7 +23,7 @@ def _check_sizes(vision_cfg: dict):
                 raise ValueError(f"open_clip's `vision_cfg` has `{name}` {values!r}: it must be from 1 to {largest}.")
 
 
-def _build_visual(config: OpenClipVisionConfig) -> nn.Module:
+def _build_visual(config: OpenClipVisionConfig) -> Any:  # towers of open_clip and timm have no common interface
     # Not with open_clip's `create_model`: it downloads, and fails on the meta device that `from_pretrained` uses. The
     # public `CLIP` needs a text tower, so it gets the smallest possible.
     try:
@@ -50,7 +52,7 @@ class OpenClipVisionModel(PreTrainedModel):
     config: OpenClipVisionConfig
     base_model_prefix = "visual"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _no_split_modules = ["ResidualAttentionBlock"]
 
     def __init__(self, config: OpenClipVisionConfig):
@@ -65,12 +67,12 @@ class OpenClipVisionModel(PreTrainedModel):
         super()._init_weights(module)
         # timm keeps some tables (rotary embeddings, attention masks) as buffers outside the checkpoint; built on the
         # meta device they hold garbage until computed again. Without this, EVA gives wrong embeddings silently.
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        if compute_buffers := getattr(module, "init_non_persistent_buffers", None):
+            compute_buffers()
 
     def forward(
         self, pixel_values: torch.Tensor, output_patches: bool = False, return_dict: bool | None = None, **kwargs
-    ) -> CLIPVisionModelOutput:
+    ) -> tuple | CLIPVisionModelOutput:
         self._check_size(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         tokens = None

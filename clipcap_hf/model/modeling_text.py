@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+from typing import Any
 
 import torch
 from transformers import (
@@ -33,7 +34,7 @@ def check_language_model(config: PreTrainedConfig):
         ValueError: If this kind of language model lacks one of these.
     """
     config = config.get_text_config()
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:  # custom code
         return
     arguments = inspect.signature(model_class.forward).parameters
@@ -100,7 +101,7 @@ def caption_generation_config(
     language_model: PreTrainedModel, config: ClipCapConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> GenerationConfig:
     """Build a new captioner's generation settings: the end of captions and their largest length."""
-    text_config = config.text_config.get_text_config()
+    text_config = config.language_config
     eos_token_id, pad_token_id = _end_ids(language_model, tokenizer), language_model.generation_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id

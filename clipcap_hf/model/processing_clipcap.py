@@ -44,9 +44,9 @@ class ClipCapImagesKwargs(ImagesKwargs, total=False):
 
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: ClipCapImagesKwargs
+    images_kwargs: ClipCapImagesKwargs  # type: ignore[misc]  # transformers' own processors narrow it, too
     # No begin or end tokens (Llama, OPT, BERT): generate() without a prompt has none, and prompts are to be continued.
-    _defaults = {"text_kwargs": {"add_special_tokens": False}}
+    _defaults = {"text_kwargs": {"add_special_tokens": False}}  # type: ignore[misc]  # where transformers looks
 
 
 class ClipCapProcessor(ProcessorMixin):
@@ -288,7 +288,8 @@ class ClipCapProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         if self.image_processor is not None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        self.get_attributes = lambda: ["tokenizer"]  # ProcessorMixin saves every part that the class can have
+        # ProcessorMixin saves every part that the class can have.
+        self.get_attributes = lambda: ["tokenizer"]  # type: ignore[method-assign]
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
@@ -343,8 +344,9 @@ class ClipCapProcessor(ProcessorMixin):
             text_kwargs (`dict`, *optional*): Arguments for loading the tokenizer.
         """
         image_processor = None
-        vision, text = (os.fspath(name) if isinstance(name, os.PathLike) else name for name in (vision, text))
+        text = os.fspath(text)
         if vision is not None:
+            vision = os.fspath(vision)
             image_processor, own_num_frames = load_image_processor(vision, **(vision_kwargs or {}))
             num_frames = own_num_frames or num_frames
         tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))

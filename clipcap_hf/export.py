@@ -89,7 +89,7 @@ def export_onnx(
         processor ([`ClipCapProcessor`]): Its processor, which is saved next to the graphs.
         folder (`str` or `Path`): Folder to write; must not exist.
         int8 (`bool`): Store the weights of matrix products in 8 bits and quantise activations dynamically.
-            `examples/benchmark_onnx.py` measures the effect on scores and speed.
+            `examples/measurements/onnx_speed.py` measures the effect on scores and speed.
 
     Returns:
         `Path`: The folder.

@@ -49,6 +49,13 @@ def beams(text: str) -> int:
     return value
 
 
+def reading_workers(workers: int | None, images: int) -> int:
+    """Return the number of processes that read images: as requested, or depending on the number of images."""
+    from ..processes import default_workers
+
+    return default_workers(images) if workers is None else workers
+
+
 def load_captioner(name: str, device: str | None, dtype: str | None = None):
     """Return the model, ready to caption, and the processor. Code in the model's folder never runs."""
     from transformers import AutoConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..extras import install_hint
 from ..files import write_text
-from .arguments import beams, not_negative, pick_device, positive
+from .arguments import not_negative, pick_device, positive
 
 
 def add_parser(commands):
@@ -36,7 +36,7 @@ def add_parser(commands):
     ):
         benchmark.add_argument(f"--{name}", type=positive, nargs="+", default=default, metavar="N", help=what)
     benchmark.add_argument(
-        "--beams", type=beams, default=5, metavar="N", help="beams of beam search (default: %(default)s)"
+        "--beams", type=positive, default=5, metavar="N", help="beams of beam search (default: %(default)s)"
     )
     benchmark.add_argument("--repeats", type=positive, default=3, metavar="N", help="rounds (default: %(default)s)")
     benchmark.add_argument(

@@ -122,7 +122,7 @@ def _open_outputs(arguments, paths: list[str]):
 
 def _caption(arguments, model, processor, paths: list[str]):
     from ..captioning import caption_files
-    from ..processes import default_workers
+    from .arguments import reading_workers
 
     generate_kwargs = {
         "num_beams": max(arguments.beams, arguments.captions),
@@ -135,7 +135,7 @@ def _caption(arguments, model, processor, paths: list[str]):
         processor,
         paths,
         batch_size=arguments.batch_size,
-        num_workers=default_workers(len(paths)) if arguments.workers is None else arguments.workers,
+        num_workers=reading_workers(arguments.workers, len(paths)),
         prompt=arguments.prompt,
         explain=arguments.explain,
         progress=sys.stderr.isatty() and len(paths) > arguments.batch_size,

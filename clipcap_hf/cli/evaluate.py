@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .arguments import add_device_arguments, beams, load_captioner, not_negative, positive
+from .arguments import add_device_arguments, load_captioner, not_negative, positive
 
 
 def add_parser(commands):
@@ -83,7 +83,7 @@ def _add_source_arguments(what):
 
 
 def _add_decoding_arguments(decoding):
-    decoding.add_argument("--beams", type=beams, default=5, metavar="N", help="beam search (default: %(default)s)")
+    decoding.add_argument("--beams", type=positive, default=5, metavar="N", help="beam search (default: %(default)s)")
     decoding.add_argument(
         "--official-beam-search", action="store_true", help="use the rule of the official ClipCap code"
     )
@@ -295,7 +295,6 @@ def _load_data(arguments, benchmark, split):
 
 def _captions(arguments, captioner, data, folder: Path):
     from ..evaluation import caption_benchmark
-    from ..processes import default_workers
 
     generate_kwargs = {"num_beams": arguments.beams}
     if arguments.official_beam_search:
@@ -304,6 +303,8 @@ def _captions(arguments, captioner, data, folder: Path):
         generate_kwargs["custom_generate"] = official_beam_search
     if arguments.max_new_tokens:
         generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
+    from .arguments import reading_workers
+
     model, processor = captioner
     name = os.path.expanduser(arguments.model)
     return caption_benchmark(
@@ -314,7 +315,7 @@ def _captions(arguments, captioner, data, folder: Path):
         folder,
         prompt=arguments.prompt,
         batch_size=arguments.batch_size,
-        num_workers=default_workers(len(data)) if arguments.workers is None else arguments.workers,
+        num_workers=reading_workers(arguments.workers, len(data)),
         progress=sys.stderr.isatty(),
         allow_subset=arguments.allow_subset,
         **generate_kwargs,

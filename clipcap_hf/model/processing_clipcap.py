@@ -344,12 +344,10 @@ class ClipCapProcessor(ProcessorMixin):
             text_kwargs (`dict`, *optional*): Arguments for loading the tokenizer.
         """
         image_processor = None
-        text = os.fspath(text)
         if vision is not None:
-            vision = os.fspath(vision)
-            image_processor, own_num_frames = load_image_processor(vision, **(vision_kwargs or {}))
+            image_processor, own_num_frames = load_image_processor(os.fspath(vision), **(vision_kwargs or {}))
             num_frames = own_num_frames or num_frames
-        tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(donor_folder(os.fspath(text)), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{text} has no tokenizer: add the language model's tokenizer files to it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)

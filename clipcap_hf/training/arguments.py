@@ -139,9 +139,10 @@ class ModelArguments:
         for name in ("prefix_length", "clip_length", "clip_embed_dim", "lora_r"):
             check_range(self, name, 1)
         check_range(self, "warm_start", 0)
-        self.config_overrides = self._overrides()
+        self.config_overrides = self.overrides()
 
-    def _overrides(self) -> dict[str, Any]:
+    def overrides(self) -> dict[str, Any]:
+        """Return `config_overrides` as a dictionary."""
         overrides = self.config_overrides or {}
         if isinstance(overrides, str):
             try:

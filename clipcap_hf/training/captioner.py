@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -62,7 +61,6 @@ def _new_captioner(model_args: ModelArguments, data_args: DataArguments):
 
 def _config(model_args: ModelArguments, data_args: DataArguments, prefix_length: int) -> dict:
     freeze, normalize = model_args.freeze_language_model, model_args.normalize_clip_embeds
-    overrides: Any = model_args.config_overrides  # a dictionary, since `ModelArguments` has parsed it
     return {
         "vision_feature": model_args.vision_feature,
         "mapping_type": model_args.mapping_type,
@@ -74,7 +72,7 @@ def _config(model_args: ModelArguments, data_args: DataArguments, prefix_length:
         "freeze_vision": model_args.freeze_vision,
         "lora": None if model_args.lora_r is None else {"r": model_args.lora_r},
         "save_frozen": model_args.save_frozen,
-        **overrides,
+        **model_args.overrides(),
     }
 
 

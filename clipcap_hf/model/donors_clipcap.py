@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .base_clipcap import ClipCapPreTrainedModel
+from .base_clipcap import CaptionerParts
 from .checkpoints_open_clip import absolute_name, is_open_clip_name
 from .configuration_clipcap import ClipCapConfig
 from .modeling_text import check_can_read_gguf
@@ -262,7 +262,7 @@ def read_checkpoint(folder: str, variant: str | None = None, **hub_kwargs) -> di
     return {key: value for shard in shards for key, value in load_file(shard).items()}
 
 
-def remember_donors(model: ClipCapPreTrainedModel):
+def remember_donors(model: CaptionerParts):
     """Store the hashes of a new model's frozen parts in `config.donors`."""
     for part, record in (model.config.donors or {}).items():
         weights = original_weights(getattr(model, part))
@@ -275,7 +275,7 @@ def remember_donors(model: ClipCapPreTrainedModel):
 
 
 @contextmanager
-def leaving_out_frozen(model: ClipCapPreTrainedModel, save_frozen: bool) -> Iterator[None]:
+def leaving_out_frozen(model: CaptionerParts, save_frozen: bool) -> Iterator[None]:
     """Make transformers' `save_pretrained` leave out the frozen parts with known donors, within this context."""
     config = model.config
     left_out = {} if save_frozen else _parts_to_leave_out(model)
@@ -297,14 +297,14 @@ def leaving_out_frozen(model: ClipCapPreTrainedModel, save_frozen: bool) -> Iter
         config.donors, config.save_frozen, model._keys_to_ignore_on_save = before
 
 
-def _ignore_on_save(model: ClipCapPreTrainedModel, parts: Iterable[str]):
+def _ignore_on_save(model: CaptionerParts, parts: Iterable[str]):
     # When it resumes, Trainer also reads here which weights a checkpoint may lack.
     model._keys_to_ignore_on_save = {
         f"{part}.{key}" for part in parts for key in original_weights(getattr(model, part))
     }
 
 
-def _parts_to_leave_out(model: ClipCapPreTrainedModel) -> dict[str, dict[str, Any]]:
+def _parts_to_leave_out(model: CaptionerParts) -> dict[str, dict[str, Any]]:
     """Return the donor records of the frozen parts that need not be saved."""
     records = {}
     for part, record in (model.config.donors or {}).items():
@@ -342,7 +342,7 @@ def _is_frozen(part: torch.nn.Module, weights: Iterable[str]) -> bool:
 
 
 def with_donors(
-    model_class: type[ClipCapPreTrainedModel], name: str, moved: dict[str, str], kwargs: dict[str, Any]
+    model_class: type[CaptionerParts], name: str, moved: dict[str, str], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """
     Load the parts that a checkpoint leaves out.

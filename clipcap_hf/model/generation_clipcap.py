@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
-from .base_clipcap import ClipCapPreTrainedModel
+from .base_clipcap import CaptionerParts
 from .beam_search_clipcap import CannotSearchFast, fast_beam_search, official_beam_search, padding_token, stop_tokens
 from .configuration_clipcap import context_length
 from .versions_clipcap import CACHE, READS_IN_CHUNKS
@@ -17,7 +17,7 @@ from .versions_clipcap import CACHE, READS_IN_CHUNKS
 _LOOKS_TOKENS_UP = {"token_healing": False, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 
 
-class GeneratesCaptions(ClipCapPreTrainedModel, GenerationMixin):
+class GeneratesCaptions(CaptionerParts, GenerationMixin):
     """Adds to a captioner the `generate()` that takes images, or embeddings of images, alone."""
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .base_clipcap import ClipCapPreTrainedModel
+from .base_clipcap import CaptionerParts
 
 
 @dataclass
@@ -27,7 +27,7 @@ class PrefixInterpretation(ModelOutput):
     tokens: list[list[list[str]]] | None = None
 
 
-class InterpretsPrefix(ClipCapPreTrainedModel):
+class InterpretsPrefix(CaptionerParts):
     """Adds `interpret_prefix` to a captioner."""
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .base_clipcap import ClipCapPreTrainedModel
+from .base_clipcap import CaptionerParts
 from .versions_clipcap import keep_weights, mark_adapted
 
 
@@ -78,7 +78,7 @@ def freeze_beside_lora(language_model: PreTrainedModel):
         parameter.requires_grad_(".lora_" in name)
 
 
-class MergesLora(ClipCapPreTrainedModel):
+class MergesLora(CaptionerParts):
     """Adds `merge_lora` to a captioner."""
 
     def merge_lora(self):

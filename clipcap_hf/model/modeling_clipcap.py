@@ -11,25 +11,25 @@ Loading and saving are in `pretrained_clipcap.py`, `generate()` in `generation_c
 """
 
 import inspect
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .base_clipcap import ClipCapPreTrainedModel
 from .configuration_clipcap import ClipCapConfig
 from .freezing_clipcap import FreezesParts
 from .generation_clipcap import GeneratesCaptions
 from .interpretation_clipcap import InterpretsPrefix
 from .lora_clipcap import MergesLora, add_lora
 from .model_card_clipcap import PushesModelCard
-from .modeling_mapping import MAPPING_NETWORKS, pool_patches
+from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork, pool_patches
 from .modeling_text import fuse_gelu
 from .modeling_vision import build_vision_tower, embed_pixels
 from .pretrained_clipcap import LoadsAndSaves
@@ -55,6 +55,33 @@ class ClipCapCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     image_hidden_states: torch.Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
+
+
+class ClipCapPreTrainedModel(PreTrainedModel):
+    config: ClipCapConfig
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ClipCapMappingLayer"]
+    _skip_keys_device_placement = [CACHE]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # Only the mapping network is ours to initialise; as in the official code it starts from torch's defaults.
+        if isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, ClipCapTransformerMappingNetwork):
+            init.normal_(module.prefix_const)
+        else:
+            super()._init_weights(module)
 
 
 class ClipCapForConditionalGeneration(
@@ -114,7 +141,7 @@ class ClipCapForConditionalGeneration(
         fuse_gelu(language_model)
         if config.lora is not None:
             add_lora(language_model, config.lora)
-        self._donor_hashes = {}
+        self._donor_hashes: dict[str, str] = {}  # of the parts that are known to equal their donors
         # The parts hold the very configurations that are saved with the whole.
         config.text_config = language_model.config
         if vision_tower is not None:
@@ -158,7 +185,7 @@ class ClipCapForConditionalGeneration(
         """
         if (pixel_values is None) == (clip_embeds is None):
             raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
-        vision_outputs = ModelOutput()
+        vision_outputs = {}
         if clip_embeds is None:
             clip_embeds, vision_outputs = self._embed_pixels(pixel_values, **kwargs)
         else:
@@ -213,18 +240,18 @@ class ClipCapForConditionalGeneration(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        clip_embeds: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        clip_embeds: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        prefix_index: torch.Tensor | None = None,
+        prefix_index: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | ClipCapCausalLMOutputWithPast:
@@ -278,18 +305,18 @@ class ClipCapForConditionalGeneration(
             prefix = image_outputs.pooler_output
             if prefix_index is None:
                 self._check_placeholders(placeholders, prefix)
-        # The placeholder's id may lie outside the language model's vocabulary.
-        embed = self.get_input_embeddings()
-        embeds: Any = inputs_embeds if input_ids is None else embed(input_ids.masked_fill(placeholders, 0))
+        if input_ids is not None:
+            # The placeholder's id may lie outside the language model's vocabulary.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
         if prefix is not None:
-            prefix = prefix.to(embeds.device, embeds.dtype)
+            prefix = prefix.to(inputs_embeds.device, inputs_embeds.dtype)
             vectors = prefix if prefix_index is None else prefix.flatten(0, 1)[prefix_index]
-            embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), vectors)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), vectors)
         if attention_mask is not None and attention_mask.ndim == 4:
-            attention_mask = self._four_dimensional(attention_mask, embeds.dtype)
+            attention_mask = self._four_dimensional(attention_mask, inputs_embeds.dtype)
 
         outputs = self.language_model(
-            inputs_embeds=embeds,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
@@ -304,9 +331,9 @@ class ClipCapForConditionalGeneration(
             kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
             labels = labels[:, kept]
             if shift_labels is not None:
-                kwargs["shift_labels"] = shift_labels.masked_fill(shift_labels.eq(self.config.image_token_id), -100)
-            labels = labels.masked_fill(labels.eq(self.config.image_token_id), -100)
-            vocab_size = self.config.language_config.vocab_size
+                kwargs["shift_labels"] = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            vocab_size = self.config.text_config.get_text_config().vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
         return ClipCapCausalLMOutputWithPast(
@@ -326,23 +353,23 @@ class ClipCapForConditionalGeneration(
         known = {*inspect.signature(self.language_model.forward).parameters, *TransformersKwargs.__optional_keys__}
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in known]:
             raise TypeError(
-                f"Neither the captioner nor its language model, a `{self.language_model.config.model_type}`, has the "
+                f"Neither the captioner nor its language model, a `{self.config.text_config.model_type}`, has the "
                 f"argument `{unknown[0]}`: leave it out."
             )
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None = None
+    ) -> torch.BoolTensor:
         """Find the placeholders, (batch, sequence), in token ids, or in embeddings if the placeholder has one."""
         if input_ids is not None:
-            return input_ids.eq(self.config.image_token_id)
-        embeddings: Any = self.get_input_embeddings()
-        if self.config.image_token_id >= embeddings.weight.shape[0]:  # type: ignore[operator]  # it is no longer None
+            return input_ids == self.config.image_token_id
+        embeddings = self.get_input_embeddings()
+        if self.config.image_token_id >= embeddings.weight.shape[0]:
             raise ValueError(
                 "Images need `input_ids` with placeholders: the placeholder of this captioner has no embedding, so "
                 "`inputs_embeds` cannot say where they go. For `generate`, pass both."
             )
-        token = torch.tensor(self.config.image_token_id, device=embeddings.weight.device)
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == embeddings(token)).all(-1)
 
     def _four_dimensional(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from .base_clipcap import ClipCapPreTrainedModel
+from .base_clipcap import CaptionerParts
 from .configuration_clipcap import ClipCapConfig
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
@@ -24,7 +24,7 @@ from .versions_clipcap import keep_weights
 _Captioner = TypeVar("_Captioner", bound="LoadsAndSaves")
 
 
-class LoadsAndSaves(ClipCapPreTrainedModel):
+class LoadsAndSaves(CaptionerParts):
     """Adds to a captioner `from_pretrained`, `save_pretrained` and `from_vision_text_pretrained`."""
 
     @classmethod

@@ -94,6 +94,22 @@ def clip_embed_dim_of(vision_config: PreTrainedConfig, vision_feature: str = "po
     return hidden_size
 
 
+def check_language_model(text_config: PreTrainedConfig):
+    """Check before loading any weights that language models of this kind can write captions.
+
+    Captioning needs a prefix of embeddings, and keys and values that beams can reorder.
+
+    Raises:
+        ValueError: If this kind of language model lacks one of these.
+    """
+    model_type = text_config.get_text_config().model_type
+    if (lacks := UNSUITED_LANGUAGE_MODELS.get(model_type)) is not None:
+        raise ValueError(
+            f"A `{model_type}` cannot be a captioner's language model: it {lacks}. Choose another, such as GPT-2, "
+            "Llama, Qwen or OPT."
+        )
+
+
 def context_length(text_config: PreTrainedConfig) -> int | None:
     """Find how many tokens the language model of this configuration can read; `None` if it has no limit."""
     text_config = text_config.get_text_config()
@@ -311,11 +327,7 @@ class ClipCapConfig(PreTrainedConfig):
         text_config = self.language_config
         if not hasattr(text_config, "vocab_size"):
             raise ValueError(f"A `{text_config.model_type}` is not a causal language model: it has no vocabulary.")
-        if (lacks := UNSUITED_LANGUAGE_MODELS.get(text_config.model_type)) is not None:
-            raise ValueError(
-                f"A `{text_config.model_type}` cannot be a captioner's language model: it {lacks}. Choose another, "
-                "such as GPT-2, Llama, Qwen or OPT."
-            )
+        check_language_model(text_config)
         # Encoders such as BERT see the words that they must predict, unless they are set up as decoders.
         is_encoder = text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if is_encoder and getattr(text_config, "is_decoder", True) is False:

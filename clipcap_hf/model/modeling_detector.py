@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from .configuration_detector import DetectorVisionConfig
 
@@ -193,13 +194,11 @@ class DetectorVisionModel(PreTrainedModel):
             boxes.append(decode_boxes(distances, level.shape[-2:], self.config.num_bins))
         return torch.cat(scores, dim=1), torch.cat(boxes, dim=1), levels[-1]
 
-    def forward(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
-    ) -> tuple | BaseModelOutputWithPooling:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         scores, boxes, features = self.detect(pixel_values)
         embeds = summarize_detections(scores, boxes, self.config).to(self.dtype)
-        output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
-        return output.to_tuple() if return_dict is False else output
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
 
 
 __all__ = ["DetectorVisionModel"]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
+from transformers.utils import can_return_tuple
 
 from .checkpoints_open_clip import is_open_clip_name, load_open_clip_checkpoint  # noqa: F401  (also imported from here)
 from .configuration_clipcap import OpenClipVisionConfig
@@ -70,9 +71,8 @@ class OpenClipVisionModel(PreTrainedModel):
         if compute_buffers := getattr(module, "init_non_persistent_buffers", None):
             compute_buffers()
 
-    def forward(
-        self, pixel_values: torch.Tensor, output_patches: bool = False, return_dict: bool | None = None, **kwargs
-    ) -> tuple | CLIPVisionModelOutput:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, output_patches: bool = False, **kwargs) -> CLIPVisionModelOutput:
         self._check_size(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         tokens = None
@@ -82,8 +82,7 @@ class OpenClipVisionModel(PreTrainedModel):
             image_embeds = self.visual(pixel_values)
             if isinstance(image_embeds, (tuple, list)):  # towers with `output_tokens`: (pooled, tokens)
                 image_embeds, tokens = image_embeds
-        output = CLIPVisionModelOutput(image_embeds=image_embeds, last_hidden_state=tokens)
-        return output.to_tuple() if return_dict is False else output
+        return CLIPVisionModelOutput(image_embeds=image_embeds, last_hidden_state=tokens)
 
     def _check_size(self, pixel_values: torch.Tensor):
         # Convolutional towers accept any image size, but silently give worse embeddings.

@@ -1,4 +1,4 @@
-"""Caption as the official code does: one image at a time, no cache, the whole sequence again for each token."""
+"""Caption as the official code does: one image at a time, without a cache, reading the whole sequence per token."""
 
 import torch
 
@@ -12,7 +12,7 @@ def _prefix(model: ClipCapForConditionalGeneration, image: torch.Tensor) -> torc
 
 @torch.no_grad()
 def naive_greedy(model: ClipCapForConditionalGeneration, images: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Decode greedily to token ids `(images, new_tokens)`.
+    """Decode greedily and return token ids `(images, new_tokens)`.
 
     Images are pixels `(images, 3, height, width)` or embeddings `(images, dim)`.
     """
@@ -32,7 +32,7 @@ def naive_greedy(model: ClipCapForConditionalGeneration, images: torch.Tensor, n
 def naive_beams(
     model: ClipCapForConditionalGeneration, images: torch.Tensor, new_tokens: int, num_beams: int
 ) -> torch.Tensor:
-    """Search with beams to token ids `(images, new_tokens)` of the best beam; images as for [`naive_greedy`]."""
+    """Return the best beam's token ids `(images, new_tokens)`; images are as for [`naive_greedy`]."""
     captions = []
     for image in images.split(1):
         sequences = _prefix(model, image)

@@ -1,4 +1,4 @@
-"""METEOR and SPICE: scores that only their authors' Java programs compute exactly."""
+"""METEOR and SPICE, which only their authors' Java programs compute exactly."""
 
 import json
 import os
@@ -20,23 +20,22 @@ METEOR_JAR = "meteor/meteor-1.5.jar"
 def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[np.ndarray]) -> list[Scores]:
     """Compute METEOR 1.5 of groups of images and of each image (Denkowski and Lavie, 2014), in 0..1, for English.
 
-    A group's score is computed from summed statistics; it is not the mean over images. All groups are scored by one
-    start of Java.
+    A group's score comes from summed statistics and is not the mean over images. Java starts once for all groups.
 
     Args:
-        captions: n tokenized captions.
-        references: n lists of tokenized references.
-        groups: for each group, the indices of its images.
+        captions (`Sequence[str]`): n tokenized captions.
+        references (`Sequence[Sequence[str]]`): n lists of tokenized references.
+        groups (`Sequence[np.ndarray]`): The indices of each group's images.
 
     Raises:
-        JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
+        JavaError: If Java or pycocoevalcap is missing, or Java failed or hung.
     """
     jar = find_jar(METEOR_JAR, "METEOR")
     timeout = java_timeout()
     command = ("-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
 
     def field(text: str) -> str:
-        return text.replace("|||", "").replace("  ", " ")  # "|||" parts the fields of METEOR's protocol
+        return text.replace("|||", "").replace("  ", " ")  # "|||" separates fields in METEOR's protocol
 
     lines = [
         " ||| ".join(("SCORE", *map(field, group), field(caption))) for caption, group in zip(captions, references)
@@ -55,7 +54,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups:
             try:
                 process.stdin.write("".join(line + "\n" for line in lines).encode("utf-8"))
                 process.stdin.flush()
-            except OSError:  # Java is gone; the reader says why
+            except OSError:  # Java has ended; the reader below says why
                 pass
 
         def receive(count: int) -> list[str]:
@@ -71,7 +70,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups:
         timer.daemon = True
         timer.start()
         try:
-            # Sent from a thread: with both pipes full, Java and we would wait for each other for ever.
+            # Write from a thread: if both pipes were full, Java and we would wait for each other forever.
             sender = threading.Thread(target=send, args=(lines,), daemon=True)
             sender.start()
             statistics = receive(len(lines))
@@ -86,13 +85,13 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups:
     return results
 
 
-# CoreNLP 3.6 reaches into java.lang, which Java 9 and later close.
+# CoreNLP 3.6 accesses java.lang, which Java 9 and later forbid by default.
 _OPEN_MODULES = ("--add-opens", "java.base/java.lang=ALL-UNNAMED")
 _SPICE_JARS = ("spice-1.0.jar", "stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
 def spice_class_path(home: str | os.PathLike | None) -> str:
-    """Return a class path of the jars in `home` and `home/lib`, and of pycocoevalcap's for what is missing there."""
+    """Return a class path of the jars in `home` and `home/lib`, with pycocoevalcap's in place of missing ones."""
     home = home or os.environ.get("CLIPCAP_SPICE_HOME")
     remedy = (
         "SPICE's jars are not shipped. Download SPICE-1.0 (https://panderson.me/spice) and Stanford CoreNLP 3.6.0 "
@@ -117,15 +116,16 @@ def spice_class_path(home: str | os.PathLike | None) -> str:
 def spice(captions: Sequence[str], references: Sequence[Sequence[str]], home=None) -> Scores:
     """Compute SPICE, the mean over images, and of each image (Anderson et al., 2016), in 0..1, for English.
 
-    F-score of scene-graph tuples. An image for which SPICE has no number counts as the COCO evaluation's NaN.
+    SPICE is the F-score of scene-graph tuples. An image for which it has no number is NaN, as in the COCO evaluation.
 
     Args:
-        captions: n tokenized captions.
-        references: n lists of tokenized references.
-        home: the folder with the jars, or None for the environment variable CLIPCAP_SPICE_HOME.
+        captions (`Sequence[str]`): n tokenized captions.
+        references (`Sequence[Sequence[str]]`): n lists of tokenized references.
+        home (`str` or `Path`, *optional*): The folder with the jars; by default `CLIPCAP_SPICE_HOME` of the
+            environment.
 
     Raises:
-        JavaError: Java or a jar is missing (the message names it and where to get it), or Java failed or hung.
+        JavaError: If Java or a jar is missing (the message says where to get it), or Java failed or hung.
     """
     class_path = spice_class_path(home)
     images = [

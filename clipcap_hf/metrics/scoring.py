@@ -1,4 +1,4 @@
-"""Captions and references in, scores out: check, tokenize once, then compute every metric."""
+"""Score captions: check the input, tokenize once, then compute each metric."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def score_captions(
         10; papers print them times 100.
 
     Raises:
-        ValueError: Bad input; the message says which caption and what to do.
-        JavaError: Java or a jar is missing, or Java failed or hung.
+        ValueError: If the input is invalid; the message names the caption and says what to do.
+        JavaError: If Java or a jar is missing, or Java failed or hung.
     """
     metrics = check_metrics(metrics)
     record = tokenizer_record(tokenizer)
@@ -96,7 +96,7 @@ def score_captions(
 class _Inputs:
     """What the metrics read: checked texts, their tokens, and which images are scored together.
 
-    `parts` are indices of images: first those of all images, then those of each group.
+    `parts` holds indices of images: of all images first, then of each group.
     """
 
     predictions: list[str]
@@ -118,7 +118,7 @@ class _Inputs:
 
     @cached_property
     def corpora(self) -> list[Corpus]:
-        """The counted n-grams of each part, which several metrics share."""
+        """Counted n-grams of each part, which several metrics share."""
         return [Corpus(_take(self.captions, part), _take(self.tokens, part)) for part in self.parts]
 
 
@@ -146,7 +146,7 @@ def _diversity(inputs: _Inputs) -> list[Scores]:
     return [formulas.diversity(_take(inputs.captions, part)) for part in inputs.parts]
 
 
-# For each metric, a function that returns its scores of every part.
+# For each metric, a function that returns its scores for each part.
 SCORERS: dict[str, Callable[[_Inputs], list]] = {
     "bleu": lambda inputs: [formulas.bleu(corpus) for corpus in inputs.corpora],
     "meteor": _meteor,
@@ -160,7 +160,7 @@ SCORERS: dict[str, Callable[[_Inputs], list]] = {
 
 
 def _means(scores: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Split scores that are means over images into those of each part; text that a metric records stays."""
+    """Compute the mean of each part from scores per image; text that a metric records is kept."""
     return [
         {
             name: value if isinstance(value, str) else (float(value[1][part].mean()), value[1][part])
@@ -171,10 +171,10 @@ def _means(scores: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[dict[
 
 
 def _flat(scores: Sequence[Mapping[str, Any]], images: int, record: str | None, per_image: bool) -> dict[str, Any]:
-    """Put the scores of one part by all metrics into the flat dict that `score_captions` returns."""
+    """Build the flat dictionary that `score_captions` returns, from all metrics' scores of one part."""
     result: dict[str, Any] = {}
     for name, value in ((name, value) for of_metric in scores for name, value in of_metric.items()):
-        if isinstance(value, str):  # what a metric records of itself
+        if isinstance(value, str):  # a setting that the metric records
             result[name] = value
             continue
         result[name] = value[0]
@@ -187,7 +187,7 @@ def _flat(scores: Sequence[Mapping[str, Any]], images: int, record: str | None, 
 
 
 def _places_by_group(groups: Sequence, images: int) -> dict[Any, np.ndarray]:
-    """For each group, in order of appearance, the indices of its images."""
+    """Return the indices of each group's images, with groups in order of appearance."""
     if len(groups) != images:
         raise ValueError(f"There are {images} predictions and {len(groups)} groups; name the group of each image.")
     places: dict[Any, list[int]] = {}
@@ -201,14 +201,14 @@ def _take(values: list, places: np.ndarray) -> list:
 
 
 def document_frequencies(references: Sequence, tokenizer: str | None = "ptb", empty_references: str = "error") -> dict:
-    """Count the document frequencies of a corpus, for CIDEr to weigh n-grams by it and not by the references scored.
+    """Count document frequencies, by which CIDEr then weighs n-grams instead of by the references that are scored.
 
     Args:
-        references: For each image of the corpus one string, or a list of strings.
-        tokenizer, empty_references: As in `score_captions`; use the same ones there.
+        references (`Sequence`): A string or a list of strings for each image of the corpus.
+        tokenizer, empty_references: See [`score_captions`], which must get the same ones.
 
     Returns:
-        `{"num_documents": images, "document_frequency": {"a cat": 12, ...}}`, which can be stored as JSON.
+        `dict`: `{"num_documents": images, "document_frequency": {"a cat": 12, ...}}`, which can be stored as JSON.
     """
     references = check_references(references, len(references), empty_references)
     flat = iter(tokenize([reference for group in references for reference in group], tokenizer))

@@ -34,27 +34,29 @@ def score_captions(
     """Score captions by several metrics with one tokenization, so that Java starts once for it.
 
     Args:
-        predictions: n captions. An empty one is legal and scores 0.
-        references: n lists of one or more captions, or n strings. Only `diversity` and `clip_score` go without.
-        metrics: Names out of `METRICS`.
-        tokenizer: See `clipcap_hf.metrics.tokenization`; `"ptb"` is the standard for English.
-        per_image: Also return each score for each image.
-        empty_references: What to do with references without text: "error", "drop" them, or "keep" them as captions
-            of no words, as the published scores on STAIR (whose data has some) do.
-        document_frequencies: For CIDEr, what the function of that name returned, or the path of a JSON file of it.
-        spice_home: For SPICE, the folder with the jars; by default the environment variable CLIPCAP_SPICE_HOME.
-        images: For CLIPScore, n images: paths, PIL images or bytes, or a sequence that reads them by index.
-        clip_model: For CLIPScore, a CLIP by Hub id, folder or open_clip name.
-        groups: The group of each image, such as its domain in nocaps. Each group is also scored as an evaluation of
-            its own (with its own document frequencies), without starting Java again.
+        predictions (`Sequence[str]`): n captions. An empty caption is allowed and scores 0.
+        references (`Sequence`, *optional*): n lists of one or more captions, or n strings. Only `diversity` and
+            `clip_score` do not need them.
+        metrics (`str` or `Sequence[str]`): Names in `METRICS`.
+        tokenizer (`str`, *optional*): See `clipcap_hf.metrics.tokenization`; `"ptb"` is the standard for English.
+        per_image (`bool`): Also return each score for each image.
+        empty_references (`str`): What to do with references without text: `"error"`, `"drop"` them, or `"keep"` them
+            as captions without words, as published scores on STAIR do, whose data has some.
+        document_frequencies (`Mapping` or path, *optional*): For CIDEr, the result of [`document_frequencies`], or the
+            path of a JSON file that holds it.
+        spice_home (`str` or path, *optional*): For SPICE, the folder with its jars; by default `CLIPCAP_SPICE_HOME` of
+            the environment.
+        images (`Sequence`, *optional*): For CLIPScore, n paths, PIL images or bytes, read when indexed.
+        clip_model (`str`): For CLIPScore, a CLIP by Hub id, folder or open_clip name.
+        groups (`Sequence`, *optional*): The group of each image, such as its domain in nocaps. Each group is also
+            scored on its own, with its own document frequencies, without starting Java again.
 
     Returns:
-        A flat dict: each score under its name (`bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `cider`, `spice`,
-        `exact_match`, `distinct_1`, `distinct_2`, `vocabulary_size`, `mean_length`, `clip_score`,
-        `ref_clip_score`), as a float; with `per_image`, `NAME_per_image` as an array of shape (n,); then
-        `num_images`, `tokenizer` (`"python (not exact)"` for the approximation), and for CLIPScore `clip_model`
-        and `clip_dtype`; with `groups`, `groups`: such a dict for each group. Scores are fractions, CIDEr goes up to
-        10; papers print them times 100.
+        `dict`: Each score as a float under its name (`bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `cider`, `spice`,
+        `exact_match`, `distinct_1`, `distinct_2`, `vocabulary_size`, `mean_length`, `clip_score`, `ref_clip_score`);
+        with `per_image`, `NAME_per_image` as an array of shape (n,); `num_images`; `tokenizer` (`"python (not exact)"`
+        for the approximation); for CLIPScore `clip_model` and `clip_dtype`; with `groups`, a dictionary like this for
+        each group under `groups`. Scores are fractions (CIDEr goes up to 10); papers print them times 100.
 
     Raises:
         ValueError: If the input is invalid; the message names the caption and says what to do.

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import PIPE
 
@@ -31,58 +31,67 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups:
         JavaError: If Java or pycocoevalcap is missing, or Java failed or hung.
     """
     jar = find_jar(METEOR_JAR, "METEOR")
-    timeout = java_timeout()
     command = ("-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
-
-    def field(text: str) -> str:
-        return text.replace("|||", "").replace("  ", " ")  # "|||" separates fields in METEOR's protocol
-
     lines = [
-        " ||| ".join(("SCORE", *map(field, group), field(caption))) for caption, group in zip(captions, references)
+        " ||| ".join(("SCORE", *map(_field, group), _field(caption))) for caption, group in zip(captions, references)
     ]
     with (
         tempfile.TemporaryDirectory(prefix="clipcap_meteor_") as folder,
         java_process(command, "METEOR", folder, stdin=PIPE, stdout=PIPE) as (process, failed),
+        _Conversation(process, failed, java_timeout()) as java,
     ):
-        late = threading.Event()
-
-        def give_up():
-            late.set()
-            end(process)
-
-        def send(lines: Sequence[str]):
-            try:
-                process.stdin.write("".join(line + "\n" for line in lines).encode("utf-8"))
-                process.stdin.flush()
-            except OSError:  # Java has ended; the reader below says why
-                pass
-
-        def receive(count: int) -> list[str]:
-            answers = []
-            for _ in range(count):
-                answer = process.stdout.readline().decode("utf-8").strip()
-                if not answer:
-                    raise failed(timeout_reason(timeout) if late.is_set() else "stopped answering")
-                answers.append(answer)
-            return answers
-
-        timer = threading.Timer(timeout, give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            # Write from a thread: if both pipes were full, Java and we would wait for each other forever.
-            sender = threading.Thread(target=send, args=(lines,), daemon=True)
-            sender.start()
-            statistics = receive(len(lines))
-            sender.join()
-            results = []
-            for group in groups:
-                send([" ||| ".join(("EVAL", *(statistics[image] for image in group)))])
-                *per_image, total = map(float, receive(len(group) + 1))
-                results.append({"meteor": (total, np.array(per_image))})
-        finally:
-            timer.cancel()
+        # Write from a thread: if both pipes were full, Java and we would wait for each other forever.
+        sender = threading.Thread(target=java.send, args=(lines,), daemon=True)
+        sender.start()
+        statistics = java.receive(len(lines))
+        sender.join()
+        results = []
+        for group in groups:
+            java.send([" ||| ".join(("EVAL", *(statistics[image] for image in group)))])
+            *per_image, total = map(float, java.receive(len(group) + 1))
+            results.append({"meteor": (total, np.array(per_image))})
     return results
+
+
+def _field(text: str) -> str:
+    return text.replace("|||", "").replace("  ", " ")  # "|||" separates fields in METEOR's protocol
+
+
+class _Conversation:
+    """Write lines to a Java process and read its answers; end it if they do not come in time."""
+
+    def __init__(self, process, failed: Callable[[str], JavaError], timeout: float):
+        self.process, self.failed, self.timeout = process, failed, timeout
+        self.late = threading.Event()
+        self.timer = threading.Timer(timeout, self._give_up)
+        self.timer.daemon = True
+
+    def __enter__(self):
+        self.timer.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.timer.cancel()
+
+    def _give_up(self):
+        self.late.set()
+        end(self.process)
+
+    def send(self, lines: Sequence[str]):
+        try:
+            self.process.stdin.write("".join(line + "\n" for line in lines).encode("utf-8"))
+            self.process.stdin.flush()
+        except OSError:  # Java has ended; `receive` says why
+            pass
+
+    def receive(self, count: int) -> list[str]:
+        answers = []
+        for _ in range(count):
+            answer = self.process.stdout.readline().decode("utf-8").strip()
+            if not answer:
+                raise self.failed(timeout_reason(self.timeout) if self.late.is_set() else "stopped answering")
+            answers.append(answer)
+        return answers
 
 
 # CoreNLP 3.6 accesses java.lang, which Java 9 and later forbid by default.

@@ -12,7 +12,8 @@ import torch
 
 
 _UNCONDITIONAL_OPS = ("nms", "qnms")
-_libraries = []  # a torch.library.Library removes its definitions when it is garbage-collected
+# A library removes its definitions when it is garbage-collected.
+_libraries: list[torch.library.Library] = []
 
 
 def ensure_torchvision_imports() -> None:

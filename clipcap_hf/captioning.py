@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -135,9 +136,9 @@ def caption_images(
             captioned, fits = _caption_what_fits(
                 readable, fits, lambda part: caption_pixels(model, processor, part, prompt, explain, **generate_kwargs)
             )
-            captioned = iter(captioned)
+            of_readable = iter(captioned)
             for _, error in batch:
-                yield CaptionedImage(error=error) if error else next(captioned)
+                yield CaptionedImage(error=error) if error else next(of_readable)
             bar.update(len(batch))
 
 
@@ -152,7 +153,7 @@ def _growing_batches(images: int, batch_size: int) -> list[range]:
 
 def _caption_what_fits(pixels: list, fits: int, caption: Callable[[list], list]) -> tuple[list, int]:
     """Caption a batch, halving it until it fits into memory; return the captions and the size that fitted."""
-    captioned = []
+    captioned: list[CaptionedImage] = []
     while len(captioned) < len(pixels):
         part = pixels[len(captioned) : len(captioned) + fits]
         try:
@@ -196,8 +197,8 @@ def caption_pixels(
         image_outputs = model.get_image_features(pixel_values, return_dict=True)  # once, for captions and explanation
     results = [CaptionedImage() for _ in pixels]
     if explain:  # first, since beam search repeats the prefix in place
-        found = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
-        for result, tokens, cosines in zip(results, found.tokens, found.cosines.tolist()):
+        nearest: Any = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
+        for result, tokens, cosines in zip(results, nearest.tokens, nearest.cosines.tolist()):
             result.prefix_tokens = [list(zip(*vector)) for vector in zip(tokens, cosines)]
     if scores:
         generate_kwargs = {**generate_kwargs, "return_dict_in_generate": True, "output_logits": True}
@@ -211,8 +212,8 @@ def caption_pixels(
     for result, of_image in zip(results, captions):
         result.captions = of_image
     if scores:
-        found = mean_log_probs(model, outputs, inputs["input_ids"].shape[1], **generate_kwargs)
-        for result, of_image in zip(results, found.unflatten(0, (len(pixels), -1)).tolist()):
+        means = mean_log_probs(model, outputs, inputs["input_ids"].shape[1], **generate_kwargs)
+        for result, of_image in zip(results, means.unflatten(0, (len(pixels), -1)).tolist()):
             result.scores = of_image
     return results
 

@@ -5,6 +5,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -124,7 +125,7 @@ class DesignShift:
     """
 
     def __init__(self, embeds: torch.Tensor, names: list[str]):
-        by_name = {}
+        by_name: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             by_name.setdefault(name, []).append(index)
         self.embeds = embeds
@@ -187,7 +188,8 @@ def new_captioner(
     with torch.no_grad():
         # The entries of a normalised embedding are tiny. Scale as if their variance were 1, or the mapping network
         # needs a thousand steps to learn it.
-        model.mapping_network.fc1.weight *= model.config.clip_embed_dim**0.5
+        first_layer: Any = model.mapping_network.fc1
+        first_layer.weight *= first_layer.in_features**0.5
     return model
 
 

@@ -3,19 +3,19 @@
 transformers' own `OnnxExporter` writes the language model only, without tower and mapping network, hence this file.
 """
 
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .extras import install_hint
+from .files import share, whole_folder
 from .model.configuration_clipcap import ClipCapConfig, context_length
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.processing_clipcap import ClipCapProcessor
@@ -40,7 +40,7 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     """One decoding step on a cache of any length; prefix and tokens may each be empty."""
 
-    def __init__(self, language_model: nn.Module):
+    def __init__(self, language_model: PreTrainedModel):
         super().__init__()
         self.language_model = language_model
 
@@ -89,7 +89,7 @@ def export_onnx(
         processor ([`ClipCapProcessor`]): Its processor, which is saved next to the graphs.
         folder (`str` or `Path`): Folder to write; must not exist.
         int8 (`bool`): Store the weights of matrix products in 8 bits and quantise activations dynamically.
-            `examples/benchmark_onnx.py` measures the effect on scores and speed.
+            `examples/measurements/onnx_speed.py` measures the effect on scores and speed.
 
     Returns:
         `Path`: The folder.
@@ -106,22 +106,18 @@ def export_onnx(
         raise ValueError(f"ONNX export is made for float32, but the weights are {wrong.pop()}: load them in float32.")
     _require_onnx()
     was_training, device = model.training, model.device
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        partial = Path(temporary) / "captioner"
-        partial.mkdir()
+    with whole_folder(folder) as scratch:
         model.eval().cpu()
         try:
             with torch.no_grad():
-                _export_graphs(model, processor, partial)
+                _export_graphs(model, processor, scratch)
         finally:
             model.train(was_training).to(device)
         if int8:
-            _quantize(partial)
-        model.config.save_pretrained(partial)
-        model.generation_config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        partial.rename(folder)
+            _quantize(scratch)
+        model.config.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
     return folder
 
 
@@ -146,13 +142,14 @@ def _export_graphs(model: ClipCapForConditionalGeneration, processor: ClipCapPro
     _export(_Encoder(model), (inputs,), ({0: batch},), [name], ["prefix"], folder / ENCODER)
 
     # All lengths of the sample differ, so that the exporter confuses none with another.
-    prefix = torch.randn(2, 3, config.text_config.get_text_config().hidden_size)
+    prefix = torch.randn(2, 3, config.language_config.hidden_size)
     cache = DynamicCache()
     model.language_model(inputs_embeds=torch.cat([prefix, prefix[:, :2]], 1), use_cache=True, **{CACHE: cache})
     layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if not layers or any(tensor is None for layer in layers for tensor in layer):
         raise ValueError(
-            f"The cache of a `{config.text_config.model_type}` does not hold keys and values, which ONNX export needs."
+            f"The cache of a `{model.language_model.config.model_type}` does not hold keys and values, which ONNX "
+            "export needs."
         )
     past = [tensor for layer in layers for tensor in layer]
     dynamic = (
@@ -173,7 +170,7 @@ def _export(module: nn.Module, inputs: tuple, dynamic: tuple, input_names: list,
         warnings.simplefilter("ignore")  # the exporter's, about itself
         # Trace here: on its own, the ONNX exporter silently falls back to methods that fix the sizes.
         traced = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic, strict=False)
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             traced, dynamo=True, input_names=input_names, output_names=output_names, verbose=False
         )
     program.save(path, external_data=True)
@@ -183,8 +180,6 @@ def _quantize(folder: Path):
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    umask = os.umask(0)
-    os.umask(umask)
     for name in (ENCODER, DECODER):
         # Leave convolutions alone: onnxruntime has no fast kernel for dynamically quantised ones.
         model = onnx.load(folder / name)
@@ -199,7 +194,7 @@ def _quantize(folder: Path):
             use_external_data_format=True,
         )
         for file in folder.glob(f"{name}*"):
-            file.chmod(0o666 & ~umask)  # onnxruntime makes them readable by their owner only
+            share(file)  # onnxruntime makes them readable by their owner only
 
 
 class OnnxCaptioner:
@@ -265,7 +260,7 @@ class OnnxCaptioner:
         if rows is None or (images is not None and clip_embeds is not None):
             raise ValueError(f"This captioner takes {'images' if name == 'pixel_values' else '`clip_embeds`'}.")
         rows = rows if isinstance(rows, np.ndarray) else list(rows)
-        captions = []
+        captions: list[str] = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             kwargs = (
@@ -316,7 +311,7 @@ class OnnxCaptioner:
                 f"model's context of {context} leaves room for {max(context - given, 0)}."
             )
         eos_token_id = self.generation_config.eos_token_id
-        end_ids = [] if eos_token_id is None else np.atleast_1d(eos_token_id)
+        end_ids = np.atleast_1d([] if eos_token_id is None else eos_token_id)
         pad_id = self.generation_config.pad_token_id or 0
         past_inputs = self.decoder.get_inputs()[2:]
         past = [np.zeros((len(prefix), p.shape[1], 0, p.shape[3]), np.float32) for p in past_inputs]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 
@@ -40,9 +41,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        share(scratch)
         sync(scratch)
         os.replace(scratch, path)
     except BaseException:
@@ -50,6 +49,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             scratch.unlink()
         raise
     sync(path.parent)
+
+
+def share(scratch: Path):
+    """Give a file or folder of `tempfile`, which only its owner can read, the usual permissions."""
+    umask = os.umask(0)
+    os.umask(umask)
+    scratch.chmod((0o777 if scratch.is_dir() else 0o666) & ~umask)
 
 
 def sync(path: str | os.PathLike):
@@ -73,39 +79,47 @@ def write_text(path: str | os.PathLike, text: str):
 
 
 @contextmanager
+def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a scratch folder to fill; it becomes `folder`, which must be new or empty, only once it is complete."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as temporary:
+        scratch = Path(temporary) / folder.name
+        scratch.mkdir()
+        yield scratch
+        os.replace(scratch, folder)
+
+
+@contextmanager
 def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Lock a folder against other processes that ask for the same lock. A killed process loses its lock.
 
     Raises:
         ValueError: If another process holds the lock; the message names it.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        fcntl = None
-    Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / LOCK
-    with open(path, "a+", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
-                # The lock belongs to this process: workers that outlive it for a moment do not hold it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise ValueError(
-                    f"{folder} is being written by {holder}: wait for it, or choose another folder."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-        with suppress(OSError):  # on a full disk the lock holds, but names no holder
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder} is being written by {_holder(path)}: wait for it, or choose another folder."
+        ) from None
+    try:
+        with suppress(OSError):  # on a full disk, or on Windows, the lock holds, but names no holder
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError, ValueError):
+        return lock.read_text(encoding="utf-8").strip() or "another process"
+    return "another process"
 
 
 def check_file(path: str | os.PathLike, what: str = "file"):
@@ -165,7 +179,8 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
 
     formats = raster_formats()
     extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in formats}
-    paths, errors = [], []
+    paths: list[str] = []
+    errors: list[str] = []
     for argument in map(str, arguments):
         if os.path.isdir(argument):
             below = _files_below(argument, errors)

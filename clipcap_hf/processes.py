@@ -1,7 +1,8 @@
-"""This process: its rank among those that `torchrun` started, and the memory that it keeps."""
+"""Processes: the rank of this one among those that `torchrun` started, its workers, and the memory that it keeps."""
 
 import atexit
 import ctypes
+import os
 import sys
 from datetime import timedelta
 from functools import cache
@@ -21,6 +22,18 @@ def process_state():
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     leave_at_exit()
     return state
+
+
+def default_workers(images: int | None, most: int = 4, processes: int = 1) -> int:
+    """Choose how many processes read images: none for a few, since starting one takes as long as reading dozens.
+
+    Args:
+        images (`int`, *optional*): Number of images, if it is known.
+        most (`int`): Largest number of workers.
+        processes (`int`): Number of processes on this machine that start workers.
+    """
+    few = images is not None and images < 64
+    return 0 if few else min(most, (os.cpu_count() or 1) // processes)
 
 
 @cache

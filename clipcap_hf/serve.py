@@ -79,7 +79,7 @@ class BatchedCaptioner:
     def caption(self, paths: list[str], settings: Settings) -> list[tuple[CaptionedImage, str | None]]:
         """Caption the images of one request, together with those of other waiting threads."""
         # gradio's own batching does not help: one request with a bad value makes its whole batch fail.
-        answer = Future()
+        answer: Future = Future()
         with self._list:
             self._waiting.append((paths, settings, answer))
         with self._turn:
@@ -111,7 +111,7 @@ class BatchedCaptioner:
                 except Exception as error:  # other requests, with other settings, keep their captions
                     if not isinstance(error, ValueError):
                         logger.exception("Captioning failed")
-                        error = "captioning failed; the server's log says why"
+                        error = ValueError("captioning failed; the server's log says why")
                     for result, _, _ in batch:
                         result.error = str(error)
         return [[(result, thumbnail) for result, thumbnail, _ in answer] for answer in answers]
@@ -189,8 +189,31 @@ def build_app(
     except ImportError as error:
         raise ImportError(f"The page needs gradio: {install_hint('serve')}") from error
 
-    captioner = BatchedCaptioner(model, processor, max_pixels, batch_size)
+    caption = _caption_function(gr, BatchedCaptioner(model, processor, max_pixels, batch_size))
+    # Use the visitor's system fonts, so that nothing is fetched from other sites.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+        gr.Markdown(f"# {title}\nDrop images, choose how to decode, and read their captions. {about}")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                files = gr.File(label=f"Images (up to {MAX_IMAGES})", file_count="multiple", type="filepath")
+                gallery = _example_gallery(gr, app, examples or [])
+                settings = _settings_inputs(gr)
+                button = gr.Button("Caption", variant="primary")
+            with gr.Column(scale=2, min_width=300):
+                page = gr.HTML("<p>The captions will be here.</p>", label="Captions")
+                record = gr.JSON(visible=False)
+        inputs = [files, *settings]
+        # Run many at a time, so that waiting requests can be captioned together.
+        button.click(caption, inputs, [page, record], api_name="caption", concurrency_limit=32)
+        if gallery is not None:
+            chosen = gallery.select(_chosen_example(gr, app), None, files, api_visibility="private")
+            chosen.then(caption, inputs, [page, record], api_visibility="private", concurrency_limit=32)
+    app.clipcap_launch = {"theme": theme, "css": STYLE}
+    return app
 
+
+def _caption_function(gr, captioner: BatchedCaptioner):
     # These names are also the API's parameters.
     def caption(files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt):
         files = files or []
@@ -201,43 +224,29 @@ def build_app(
         records = [_record(result) for result, _ in results]
         return results_page(results) if results else "<p>Drop an image first.</p>", records
 
-    # Use the visitor's system fonts, so that nothing is fetched from other sites.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown(f"# {title}\nDrop images, choose how to decode, and read their captions. {about}")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                files = gr.File(label=f"Images (up to {MAX_IMAGES})", file_count="multiple", type="filepath")
-                gallery = _example_gallery(gr, app, examples or [])
-                decoding = gr.Radio(DECODING, value="greedy", label="Decoding")
-                beams = gr.Slider(2, 10, 5, step=1, label="Beams", visible=False)
-                temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", visible=False)
-                top_p = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top-p", visible=False)
-                captions = gr.Slider(1, 10, 1, step=1, label="Captions per image", visible=False)
-                max_new_tokens = gr.Slider(1, 60, 30, step=1, label="Longest caption, in tokens")
-                prompt = gr.Textbox(label="Prompt (a beginning that captions continue)", max_length=200)
-                button = gr.Button("Caption", variant="primary")
-            with gr.Column(scale=2, min_width=300):
-                page = gr.HTML("<p>The captions will be here.</p>", label="Captions")
-                record = gr.JSON(visible=False)
-        decoding.change(
-            lambda way: (
-                [gr.update(visible=way == "beam search")]
-                + [gr.update(visible=way == "sampling")] * 2
-                + [gr.update(visible=way != "greedy")]
-            ),
-            decoding,
-            [beams, temperature, top_p, captions],
-            api_visibility="private",
-        )
-        inputs = [files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt]
-        # Run many at a time, so that waiting requests can be captioned together.
-        button.click(caption, inputs, [page, record], api_name="caption", concurrency_limit=32)
-        if gallery is not None:
-            chosen = gallery.select(_chosen_example(gr, app), None, files, api_visibility="private")
-            chosen.then(caption, inputs, [page, record], api_visibility="private", concurrency_limit=32)
-    app.clipcap_launch = {"theme": theme, "css": STYLE}
-    return app
+    return caption
+
+
+def _settings_inputs(gr) -> list:
+    """Make the inputs for the fields of `Settings`, of which those for the chosen decoding are shown."""
+    decoding = gr.Radio(DECODING, value="greedy", label="Decoding")
+    beams = gr.Slider(2, 10, 5, step=1, label="Beams", visible=False)
+    temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", visible=False)
+    top_p = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top-p", visible=False)
+    captions = gr.Slider(1, 10, 1, step=1, label="Captions per image", visible=False)
+    max_new_tokens = gr.Slider(1, 60, 30, step=1, label="Longest caption, in tokens")
+    prompt = gr.Textbox(label="Prompt (a beginning that captions continue)", max_length=200)
+    decoding.change(
+        lambda way: (
+            [gr.update(visible=way == "beam search")]
+            + [gr.update(visible=way == "sampling")] * 2
+            + [gr.update(visible=way != "greedy")]
+        ),
+        decoding,
+        [beams, temperature, top_p, captions],
+        api_visibility="private",
+    )
+    return [decoding, beams, captions, temperature, top_p, max_new_tokens, prompt]
 
 
 def _record(result: CaptionedImage) -> dict[str, Any]:

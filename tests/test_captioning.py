@@ -88,7 +88,7 @@ def test_ray_captions_shards(tmp_path, model_folder, images, kind):
         rows = {"image": [{"bytes": content, "path": None} for content in contents]}
         rows["image_id"] = [f"{number:02d}" for number in range(10)]
         Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(tmp_path / "shards" / "0.parquet")
-    example = Path(__file__).parent.parent / "examples" / "caption_with_ray.py"
+    example = Path(__file__).parent.parent / "examples" / "cluster" / "caption_with_ray.py"
     command = [sys.executable, example, tmp_path / "shards", "--out", tmp_path / "out", "--model", model_folder]
     command += ["--batch-size", "3", *(["--parquet"] if kind == "parquet" else [])]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}

@@ -1,4 +1,4 @@
-"""Measure how fast captioning is at real sizes, compared with a naive way and with the limits of the machine."""
+"""Measure how fast captioning is at real sizes, and compare with a naive way and with the machine's limits."""
 
 from .measure import measure_speed
 from .report import draw_report, report_table

@@ -1,4 +1,4 @@
-"""Captioners of real sizes with random weights, and JPEG files to caption."""
+"""Make captioners of real sizes with random weights, and JPEG files to caption."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ SHAPES = {
 def make_captioner(
     shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, language_model=None, **config
 ) -> tuple[ClipCapForConditionalGeneration, ClipCapProcessor]:
-    """Make a random captioner of ViT-B/32 and a language model of this shape; its captions never end by themselves."""
+    """Make a random captioner from ViT-B/32 and a language model of this shape; its captions have no end token."""
     vision_config, text_config = SHAPES[shape]()
     torch.manual_seed(0)
     model = ClipCapForConditionalGeneration(
@@ -61,7 +61,7 @@ def make_captioner(
     model = model.to(device, dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    # Words "w0", "w1", ...: as many as the language model has tokens, so that every caption can be written out.
+    # One word ("w0", "w1", ...) for each token, so that every caption can be decoded.
     vocabulary = {f"w{index}": index for index in range(model.config.text_config.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
@@ -74,7 +74,7 @@ def write_jpegs(folder: Path, number: int) -> list[str]:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for _ in range(min(number, 8)):  # files with the same bytes cost as much to read
+    for _ in range(min(number, 8)):  # a few, since files with the same bytes take as long to read
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
             (640, 480), Image.Resampling.BICUBIC
         )

@@ -10,13 +10,13 @@ from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Measure how long a function takes, with the work that it gives the device."""
+    """Measure how long a function takes, including its work on the device."""
     synchronize(device)
     started = time.perf_counter()
     function()
@@ -25,7 +25,7 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure floating-point operations per second in a product of matrices of a language model's size."""
+    """Measure floating-point operations per second, in a matrix product of a language model's size."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right
@@ -36,7 +36,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def read_bytes(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the bytes of weights per second that a product of a large matrix and a vector reads."""
+    """Measure how many bytes of weights per second a product of a large matrix and a vector reads."""
     weights = torch.randn(50_000, 768, device=device, dtype=dtype)
     vector = torch.randn(768, device=device, dtype=dtype)
     weights @ vector
@@ -45,7 +45,7 @@ def read_bytes(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def weights_read(model: ClipCapForConditionalGeneration) -> int:
-    """Count the bytes of the language model that one token reads: all but embeddings that are only looked up."""
+    """Count the bytes of weights that one token reads: all, except embeddings that are only looked up."""
     language_model = model.language_model
     read = {id(p): p.numel() * p.element_size() for p in language_model.parameters()}
     head, looked_up = language_model.get_output_embeddings().weight, language_model.get_input_embeddings().weight
@@ -58,6 +58,6 @@ def weights_read(model: ClipCapForConditionalGeneration) -> int:
 
 
 def decode_flops(model: ClipCapForConditionalGeneration) -> int:
-    """Count the floating-point operations for one token of one caption, without attention to the few tokens before."""
+    """Count floating-point operations per token, without attention, which is small for short captions."""
     element = next(model.language_model.parameters()).element_size()
     return 2 * weights_read(model) // element

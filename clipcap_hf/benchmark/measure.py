@@ -1,10 +1,11 @@
-"""Measurements: each stage, captioning compared with the naive way, how cost grows, and a folder of files."""
+"""Measure each stage, captioning compared with a naive way, how cost grows, and captioning of a folder."""
 
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +39,35 @@ def measure_speed(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Measure captioning at real sizes with random weights: ViT-B/32, an MLP of 10 prefix vectors, a language model.
+    Measure captioning with random weights at real sizes: ViT-B/32, an MLP with 10 prefix vectors, a language model.
 
-    The alternatives take turns, so that other work of the machine slows them alike; every figure is a median with its
+    The alternatives take turns, so that other work on the machine slows all of them. Each figure is a median with
     minimum and maximum.
 
     Args:
-        language_model (`str`): Its shape: `"gpt2"` (small) or `"smollm2"` (SmolLM2-135M).
-        batch_sizes (`Sequence[int]`): Images at once in greedy decoding.
-        beam_batch_sizes (`Sequence[int]`): Images at once in beam search.
-        num_beams (`int`): Beams of beam search.
+        language_model (`str`): Shape of the language model: `"gpt2"` (small) or `"smollm2"` (SmolLM2-135M).
+        batch_sizes (`Sequence[int]`): Batch sizes of greedy decoding, in images.
+        beam_batch_sizes (`Sequence[int]`): Batch sizes of beam search, in images.
+        num_beams (`int`): Number of beams.
         new_tokens (`Sequence[int]`): Tokens per caption; no caption ends earlier.
         repeats (`int`): Rounds of measurement.
-        device (`str`): Where the models are.
-        dtype (`torch.dtype`): Of their weights.
+        device (`str`): Device of the models.
+        dtype (`torch.dtype`): Type of their weights.
         compile_mode (`str`, *optional*): Mode of `torch.compile` for decoding with a static cache.
-        files (`int`): JPEG files in the folder to caption; 0 leaves this measurement out.
+        files (`int`): Number of JPEG files in the folder to caption; 0 skips this measurement.
         scale (`bool`): Also measure how cost grows with prefix, caption, batch and beams.
         progress (`bool`): Show a progress bar on standard error.
 
     Returns:
-        `dict`: The report, which `report_table` and `draw_report` show.
+        `dict`: The report, for [`report_table`] and [`draw_report`].
     """
     place = torch.device(device)
     model, processor = make_captioner(language_model, device, dtype)
     decoding = {}
     if compile_mode:
-        decoding = {"cache_implementation": "static", "compile_config": transformers.CompileConfig(mode=compile_mode)}
-        decoding["compile_config"]._compile_all_devices = True  # else not on a CPU
+        compile_config: Any = transformers.CompileConfig(mode=compile_mode)
+        compile_config._compile_all_devices = True  # otherwise a CPU is skipped
+        decoding = {"cache_implementation": "static", "compile_config": compile_config}
     limits = {"matmul_flops": matmul_flops(place, dtype), "read_bytes": read_bytes(place, dtype)}
     report: dict[str, Any] = {
         "written_by": WRITTEN_BY,
@@ -114,7 +116,7 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 def _take_turns(
     alternatives: Mapping[Any, Callable[[], Any]], repeats: int, place: torch.device
 ) -> dict[Any, list[float]]:
-    """Measure the seconds of each alternative in each round; a first round is not counted."""
+    """Measure the seconds of each alternative in each round, after a first round that is not counted."""
     times: dict[Any, list[float]] = {name: [] for name in alternatives}
     for turn in range(repeats + 1):
         for name, run in alternatives.items():
@@ -169,7 +171,7 @@ def _captioning(model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, rep
 
 
 def _ways_to_caption(model, batches, beams: int, tokens: int, place: torch.device, decoding: dict) -> dict:
-    """Prepare the naive way for one image, and ours for batches of several sizes."""
+    """Prepare the naive way for one image, and ours for batches of each size."""
 
     def embeds(images: int) -> torch.Tensor:
         return torch.randn(images, model.config.clip_embed_dim, device=place, dtype=model.dtype)
@@ -231,8 +233,11 @@ def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -
                 config = {"prefix_length": value, "language_model": model.language_model}
                 model, _ = make_captioner(language_model, device, dtype, **config)
             embeds = torch.randn(setting["batch"], model.config.clip_embed_dim, device=device, dtype=dtype)
-            ways[value] = lambda model=model, embeds=embeds, setting=setting: model.generate(
-                clip_embeds=embeds, max_new_tokens=setting["new_tokens"], num_beams=setting["num_beams"]
+            ways[value] = partial(
+                model.generate,
+                clip_embeds=embeds,
+                max_new_tokens=setting["new_tokens"],
+                num_beams=setting["num_beams"],
             )
         times = _take_turns(ways, max(1, repeats - 1), torch.device(device))
         for value, taken in times.items():
@@ -262,7 +267,7 @@ def _files(model, processor, paths: list[str], tokens: int, report: dict, place:
     model_time = 1 / stages["encode, batch 32"] + 1 / stages["write 20 tokens, batch 32"] * tokens / 20
     reading_time = 1 / stages["read and decode JPEG"] + 1 / stages["resize and normalise"]
     cores = _cores()
-    # On a CPU the workers take time from the model: the bound is what the cores can do together.
+    # On a CPU workers and model share the cores, so the bound is what the cores can do together.
     bound = 1 / max(model_time, reading_time / workers if workers else 0)
     shared = 1 / (model_time + reading_time / cores) if place.type == "cpu" else bound
     return {

@@ -1,4 +1,4 @@
-"""Caption as the official code does: one image at a time, no cache, the whole sequence again for each token."""
+"""Caption as the official code does: one image at a time, without a cache, reading the whole sequence per token."""
 
 import torch
 
@@ -12,7 +12,7 @@ def _prefix(model: ClipCapForConditionalGeneration, image: torch.Tensor) -> torc
 
 @torch.no_grad()
 def naive_greedy(model: ClipCapForConditionalGeneration, images: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Decode greedily to token ids `(images, new_tokens)`.
+    """Decode greedily and return token ids `(images, new_tokens)`.
 
     Images are pixels `(images, 3, height, width)` or embeddings `(images, dim)`.
     """
@@ -32,22 +32,19 @@ def naive_greedy(model: ClipCapForConditionalGeneration, images: torch.Tensor, n
 def naive_beams(
     model: ClipCapForConditionalGeneration, images: torch.Tensor, new_tokens: int, num_beams: int
 ) -> torch.Tensor:
-    """Search with beams to token ids `(images, new_tokens)` of the best beam; images as for [`naive_greedy`]."""
+    """Return the best beam's token ids `(images, new_tokens)`; images are as for [`naive_greedy`]."""
     captions = []
     for image in images.split(1):
         sequences = _prefix(model, image)
-        tokens = scores = None
+        tokens = torch.zeros(1, 0, dtype=torch.long, device=sequences.device)
+        scores = torch.zeros(1, device=sequences.device)
         for _ in range(new_tokens):
             logits = model.language_model(inputs_embeds=sequences, use_cache=False).logits[:, -1]
             totals = logits.float().log_softmax(-1)
-            if tokens is None:
-                scores, best = totals[0].topk(num_beams)
-                sequences, tokens = sequences.expand(num_beams, -1, -1), best[:, None]
-            else:
-                scores, places = (scores[:, None] + totals).flatten().topk(num_beams)
-                parents, best = places // totals.shape[-1], places % totals.shape[-1]
-                sequences = sequences[parents]
-                tokens = torch.cat([tokens[parents], best[:, None]], dim=1)
+            scores, places = (scores[:, None] + totals).flatten().topk(num_beams)
+            parents, best = places // totals.shape[-1], places % totals.shape[-1]
+            sequences = sequences[parents]
+            tokens = torch.cat([tokens[parents], best[:, None]], dim=1)
             sequences = torch.cat([sequences, model.get_input_embeddings()(best)[:, None]], dim=1)
         captions.append(tokens[:1])
     return torch.cat(captions)

@@ -74,7 +74,7 @@ def _scale(report: dict[str, Any]) -> list[str]:
 
 
 def draw_report(path: str | Path, report: dict[str, Any]) -> bool:
-    """Draw captions per second, ours and naive, and how cost grows; return False where matplotlib is missing."""
+    """Draw captions per second, ours and naive, and how cost grows; return False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

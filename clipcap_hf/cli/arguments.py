@@ -1,9 +1,7 @@
 """Arguments that several commands share, and how to load the devices, captioners and data that they name."""
 
 import argparse
-import ipaddress
 import os
-import re
 import sys
 
 
@@ -51,28 +49,11 @@ def beams(text: str) -> int:
     return value
 
 
-def address(text: str) -> str:
-    """Return a host to listen on; refuse one that cannot be resolved, on which a server would hang."""
-    import socket
-
-    if re.fullmatch(r"[\d.]+", text):  # an address, so there is no name to resolve
-        try:
-            ipaddress.ip_address(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text} is not an IP address") from error
-    try:
-        socket.getaddrinfo(text, None)
-    except (OSError, UnicodeError) as error:
-        raise argparse.ArgumentTypeError(f"no host {text}: {error}") from error
-    return text
-
-
 def reading_workers(workers: int | None, images: int) -> int:
     """Return the number of processes that read images: as requested, or depending on the number of images."""
-    if workers is not None:
-        return workers
-    # Starting a process takes as long as reading dozens of images.
-    return 0 if images < 64 else min(4, os.cpu_count() or 1)
+    from ..processes import default_workers
+
+    return default_workers(images) if workers is None else workers
 
 
 def load_captioner(name: str, device: str | None, dtype: str | None = None):

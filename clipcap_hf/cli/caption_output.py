@@ -5,6 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from ..files import listed, write_text
 from .output import escape, json_line
@@ -38,7 +39,7 @@ class CaptionTable:
         self.columns = ["image", "caption", *(f"caption_{number}" for number in range(2, captions + 1))]
         self.done: set[str] = set()
         self.size = 0  # bytes of the file that are kept
-        self.file = None
+        self.file: Any = None  # a binary file, once `open` is called
         if self.path.exists() and not overwrite:
             if not skip_existing:
                 raise ValueError(f"--out {path} exists already; {OVERWRITE_HINT}")

@@ -44,7 +44,7 @@ def run(arguments) -> int:
 
 def _words(parser: argparse.ArgumentParser, command: str) -> dict[str, list[str]]:
     """Return the words that may follow each command: its subcommands and options."""
-    words = {command: []}
+    words: dict[str, list[str]] = {command: []}
     for action in parser._actions:
         words[command] += [option for option in action.option_strings if option.startswith("--")]
         if isinstance(action, argparse._SubParsersAction):

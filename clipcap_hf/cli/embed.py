@@ -77,6 +77,6 @@ def run(arguments) -> int:
     if process_state().is_main_process:
         splits = embedded if isinstance(embedded, dict) else {"": embedded}
         for name, split in splits.items():
-            shape = " x ".join(map(str, embeddings_provenance(split)["shape"]))
+            shape = " x ".join(map(str, (embeddings_provenance(split) or {})["shape"]))
             print(f"{arguments.out}{'/' * bool(name)}{name}: {len(split)} images, embeddings of {shape}")
     return 0

@@ -303,10 +303,8 @@ def _captions(arguments, captioner, data, folder: Path):
         generate_kwargs["custom_generate"] = official_beam_search
     if arguments.max_new_tokens:
         generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
-    workers = arguments.workers
-    if workers is None:
-        # Starting a process costs as much as reading some dozens of images.
-        workers = 0 if len(data) < 64 else min(4, os.cpu_count() or 1)
+    from .arguments import reading_workers
+
     model, processor = captioner
     name = os.path.expanduser(arguments.model)
     return caption_benchmark(
@@ -317,7 +315,7 @@ def _captions(arguments, captioner, data, folder: Path):
         folder,
         prompt=arguments.prompt,
         batch_size=arguments.batch_size,
-        num_workers=workers,
+        num_workers=reading_workers(arguments.workers, len(data)),
         progress=sys.stderr.isatty(),
         allow_subset=arguments.allow_subset,
         **generate_kwargs,

@@ -106,8 +106,10 @@ def convert_official_checkpoint(
     mapper_weights = _rename_mapper(mapper_weights, mapper_config["mapping_type"])
 
     if vision is not None:
-        by_name = isinstance(vision, str)
-        vision_config = load_vision_config(vision, **(vision_kwargs or {})) if by_name else vision.config
+        if isinstance(vision, str):
+            vision_config = load_vision_config(vision, **(vision_kwargs or {}))
+        else:
+            vision_config = vision.config
         _check_tower(vision_feature_dim(vision_config, "pooled"), mapper_config["clip_embed_dim"])
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
         vision,
@@ -323,7 +325,7 @@ def _check_tower(tower_dim: int, mapper_dim: int):
 
 
 def _stop_as_official(model: ClipCapForConditionalGeneration, stop_token_id: int | None):
-    generation_config, vocab_size = model.generation_config, model.config.text_config.get_text_config().vocab_size
+    generation_config, vocab_size = model.generation_config, model.config.language_config.vocab_size
     generation_config.do_sample = False
     if stop_token_id is None:
         return

@@ -4,8 +4,6 @@ import io
 import os
 import pickle
 import re
-import shutil
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from ..files import check_file
+from ..files import check_file, whole_folder
 
 
 def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathLike) -> datasets.Dataset:
@@ -46,13 +44,8 @@ def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathL
     embeds, records = _read_embeddings(path)
     ids, captions, rows = _group_by_image(embeds, records)
     dataset = _to_dataset(ids, captions, embeds[rows].float())
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
-        dataset.save_to_disk(unfinished / out_dir.name)
-        os.replace(unfinished / out_dir.name, out_dir)
-    finally:
-        shutil.rmtree(unfinished)
+    with whole_folder(out_dir) as scratch:
+        dataset.save_to_disk(scratch)
     return datasets.load_from_disk(str(out_dir))
 
 
@@ -95,7 +88,8 @@ def _read_embeddings(path: Path) -> tuple[torch.Tensor, list[dict]]:
 
 def _group_by_image(embeds: torch.Tensor, records: list[dict]) -> tuple[list, list[list[str]], list[int]]:
     """Return the id, captions and embedding row of each image, in the order of their first captions."""
-    captions, rows = {}, {}
+    captions: dict[str | int, list[str]] = {}
+    rows: dict[str | int, int] = {}
     first_rows, caption_rows = [], []
     for number, record in enumerate(records):
         try:

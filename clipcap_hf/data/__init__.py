@@ -4,7 +4,7 @@ from .embed import embed
 from .embeddings import check_embeddings, embeddings_provenance, load_embeddings
 from .emoji import load_emoji
 from .readers import READERS, load_captions
-from .schema import caption_features, to_caption_form, unusable_captions, warn_of_overlap
+from .schema import caption_features, to_caption_form, warn_of_overlap
 
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "load_embeddings",
     "load_emoji",
     "to_caption_form",
-    "unusable_captions",
     "warn_of_overlap",
 ]

@@ -220,9 +220,10 @@ def _streamed(
 
 def _get(row: dict, name: str) -> Any:
     """Return a column, or with dots a field inside one: `"json.caption"`."""
+    found: Any = row
     for part in name.split("."):
-        row = None if row is None else row.get(part)
-    return row
+        found = None if found is None else found.get(part)
+    return found
 
 
 def _find_columns(dataset, source: str, image_column, caption_column, id_column) -> tuple[str, list[str]]:
@@ -262,5 +263,5 @@ def _kind(feature) -> str:
         return f"list of {_kind(inner)}"
     dtype = getattr(feature, "dtype", None)
     if feature.__class__.__name__ == "Value":
-        return "string" if dtype in ("string", "large_string") else dtype
+        return "string" if dtype in ("string", "large_string") else str(dtype)
     return getattr(feature, "_type", "struct")

@@ -25,7 +25,7 @@ from ..files import lock_folder
 from ..model.image_processing_open_clip import to_rgb
 from ..model.modeling_vision import embed_pixels
 from ..model.processing_clipcap import load_image
-from ..processes import process_state
+from ..processes import default_workers, process_state
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 
 
@@ -232,15 +232,14 @@ def _load_batches(
     shards: _Shards, todo: list[int], batch_size: int, num_workers: int | None, preprocess, processes: int
 ):
     """Return a loader of the batches of some shards, and the number of their rows if it is known."""
+    batches: _StreamedBatches | _Batches
     if shards.streamed:
         batches, expected = _StreamedBatches(shards.dataset, todo, batch_size, preprocess), None
     else:
         batches = _Batches(shards, todo, batch_size, preprocess)
-        expected = sum(map(shards.rows, todo))
+        expected = sum(rows for rows in map(shards.rows, todo) if rows is not None)
     if num_workers is None:
-        # Starting a process takes as long as reading a few dozen images.
-        cores = (os.cpu_count() or 1) // processes
-        num_workers = 0 if expected is not None and expected < 64 else min(8, cores)
+        num_workers = default_workers(expected, most=8, processes=processes)
     if shards.streamed:
         num_workers = min(num_workers, len(todo))
     return DataLoader(batches, batch_size=None, num_workers=num_workers), expected
@@ -281,13 +280,14 @@ def _encode(encoder: Encoder, batch: _Batch) -> tuple[list[dict], list[torch.Ten
     embeds = iter(() if batch.pixels is None else encoder(batch.pixels))
     rows, kept, failed = [], [], []
     for index, (row, error) in enumerate(zip(batch.rows, batch.errors)):
-        embed = next(embeds) if error is None else None
-        if embed is not None and not embed.isfinite().all():
-            error = f"the embedding holds NaN or infinity in {encoder.dtype}"
         if error is None:
-            rows.append(row)
-            kept.append(embed)
-        else:
+            embed = next(embeds)
+            if embed.isfinite().all():
+                rows.append(row)
+                kept.append(embed)
+            else:
+                error = f"the embedding holds NaN or infinity in {encoder.dtype}"
+        if error is not None:
             number = None if batch.start is None else batch.start + index
             failed.append({"row": number, "image_id": row.get("image_id"), "image": row["image_path"], "error": error})
     return rows, kept, failed
@@ -305,7 +305,8 @@ class _Preprocess:
     def __call__(self, shard: int, is_last: bool, columns: dict[str, list], start: int | None = None) -> _Batch:
         names = list(columns)
         rows = [dict(zip(names, values)) for values in zip(*columns.values())]
-        pixels, errors = [], []
+        pixels: list[torch.Tensor] = []
+        errors: list[str | None] = []
         for row in rows:
             image = row.pop("image")
             row["image_path"] = image["path"] if image and image["bytes"] is None else None

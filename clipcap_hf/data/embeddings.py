@@ -140,9 +140,9 @@ class EmbeddingsFolder:
 
     def __init__(self, path: Path, provenance: dict | None = None, features=None, shape: tuple[int, ...] = ()):
         self.path = path
-        self.provenance = provenance
-        self.features = None if features is None else _with_embeds(features, shape)
-        self.writers = {}
+        self.provenance = provenance or {}
+        self.features: Any = None if features is None else _with_embeds(features, shape)
+        self.writers: dict[int, Any] = {}  # `ArrowWriter`s
         self.failed: dict[int, list[dict]] = {}
 
     def begin(self):
@@ -221,7 +221,7 @@ class EmbeddingsFolder:
         info.write_to_directory(str(self.path))
         sync(self.path / "dataset_info.json")
         digest = hashlib.sha256(json.dumps([self.provenance, str(self.path.absolute()), sum(rows)]).encode())
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": _data_file(shard)} for shard in range(shards)],
             "_fingerprint": digest.hexdigest()[:16],
             "_format_columns": None,

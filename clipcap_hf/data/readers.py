@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .coco import read_coco
+from .coco import read_coco, read_json
 from .columns import load_columns
 from .folders import load_flickr8k, load_folder
 from .records import CaptionedRecord, ImageFolder, present_records, records_to_dataset
@@ -119,11 +118,7 @@ def _load_files(
 
 
 def _read_json(path: Path, keys: Iterable[str], example: str) -> Any:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            data = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file, or is incomplete: {error}") from error
+    data = read_json(path)
     if keys and not (isinstance(data, dict) and set(keys) <= data.keys()):
         found = ", ".join(list(data)[:10]) if isinstance(data, dict) else f"a {type(data).__name__}"
         raise ValueError(f"{path} does not have the layout of {example}, with {' and '.join(keys)}: it holds {found}.")
@@ -226,7 +221,7 @@ def _check_caption_beside(image: str, caption: str, number: int, path: Path):
 def _files_by_number(root: Path) -> dict[int, str]:
     from ..files import find_images
 
-    files = {}
+    files: dict[int, str] = {}
     for path in find_images([root])[0]:
         if (stem := Path(path).stem).isdecimal():
             if (other := files.setdefault(int(stem), path)) != path:

@@ -80,7 +80,7 @@ def records_to_dataset(split: str, records: list[CaptionedRecord], source) -> Da
     check_unique((record.image_id for record in records), f"{source} ({split})")
     clean = CaptionCleaner(str(source))
     uncaptioned = not any(record.captions for record in records)  # images to caption, without references
-    rows = {"image": [], "captions": [], "image_id": [], "split": [], "domain": []}
+    rows: dict[str, list] = {"image": [], "captions": [], "image_id": [], "split": [], "domain": []}
     without = []
     for record in records:
         captions = clean(record.captions, record.image_id)

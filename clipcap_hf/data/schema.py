@@ -64,7 +64,7 @@ def to_caption_form(
         image_id (`str`): Name of its id column.
         clip_embeds (`str`): Name of its column of CLIP embeddings.
     """
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, dict):
         splits = {
             name: to_caption_form(split, image, captions, image_id, clip_embeds) for name, split in dataset.items()
         }
@@ -158,38 +158,6 @@ class CaptionCleaner:
             )
 
 
-def unusable_captions(dataset, tokenizer, max_tokens: int | None, placeholder: str = "<image>") -> list[str]:
-    """
-    List the captions that cannot be used for training: too long for the context, or containing the placeholder.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): Rows with `captions` and, if it has ids, `image_id`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's tokenizer.
-        max_tokens (`int`, *optional*): Most tokens per caption: the context length without prefix, prompt and end
-            token. `None` for a model without a limit.
-        placeholder (`str`): Text that stands for the prefix.
-
-    Returns:
-        `list[str]`: One line per unusable caption, with its row (from 0) and image.
-    """
-    columns = [name for name in ("captions", "image_id") if name in dataset.column_names]
-    faults, number = [], 0
-    for batch in dataset.select_columns(columns).iter(1000):
-        ids = batch.get("image_id", [None] * len(batch["captions"]))
-        flat = [text for texts in batch["captions"] for text in texts]
-        lengths = iter(map(len, tokenizer(flat, add_special_tokens=False)["input_ids"]) if flat else ())
-        for image_id, texts in zip(ids, batch["captions"]):
-            where = f"row {number}" + (f" (image {image_id})" if image_id is not None else "")
-            for text in texts:
-                length = next(lengths)
-                if placeholder in text:
-                    faults.append(f"{where}: the caption holds {placeholder!r}: {text[:60]!r}")
-                elif max_tokens is not None and length > max_tokens:
-                    faults.append(f"{where}: the caption has {length} tokens, more than {max_tokens}: {text[:60]!r}")
-            number += 1
-    return faults
-
-
 def select_split(splits: DatasetDict, split: str | None, source: str) -> Dataset | DatasetDict:
     """Return the named split, or all splits for `None`.
 
@@ -234,7 +202,7 @@ def warn_of_overlap(splits: Mapping[str, Dataset]) -> dict[tuple[str, str], int]
 
 
 def _image_keys(dataset: Dataset) -> dict[str, set]:
-    keys = {"image_id": set(), "path": set()}
+    keys: dict[str, set] = {"image_id": set(), "path": set()}
     if "image_id" in dataset.column_names:
         keys["image_id"] = set(dataset["image_id"])
     if "image" in dataset.column_names and getattr(dataset.features["image"], "_type", None) == "Image":

@@ -1,4 +1,4 @@
-"""Score captions by the field's benchmarks: protocol, paper's table, files, page.
+"""Score captions by published benchmarks: their protocols, the paper's table, result files and a page.
 
     from clipcap_hf.evaluation import BENCHMARKS, evaluate_captions, read_references, read_results, write_report
 

@@ -1,4 +1,4 @@
-"""Caption a benchmark's images, spread over processes; an interrupted run goes on where it stopped."""
+"""Caption the images of a benchmark with any number of processes; an interrupted run continues where it stopped."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,18 +26,19 @@ def caption_benchmark(
     prompt: str | None = None,
     **kwargs,
 ) -> tuple[dict[int | str, str], dict[str, Any]]:
-    """Caption the images of a benchmark, and record what made the captions.
+    """Caption the images of a benchmark, and record how the captions were made.
 
     Args:
-        model ([`ClipCapForConditionalGeneration`]), processor ([`ClipCapProcessor`]): The captioner.
-        name: The captioner's, for the record.
-        data: With images.
-        folder: Where captions are kept as they come; see [`remove_progress`].
-        prompt: A beginning that every caption continues.
-        kwargs: As [`caption_evaluation_set`] takes them; all others are for `generate()`.
+        model ([`ClipCapForConditionalGeneration`]): The captioner.
+        processor ([`ClipCapProcessor`]): Its processor.
+        name (`str`): Its name, for the record.
+        data ([`EvaluationSet`]): The data, with images.
+        folder (`str` or `Path`): Where finished captions are stored until [`remove_progress`] removes them.
+        prompt (`str`, *optional*): A text that every caption continues.
+        kwargs: Arguments of [`caption_evaluation_set`]; all others are passed to `generate()`.
 
     Returns:
-        `(captions, record)`: a caption by image id; `model`, `processor` and `decoding` for the report.
+        `(captions, record)`: captions by image id, and the entries `model`, `processor` and `decoding` of the report.
     """
     options = {option: kwargs.pop(option) for option in CAPTIONING_OPTIONS if option in kwargs}
     if data.images is None:
@@ -60,7 +61,7 @@ def caption_benchmark(
 
 
 def _everything_that_makes_captions(record: dict[str, Any], data: EvaluationSet) -> dict[str, Any]:
-    """Leave out of the record what changes no caption, such as names, so that a moved model goes on."""
+    """Leave out what changes no caption, such as names, so that a run continues after its model was moved."""
     model = {name: record["model"][name] for name in ("weights_sha256", "config_sha256", "dtype", "device")}
     return {**record, "model": model, "source": data.source, "versions": versions()}
 
@@ -77,22 +78,24 @@ def caption_evaluation_set(
     allow_subset: bool = False,
     **generate_kwargs,
 ) -> dict[int | str, str]:
-    """Find the best caption of each image, by image id.
+    """Return the best caption of each image, by image id.
 
-    Every caption is appended to a file in `folder` as soon as it is there; a later run with the same settings takes it
-    from there, if the image is still the same. Under `torchrun`, each process captions its share, and all of them
-    return all captions.
+    Each caption is appended to a file in `folder` at once. A later run with the same settings reads it from there,
+    unless the image has changed. Under `torchrun` each process captions its share, and all of them return all
+    captions.
 
     Args:
-        model ([`ClipCapForConditionalGeneration`]), processor ([`ClipCapProcessor`]): The captioner.
-        data: With images.
-        folder: For the files of captions; see [`remove_progress`].
-        settings: Everything but the images that the captions depend on; only captions of the same settings are used.
-        batch_size, num_workers, progress, generate_kwargs: See `clipcap_hf.captioning.caption_images`.
-        allow_subset: Leave out images that cannot be read, which otherwise end the run.
+        model ([`ClipCapForConditionalGeneration`]): The captioner.
+        processor ([`ClipCapProcessor`]): Its processor.
+        data ([`EvaluationSet`]): The data, with images.
+        folder (`str` or `Path`): Where finished captions are stored until [`remove_progress`] removes them.
+        settings (`dict`): Everything that the captions depend on, except the images. Stored captions are used only
+            if their settings were the same.
+        batch_size, num_workers, progress, generate_kwargs: See [`~clipcap_hf.captioning.caption_images`].
+        allow_subset (`bool`): Leave out images that cannot be read; otherwise they end the run.
 
     Raises:
-        ValueError: Images that cannot be read. The captions of the others are kept for the next run.
+        ValueError: If images cannot be read. The captions of the others are stored for the next run.
     """
     from accelerate.utils import gather_object
 
@@ -136,7 +139,7 @@ def _key(data: EvaluationSet, place: int) -> tuple[str, str]:
 
 
 class _KeptCaptions:
-    """The captions of runs with the same settings, in a file per process: a line for each, with the image's digest."""
+    """Stored captions of runs with the same settings: one file per process, one line per caption."""
 
     def __init__(self, folder: str | Path, settings_sha256: str, process: int):
         self.folder = Path(folder)
@@ -144,7 +147,7 @@ class _KeptCaptions:
         self.path = self.folder / self.pattern.replace("*", str(process))
 
     def read(self) -> dict[tuple[str, str], str]:
-        """Read the captions by image id and digest; a line that a killed run left half-written is none."""
+        """Read the captions by image id and digest, ignoring a line that a killed run left incomplete."""
         captions = {}
         for path in sorted(self.folder.glob(self.pattern)):
             for line in path.read_bytes().split(b"\n"):
@@ -157,14 +160,14 @@ class _KeptCaptions:
 
     @contextmanager
     def appending(self, pending: list[int]) -> Iterator[Callable[[int | str, str, str], None]]:
-        """Yield a function that writes a caption to the file at once; no file is made where nothing is pending."""
+        """Yield a function that stores a caption at once; if nothing is pending, no file is created."""
         if not pending:
             yield lambda *caption: None
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             if self.path.stat().st_size:
-                file.write(b"\n")  # ends a line that a killed run left half-written
+                file.write(b"\n")  # ends a line that a killed run left incomplete
 
             def append(image: int | str, image_sha256: str, caption: str) -> None:
                 entry = {"image_id": image, "image_sha256": image_sha256, "caption": caption}
@@ -175,6 +178,6 @@ class _KeptCaptions:
 
 
 def remove_progress(folder: str | Path, settings_sha256: str) -> None:
-    """Remove the files of captions, once the results file holds them."""
+    """Remove the stored captions, once the results file holds them."""
     for path in Path(folder).glob(f".captions-{settings_sha256[:16]}-*.jsonl"):
         path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Scores in a model's repository: `model-index` and a table in README.md, and `.eval_results/*.yaml`.
+"""Write scores into a model's repository: `model-index` and a table in README.md, and `.eval_results/*.yaml`.
 
-Only these change, the rest of the card stays byte for byte. Writing the same scores again changes nothing.
+The rest of the card keeps every byte. Writing the same scores again changes nothing.
 """
 
 import re
@@ -28,20 +28,20 @@ FRONT_MATTER = re.compile(r"\A(\ufeff?---[ \t]*\r?\n)(.*?)(^---[ \t]*\r?$)", re.
 def update_card(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
     """Write a report of `clipcap_hf.evaluation.evaluate_captions` into a model's folder.
 
-    README.md (created if missing) gets the scores as `model-index` metadata, and a table in its text; a new file
-    `.eval_results/clipcap-BENCHMARK-SPLIT.yaml` gets them in the Hub's newer form. An earlier report on the same
-    benchmark and split is replaced, all other results stay.
+    README.md, created if missing, gets the scores as `model-index` metadata and as a table. The file
+    `.eval_results/clipcap-BENCHMARK-SPLIT.yaml` gets them in the Hub's newer format. An earlier report on the same
+    benchmark and split is replaced; all other results are kept.
 
     Args:
-        folder: Of the model, as `save_pretrained` writes it, or a clone of its repository.
-        report: With a benchmark.
+        folder (`str` or `Path`): The model's folder, as `save_pretrained` writes it, or a clone of its repository.
+        report (`Mapping`): The report of [`evaluate_captions`] on a benchmark.
 
     Returns:
-        The files that changed; none if these scores were there already.
+        `list[Path]`: The files that changed; none if they had these scores already.
 
     Raises:
-        ValueError: A report without a benchmark, or a card whose metadata cannot be read.
-        FileNotFoundError: No such folder.
+        ValueError: If the report names no benchmark, or the card's metadata cannot be read.
+        FileNotFoundError: If the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,7 +61,7 @@ def update_card(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
 
 
 def _values(report: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """List (domain, metric, value in percent to two digits) of every score."""
+    """List every score as (domain, metric, value in percent with two digits)."""
     return [
         (part, metric, round(value, 2))
         for part, scores in report["scores"].items()
@@ -127,7 +127,7 @@ def _updated_card(text: str | None, report: Mapping[str, Any], folder: Path) -> 
 
 
 def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_break: str) -> str:
-    """Replace the block `model-index:` of the metadata, or add one at its end; other lines stay as they are."""
+    """Replace the block `model-index:` of the metadata, or append one; other lines are unchanged."""
     front = FRONT_MATTER.match(text)
     assert front is not None, "the caller adds metadata where there is none"
     opening, metadata, closing = front.groups()
@@ -142,7 +142,7 @@ def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_b
         ) from error
     new = _eval_results(report)
     replaced = {(result.dataset_type, result.dataset_split) for result in new}
-    # Others' results on the same data have a source, or a metric that is not ours, and stay.
+    # Keep results of others on the same data: they name a source, or a metric that is not ours.
     kept = [
         result
         for result in results
@@ -153,7 +153,7 @@ def _with_model_index(text: str, report: Mapping[str, Any], folder: Path, line_b
     ]
     block = yaml_dump({"model-index": eval_results_to_model_index(name, kept + new)}, sort_keys=False)
     block = block.replace("\n", line_break)
-    # A top-level key and the lines below it that are indented, or that begin a list.
+    # Matches the key and the lines below it that are indented or begin a list.
     found = re.search(r"^model-index[ \t]*:.*?(?=^[^\s\-#]|\Z)", metadata, re.DOTALL | re.MULTILINE)
     if found:
         metadata = metadata[: found.start()] + block + metadata[found.end() :]
@@ -188,7 +188,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """Escape text of prompts, domains and file names: it must not become HTML, a link, or the end of our part."""
+    """Escape prompts, domains and file names, so that they cannot become HTML, a link or the end of our section."""
     return escape(" ".join(text.split()), quote=False).replace("[", "&#91;").replace("`", "&#96;")
 
 
@@ -196,7 +196,7 @@ def _with_section(text: str, section: str, report: Mapping[str, Any], line_break
     begin, end = _markers(report)
     section = section.replace("\n", line_break)
     front = FRONT_MATTER.match(text)
-    body = front.end() if front else 0  # the metadata may name what the data is called
+    body = front.end() if front else 0  # skip the metadata, which may contain the same words
     start, stop = text.find(begin, body), text.find(end, body)
     if start >= 0 and stop > start:
         return text[:start] + section + text[stop + len(end) :]

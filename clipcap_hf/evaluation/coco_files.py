@@ -1,4 +1,4 @@
-"""The field's files: results JSON, and references in COCO's annotation format."""
+"""Result files as the leaderboards take them, and references in COCO's annotation format."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def read_results(path: str | Path) -> dict[int | str, str]:
     """Read captions by image id from a results file `[{"image_id": 42, "caption": "a cat"}, ...]`.
 
     Raises:
-        ValueError: No such JSON, an entry that lacks something, or an image that has several captions.
+        ValueError: If the file is not JSON of this form, or an image has several captions.
     """
     entries = read_json(path)
     if not isinstance(entries, list):
@@ -34,7 +34,7 @@ def read_results(path: str | Path) -> dict[int | str, str]:
 
 
 def write_results(path: str | Path, captions: Mapping[int | str, str]) -> None:
-    """Write a results file as the leaderboards take it, with ids of digits as whole numbers."""
+    """Write a results file for the leaderboards; ids made of digits become whole numbers."""
     entries = [{"image_id": _whole(image), "caption": caption} for image, caption in captions.items()]
     write_text(path, json.dumps(entries, ensure_ascii=False))
 
@@ -42,8 +42,8 @@ def write_results(path: str | Path, captions: Mapping[int | str, str]) -> None:
 def read_references(path: str | Path) -> EvaluationSet:
     """Read references from COCO's annotation format, which nocaps and STAIR share, or from `{"image id": [captions]}`.
 
-    Domains are read from the images' `domain`, as nocaps gives them. An image listed without captions stays, without
-    references.
+    Domains come from the field `domain` of the images, as in nocaps. Images that are listed without captions are kept,
+    without references.
     """
     content = read_json(path)
     if isinstance(content, dict) and "annotations" in content:
@@ -80,6 +80,6 @@ def _check_entry(entry: dict, place: str) -> None:
 
 
 def _whole(image: int | str) -> int | str:
-    # Digits beyond 18 are a name, and int() of thousands of them is refused.
+    # More than 18 digits are a name, and Python refuses to convert thousands of them.
     whole = isinstance(image, str) and image.isdecimal() and len(image) <= 18 and str(int(image)) == image
     return int(image) if whole else image

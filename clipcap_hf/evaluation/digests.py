@@ -1,4 +1,4 @@
-"""SHA-256 digests of records, and of images by their content."""
+"""SHA-256 digests of records and of images."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from PIL import Image
 
 
 def digest(content: Any) -> str:
-    """Return the SHA-256 of anything that can be written as JSON, whatever the order of keys."""
+    """Return the SHA-256 of anything that JSON can hold; the order of keys does not count."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def image_digest(image: Any) -> str:
-    """Return the SHA-256 of an image: of a file's bytes, or of the pixels of an image in memory.
+    """Return the SHA-256 of an image: of the bytes of a file, or of the pixels of an image in memory.
 
     Args:
         image: A path, URL, PIL image, bytes, or `{"path": ..., "bytes": ...}` as `datasets` stores images.

@@ -1,4 +1,4 @@
-"""Images and their references, in order; images are read when asked for by index."""
+"""Images and their reference captions; an image is read only when it is indexed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ class EvaluationSet:
     """Images and their reference captions, in order.
 
     Attributes:
-        ids: Of the images.
-        references: The reference captions of each image.
-        domains: The domain of each image, or None.
-        images: Paths or PIL images, read when asked for by index; None where there are only captions.
-        source: Where they are from, for the record.
-        title: What the page calls them, for images of no benchmark.
+        ids (`list[int | str]`): The image ids.
+        references (`list[list[str]]`): The reference captions of each image.
+        domains (`list[str]`, *optional*): The domain of each image.
+        images (`Sequence`, *optional*): Paths or PIL images, which are read when indexed; `None` if there are only
+            captions.
+        source (`str`): Where the data comes from, for the record.
+        title (`str`): Name on the page, if the images belong to no benchmark.
     """
 
     ids: list[int | str]
@@ -37,7 +38,7 @@ class EvaluationSet:
         return len(self.ids)
 
     def take(self, positions: Sequence[int]) -> "EvaluationSet":
-        """Return the images at some positions."""
+        """Select the images at these positions."""
 
         def pick(values):
             return None if values is None else [values[position] for position in positions]
@@ -51,14 +52,14 @@ class EvaluationSet:
 
     @cached_property
     def image_digests(self) -> list[str]:
-        """SHA-256 of each image, of the files' bytes where there are files."""
+        """SHA-256 of each image: of the bytes of its file, or of its pixels if it has none."""
         stored = _as_stored(self.images)
         return [image_digest(stored[place]) for place in range(len(self))]
 
 
 @dataclass
 class Subset(Sequence):
-    """Items of a sequence by position, fetched when asked for."""
+    """Some items of a sequence, each fetched when it is indexed."""
 
     items: Sequence
     positions: Sequence[int]
@@ -73,7 +74,7 @@ class Subset(Sequence):
 
 
 def _as_stored(images):
-    """Return the paths and bytes of a column of `datasets` without decoding the images; others as they are."""
+    """Return the paths and bytes in a column of `datasets`, without decoding images; other sequences are unchanged."""
     if isinstance(images, Subset):
         return Subset(_as_stored(images.items), images.positions)
     if type(images).__module__.partition(".")[0] != "datasets" or not hasattr(images, "source"):
@@ -84,7 +85,7 @@ def _as_stored(images):
 
 
 def repeated_ids(ids: Sequence) -> list:
-    """Return the ids that occur more than once; `42` and `"42"` are the same."""
+    """Return the ids that occur more than once; `42` and `"42"` count as the same id."""
     seen, repeated = set(), []
     for image in ids:
         if str(image) in seen:

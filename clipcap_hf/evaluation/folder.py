@@ -1,4 +1,4 @@
-"""The folder of an evaluation: which files may be replaced, which process works in it, what a killed one left."""
+"""The folder of an evaluation: which files may be replaced, and which process may write into it."""
 
 import json
 import os
@@ -7,30 +7,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from ..files import lock_folder
 from .coco_files import read_results
 from .digests import digest
 
 
 RESULTS, SCORES, PAGE = "results.json", "scores.json", "index.html"
-# What shows that a file is ours: a key of scores.json, and a line of index.html.
+# These show that a file is ours: a key of scores.json, and a line of index.html.
 WRITTEN_BY = "clipcap evaluate"
-RESULTS_KEPT = "results_kept"  # says in scores.json that results.json was an input, and is somebody's own
+RESULTS_KEPT = "results_kept"  # in scores.json: results.json was an input, so it is not ours
 GENERATOR = f'<meta name="generator" content="{WRITTEN_BY}">'
 KEPT_FOR = 7 * 24 * 3600  # seconds that captions of an interrupted run with other settings are kept
 
 
 def check_folder(folder: str | Path, inputs: Sequence[str | Path] = (), overwrite: bool = False) -> None:
-    """Refuse to replace files of the folder that are read, or that `clipcap evaluate` did not write.
+    """Refuse to replace input files, and files that `clipcap evaluate` did not write.
 
     Args:
-        folder: Where `write_report` is to write; it need not exist.
-        inputs: Files that are read. A `results.json` among them is left as it is, and not written.
-        overwrite: Replace files of others too, but never what is read.
+        folder (`str` or `Path`): The folder that `write_report` will write into; it need not exist.
+        inputs (`Sequence[str | Path]`): The input files. A `results.json` among them is not written, but kept.
+        overwrite (`bool`): Also replace files that `clipcap evaluate` did not write, but never inputs.
 
     Raises:
-        ValueError: The message names the files and what to do.
+        ValueError: If a file would be replaced; the message names it and says what to do.
     """
     folder = Path(folder)
     for name in (SCORES, PAGE):
@@ -52,7 +51,7 @@ def check_folder(folder: str | Path, inputs: Sequence[str | Path] = (), overwrit
 
 
 def is_one_of(path: Path, inputs: Sequence[str | Path]) -> bool:
-    """Tell whether a path is one of the files that are read, by whatever name."""
+    """Tell whether a path is one of the input files, under any name."""
     return path.exists() and any(os.path.exists(each) and os.path.samefile(path, each) for each in inputs)
 
 
@@ -67,7 +66,7 @@ def _is_our_report(path: Path) -> bool:
 
 
 def _are_our_results(path: Path) -> bool:
-    """Compare the captions with those of the report: the leaderboards' form has no place for a marker."""
+    """Compare the captions with the report's, since the leaderboards' format has no place for a marker."""
     report = _report(path.with_name(SCORES))
     try:
         captions = read_results(path)
@@ -87,45 +86,24 @@ def _report(path: Path) -> dict:
 
 
 def captions_digest(captions: dict) -> str:
-    """Return the SHA-256 of captions by image id, whatever their order."""
+    """Return the SHA-256 of captions by image id; their order does not count."""
     return digest(sorted((str(image), caption) for image, caption in captions.items()))
 
 
 @contextmanager
 def only_process(folder: str | Path) -> Iterator[None]:
-    """Work in the folder as the only evaluation, and first remove what killed ones left half-written.
+    """Lock the folder against other evaluations, and remove files that killed ones left incomplete.
 
     Raises:
-        ValueError: Another process evaluates into this folder; the message has its number.
+        ValueError: If another process evaluates into this folder; the message names it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".evaluate.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"Process {_owner(folder)} evaluates into {folder} already. Wait for it, or name another folder by --out."
-        ) from None
-    try:
-        with suppress(OSError):  # Windows lets nobody write into a locked file
-            (folder / ".evaluate.lock").write_text(str(os.getpid()))
-        _remove_leftovers(folder)
+    with lock_folder(folder):
+        _remove_leftovers(Path(folder))
         yield
-    finally:
-        with suppress(OSError):
-            (folder / ".evaluate.lock").unlink()
-        lock.release()
-
-
-def _owner(folder: Path) -> str:
-    with suppress(OSError, ValueError):
-        return (folder / ".evaluate.lock").read_text()[:20] or "(unknown)"
-    return "(unknown)"
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove scratch files of killed runs, and old captions that nobody came back for."""
+    """Remove scratch files of killed runs, and captions of runs that were not continued for a week."""
     scratch = [path for name in (RESULTS, SCORES, PAGE) for path in folder.glob(f".{name}.*.tmp")]
     old = [path for path in folder.glob(".captions-*.jsonl") if time.time() - path.stat().st_mtime > KEPT_FOR]
     for path in (*scratch, *old):

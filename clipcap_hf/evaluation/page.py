@@ -1,4 +1,4 @@
-"""A report as one HTML file: the scores, and the worst, median and best images with their captions and references."""
+"""Write a report as one HTML file: scores, and the worst, median and best images with their captions."""
 
 import base64
 import io
@@ -59,14 +59,15 @@ def write_page(
     tables: Sequence[tuple[str, list[list[str]]]],
     remarks: Sequence[str] = (),
 ) -> None:
-    """Write the page. It holds its images and loads nothing.
+    """Write the page, which contains its images and loads nothing.
 
     Args:
-        path: Of the HTML file.
-        report: Of `evaluate_captions`.
-        data: What was scored, in the report's order; without images, the page shows text alone.
-        tables: Titles and tables of the scores.
-        remarks: Lines below the tables.
+        path (`str` or `Path`): The HTML file.
+        report (`Mapping`): The report of [`evaluate_captions`].
+        data ([`EvaluationSet`]): The data that was scored, in the order of the report. Without images, the page shows
+            text only.
+        tables (`Sequence`): Titles and tables of the scores.
+        remarks (`Sequence[str]`): Lines below the tables.
     """
     title = _title_of(report)
     body = [*_heading(title, report), *_scores(report, tables, remarks), *_images(report, data), _record(report)]
@@ -119,7 +120,7 @@ def _record(report: Mapping[str, Any]) -> str:
 
 
 def _document(title: str, body: str) -> str:
-    # The page speaks English; captions have their own language.
+    # The page is in English; captions are marked with their own language.
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'{GENERATOR}\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -129,7 +130,7 @@ def _document(title: str, body: str) -> str:
 
 def _table(table: list[list[str]]) -> str:
     head, *rows = table
-    if len(rows) == 1:  # nothing to compare with: tiles fit on any screen
+    if len(rows) == 1:  # nothing to compare with, so show tiles, which fit on any screen
         tiles = "".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in zip(head[1:], rows[0][1:])
         )
@@ -141,7 +142,7 @@ def _table(table: list[list[str]]) -> str:
 
 
 def _picked(order: list[int]) -> list[tuple[str, list[int]]]:
-    """Pick the worst, the middle and the best images of an ascending order; all of them once if there are few."""
+    """Pick the worst, middle and best images, given in ascending order; if there are few, all of them."""
     if len(order) <= 3 * SHOWN:
         return [("All images, the worst first", order)]
     middle = (len(order) - SHOWN) // 2

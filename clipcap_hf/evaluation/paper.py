@@ -1,13 +1,13 @@
 """Table 1 of the ClipCap paper as data.
 
-Source: Mokady, Hertz, Bermano, "ClipCap: CLIP Prefix for Image Captioning", arXiv:2111.09734, Table 1. The figures are
-the paper's: in percent (CIDEr 113.08 is 1.1308), with the decoding not stated there.
+Source: Mokady, Hertz, Bermano, "ClipCap: CLIP Prefix for Image Captioning", arXiv:2111.09734, Table 1. Scores are in
+percent, as in the paper (CIDEr 113.08 is 1.1308). The paper does not state its decoding.
 """
 
 from dataclasses import dataclass
 
 
-# An evaluation as a whole; nocaps has domains as well.
+# The name of the whole among the domains, which nocaps has.
 ENTIRE = "entire"
 UNVERIFIED = (
     "The paper's figures are copied from its Table 1. They were never reproduced with this package, which was made "
@@ -20,16 +20,17 @@ class PaperRow:
     """A row of the paper's Table 1.
 
     Attributes:
-        benchmark: A name of `clipcap_hf.evaluation.BENCHMARKS`.
-        split: Of the benchmark.
-        method: As the paper calls it.
-        scores: For each domain ("entire" is all images), scores in percent by the metrics' names here.
-        trainable_parameters: In millions.
-        training_hours: As the paper gives them.
-        training_device: The GPU; None where the table does not say.
-        mapping_type: Of a ClipCap variant, "mlp" or "transformer"; None for other methods.
-        freeze_language_model: Of a ClipCap variant.
-        ablation: Whether the paper shows it as an ablation.
+        benchmark (`str`): A name in `clipcap_hf.evaluation.BENCHMARKS`.
+        split (`str`): Its split.
+        method (`str`): The method's name in the paper.
+        scores (`dict[str, dict[str, float]]`): Scores in percent by domain (`"entire"` for all images) and by the name
+            of the metric in this package.
+        trainable_parameters (`int`): Millions of trained parameters.
+        training_hours (`int`): Hours of training.
+        training_device (`str`, *optional*): The GPU, if the table names it.
+        mapping_type (`str`, *optional*): `"mlp"` or `"transformer"`; `None` for methods other than ClipCap.
+        freeze_language_model (`bool`, *optional*): Whether this ClipCap variant freezes GPT-2.
+        ablation (`bool`): Whether the paper shows it as an ablation.
     """
 
     benchmark: str
@@ -97,7 +98,7 @@ PAPER_ROWS = (
 
 
 def paper_rows(benchmark: str, split: str | None = None) -> list[PaperRow]:
-    """Return the paper's rows for a benchmark; none where the paper does not report on it, or not on the split."""
+    """Return the paper's rows for a benchmark and split; none if the paper does not report on it."""
     return [row for row in PAPER_ROWS if row.benchmark == benchmark and split in (None, row.split)]
 
 
@@ -105,9 +106,10 @@ def rows_to_compare(benchmark: str, split: str, config=None) -> list[PaperRow]:
     """Return the paper's rows to compare a model with.
 
     Args:
-        benchmark, split: What was scored.
-        config ([`ClipCapConfig`], *optional*): Of the model, to find its variant's row. Without it, or for a variant
-            that the paper does not have, the rows are those of the paper's two main variants.
+        benchmark (`str`): The benchmark that was scored.
+        split (`str`): Its split.
+        config ([`ClipCapConfig`], *optional*): The model's configuration, to find the row of its variant. Without it,
+            and for variants that are not in the paper, the rows are those of the paper's two main variants.
     """
     rows = [row for row in paper_rows(benchmark, split) if row.is_clipcap]
     same = [

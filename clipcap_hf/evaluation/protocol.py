@@ -1,4 +1,4 @@
-"""The benchmarks: their splits, numbers of images and tokenizers, and the checks that a score follows the protocol."""
+"""The benchmarks (splits, numbers of images, tokenizers), and the check that a score follows their protocol."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,16 +12,17 @@ class Benchmark:
     """The protocol of a benchmark.
 
     Attributes:
-        name: What `clipcap evaluate --benchmark` takes.
-        title: As tables and pages call it.
-        splits: The number of images of each split; None where the publisher's list changes.
-        default_splits: Scored unless others are named.
-        tokenizer: Of `clipcap_hf.metrics.tokenization`.
-        language: Of the captions.
-        empty_references: What to do with references without text, see `clipcap_hf.metrics.score_captions`.
-        domains: Names of the parts that are scored in addition to the whole, in order.
-        dataset_id: The data set's id on the Hub, which model cards name.
-        extra_metrics: Scores that make sense here in addition to the usual ones.
+        name (`str`): Its name for `clipcap evaluate --benchmark`.
+        title (`str`): Its name in tables and pages.
+        splits (`Mapping[str, int | None]`): Number of images of each split; `None` if the publisher's list changes.
+        default_splits (`tuple[str, ...]`): The splits that are scored by default.
+        dataset_id (`str`): The data set's Hub id, for model cards.
+        tokenizer (`str`): A tokenizer of `clipcap_hf.metrics.tokenization`.
+        language (`str`): The language of the captions.
+        empty_references (`str`): What to do with references without text, see
+            [`~clipcap_hf.metrics.score_captions`].
+        domains (`tuple[str, ...]`): Parts that are scored separately, as well as the whole, in this order.
+        extra_metrics (`tuple[str, ...]`): Metrics besides the usual ones.
     """
 
     name: str
@@ -87,7 +88,7 @@ BENCHMARKS = {
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of a name, or raise a ValueError that lists the names."""
+    """Return a benchmark by name; raise a ValueError that lists the names if there is none."""
     if name not in BENCHMARKS:
         raise ValueError(f"There is no benchmark {name!r:.80}; choose one of {', '.join(BENCHMARKS)}.")
     return BENCHMARKS[name]
@@ -95,7 +96,7 @@ def get_benchmark(name: str) -> Benchmark:
 
 @dataclass
 class Protocol:
-    """What was checked before scoring, for the record; `complete` is False for a part of the benchmark."""
+    """What was checked before scoring, for the record; `complete` is False if only a part was scored."""
 
     images: int
     expected_images: int | None
@@ -113,21 +114,22 @@ def match(
     split: str | None = None,
     allow_subset: bool = False,
 ) -> tuple[list[str], EvaluationSet, Protocol]:
-    """Give each image its caption by id, and assert the protocol.
+    """Match captions to images by id, and check the protocol.
 
     Args:
-        captions: A caption by image id; `42` and `"42"` are the same id.
-        data: Images and references.
-        benchmark, split: Assert that there are as many images as the split has.
-        allow_subset: Score the images that have a caption and references, and record that they are a part;
-            otherwise any difference is an error.
+        captions (`Mapping[int | str, str]`): Captions by image id; `42` and `"42"` are the same id.
+        data ([`EvaluationSet`]): Images and references.
+        benchmark ([`Benchmark`], *optional*): The benchmark whose number of images is checked.
+        split (`str`, *optional*): Its split.
+        allow_subset (`bool`): Score the images that have a caption and references, and record that they are only a
+            part; otherwise any difference is an error.
 
     Returns:
-        `(captions, data, protocol)`: in the order of `data`, of the images that are scored.
+        `(captions, data, protocol)`: captions and data of the images that are scored, in the order of `data`.
 
     Raises:
-        ValueError: Nothing to score, ids that do not match, images without references, or another number of images
-            than the benchmark has.
+        ValueError: If there is nothing to score, ids do not match, images have no references, or the number of images
+            is not the benchmark's.
     """
     if not captions:
         raise ValueError("There are no captions to score.")

@@ -1,4 +1,4 @@
-"""Record what made a number: the model and its weights, the processor, decoding, data, versions."""
+"""Record how a score was made: model and weights, processor, decoding, data and versions."""
 
 import json
 import platform
@@ -11,12 +11,12 @@ from .evaluation_set import EvaluationSet
 
 
 PACKAGES = ("clipcap-hf", "torch", "transformers", "open_clip_torch", "pillow", "numpy", "pycocoevalcap", "fugashi")
-# Where a configuration came from; none of it changes a caption.
+# Where a configuration came from, which changes no caption.
 ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 def model_record(model, name: str) -> dict[str, Any]:
-    """Record a model's name, revision on the Hub, variant, weights and settings by their digests, and precision."""
+    """Record a model's name, Hub revision, variant and precision, and digests of its weights and settings."""
     from ..model.donors_clipcap import weights_hash
 
     config = model.config
@@ -35,7 +35,7 @@ def model_record(model, name: str) -> dict[str, Any]:
 
 
 def processor_record(processor) -> dict[str, Any]:
-    """Record the image transform, the prompt template, and the tokenizer by its digest."""
+    """Record the image transform, the prompt template and a digest of the tokenizer."""
     image_processor = processor.image_processor
     return {
         "image_transform": None if image_processor is None else _plain(image_processor.to_dict()),
@@ -46,7 +46,7 @@ def processor_record(processor) -> dict[str, Any]:
 
 
 def _tokenizer_settings(tokenizer) -> dict[str, Any]:
-    """Everything that turns text into tokens and back."""
+    """Collect everything that turns text into tokens and back."""
     settings = {
         "class": type(tokenizer).__name__,
         "special_tokens": tokenizer.special_tokens_map,
@@ -56,7 +56,7 @@ def _tokenizer_settings(tokenizer) -> dict[str, Any]:
     }
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Padding and truncation are set by each call.
+        # Each call sets padding and truncation.
         settings["backend"] = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
     return _plain(settings)
 
@@ -68,19 +68,19 @@ def _without_origin(settings: Any) -> Any:
 
 
 def _plain(content: Any) -> Any:
-    """Bring settings to what JSON can hold."""
+    """Convert settings to what JSON can hold."""
     return json.loads(json.dumps(content, default=str))
 
 
 def decoding_record(model, generate_kwargs: dict) -> dict[str, Any]:
-    """Record what the model's generation config sets, and what was asked for in its place."""
+    """Record the settings of the model's generation config, with the overrides of this run."""
     settings = {**model.generation_config.to_diff_dict(), **generate_kwargs}
     settings.pop("transformers_version", None)
     return {name: getattr(value, "__name__", value) for name, value in sorted(settings.items())}
 
 
 def data_record(data: EvaluationSet) -> dict[str, Any]:
-    """Record where the references are from, how many, and a digest of ids, references and domains."""
+    """Record the source and number of the references, and a digest of ids, references and domains."""
     domains: Sequence[str | None] = data.domains or [None] * len(data)
     content = sorted(zip(map(str, data.ids), data.references, domains), key=lambda image: image[0])
     return {

@@ -1,4 +1,4 @@
-"""A report as tables, for the terminal, the page and the model card, and its files."""
+"""Write a report's files, and show it as tables for the terminal, the page and the model card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,15 +27,16 @@ def write_report(
     """Write `results.json` (the leaderboards' form), `scores.json` (the report) and `index.html` (the page).
 
     Args:
-        folder: Where to write; it is made if there is none.
-        report, data: Of `evaluate_captions`.
-        inputs, overwrite: What must not be replaced, see [`check_folder`].
+        folder (`str` or `Path`): The folder, created if missing.
+        report (`Mapping`): The report of [`evaluate_captions`].
+        data ([`EvaluationSet`]): The data that it returned with the report.
+        inputs, overwrite: What may be replaced, see [`check_folder`].
 
     Returns:
-        The files that were written.
+        `list[Path]`: The files written.
 
     Raises:
-        ValueError: The folder has files that `clipcap evaluate` did not write, or that were read.
+        ValueError: If a file is an input, or was not written by `clipcap evaluate`.
     """
     folder = Path(folder)
     check_folder(folder, inputs, overwrite)
@@ -45,7 +46,7 @@ def write_report(
     keep = is_one_of(results, inputs)
     if keep:
         report = {**report, RESULTS_KEPT: True}
-    # The scores before the captions: they tell whether the captions in the folder are ours.
+    # Scores first: they show that the captions in the folder are ours.
     write_text(scores, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     if keep:
         return [scores, page]
@@ -54,15 +55,15 @@ def write_report(
 
 
 def parts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List the domains that were scored, and all images, each with its title."""
+    """List the names and titles of the parts that were scored: the domains, then all images."""
     names = [name for name in report["scores"] if name != ENTIRE] + [ENTIRE]
     return [(name, f"{name}, {report['images'][name]:,} images") for name in names]
 
 
 def score_table(report: Mapping[str, Any], part: str = ENTIRE) -> list[list[str]]:
-    """Build header and rows: the paper's methods where it has the benchmark, and the scores here as the last row.
+    """Build a table: a header, the paper's rows for this benchmark if there are any, and our scores last.
 
-    Rows of the paper come with the millions of trained parameters.
+    With rows of the paper, a column gives the millions of trained parameters.
     """
     paper = paper_rows(report["benchmark"], report["split"]) if report["benchmark"] else []
     trained = bool(paper)
@@ -80,13 +81,13 @@ def score_table(report: Mapping[str, Any], part: str = ENTIRE) -> list[list[str]
 
 
 def _millions(report: Mapping[str, Any]) -> int | None:
-    """Count the trainable parameters of the model that was scored, in millions."""
+    """Return the trainable parameters of the scored model, in millions."""
     parameters = report.get("model", {}).get("trainable_parameters")
     return None if parameters is None else round(parameters / 1e6)
 
 
 def diversity_line(report: Mapping[str, Any]) -> str:
-    """Say how varied the captions are, or nothing where that was not computed."""
+    """Describe how varied the captions are; empty if that was not computed."""
     scores = report["scores"][ENTIRE]
     if not all(name in scores for name in DIVERSITY):
         return ""
@@ -97,7 +98,7 @@ def diversity_line(report: Mapping[str, Any]) -> str:
 
 
 def difference_lines(report: Mapping[str, Any]) -> list[str]:
-    """Compare with each score of the paper: `CIDEr: paper 113.08 (...), here 53.99, difference -59.09`."""
+    """Compare with the paper, a line per score: `CIDEr: paper 113.08 (...), here 53.99, difference -59.09`."""
     lines = []
     for entry in report.get("paper", {}).get("differences", ()):
         domain = "" if entry["domain"] == ENTIRE else f", {entry['domain']}"

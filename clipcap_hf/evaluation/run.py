@@ -1,4 +1,4 @@
-"""Score captions by a benchmark's protocol: a report of the scores, all that made them, and the paper's row."""
+"""Score captions by a benchmark's protocol: the scores, how they were made, and the paper's scores."""
 
 import os
 import warnings
@@ -32,15 +32,15 @@ METRIC_TITLES = {
     "mean_length": "mean length",
 }
 NOT_IN_PERCENT = ("vocabulary_size", "mean_length")
-DIVERSITY = ("distinct_1", "distinct_2", *NOT_IN_PERCENT)  # describes captions, does not judge them
+DIVERSITY = ("distinct_1", "distinct_2", *NOT_IN_PERCENT)  # these describe captions and do not judge them
 
 
 def default_metrics(
     benchmark: Benchmark | None, tokenizer: str, spice_home: str | os.PathLike | None = None
 ) -> list[str]:
-    """List the field's metrics that can be computed: METEOR and SPICE are for English and need Java.
+    """List the usual metrics that can be computed: METEOR and SPICE are for English and need Java.
 
-    SPICE is among them only where its jars are.
+    SPICE is included only if its jars are installed.
     """
     metrics = ["bleu", "rouge_l", "cider", "diversity"]
     if tokenizer == "ptb":
@@ -67,22 +67,22 @@ def evaluate_captions(
     """Score captions by a benchmark's protocol.
 
     Args:
-        captions: A caption by image id, for example from [`read_results`].
-        data: The images' references, for example from [`read_references`].
-        benchmark: One of `BENCHMARKS`, whose number of images is asserted; None scores any captions.
-        split: Of the benchmark.
-        metrics, tokenizer, empty_references, spice_home, clip_model: See `clipcap_hf.metrics.score_captions`; by
-            default those of the benchmark, and of English without one.
-        allow_subset: Score the images that have a caption, and record that they are a part.
-        config ([`ClipCapConfig`], *optional*): Of the model, to find the paper's row for its variant.
+        captions (`Mapping[int | str, str]`): Captions by image id, for example from [`read_results`].
+        data ([`EvaluationSet`]): The references, for example from [`read_references`].
+        benchmark ([`Benchmark`], *optional*): One of `BENCHMARKS`, whose number of images is checked.
+        split (`str`, *optional*): Its split.
+        metrics, tokenizer, empty_references, spice_home, clip_model: See [`~clipcap_hf.metrics.score_captions`]. The
+            defaults are those of the benchmark; without one, those for English.
+        allow_subset (`bool`): Score only the images that have a caption, and record that they are a part.
+        config ([`ClipCapConfig`], *optional*): The model's configuration, to find the paper's row for its variant.
 
     Returns:
-        `(report, data)`: the report can be written as JSON (its `per_image` holds the captions and the scores of each
-        image), and the data is what was scored, in the same order. Scores are in percent, as papers print them.
+        `(report, data)`: a report that can be written as JSON, with scores in percent as papers print them and with
+        the caption and scores of each image in `per_image`; and the data that was scored, in the same order.
 
     Raises:
-        ValueError: Bad input, or a set of images that is not the benchmark's.
-        JavaError: Java or a jar is missing, or Java failed or hung.
+        ValueError: If the input is invalid, or the images are not those of the benchmark.
+        JavaError: If Java or a jar is missing, or Java failed or hung.
     """
     tokenizer = tokenizer or (benchmark.tokenizer if benchmark else "ptb")
     empty_references = empty_references or (benchmark.empty_references if benchmark else "error")
@@ -94,7 +94,7 @@ def evaluate_captions(
     options = {"tokenizer": tokenizer, "empty_references": empty_references, "spice_home": spice_home}
     scores, notes = _score(predictions, data, metrics, clip_model, **options)
     by_part = {ENTIRE: scores, **_in_order(scores.pop("groups", {}), benchmark)}
-    report = {
+    report: dict[str, Any] = {
         "written_by": WRITTEN_BY,
         **_title(benchmark, split, tokenizer, data),
         "scores": {part: _percent(found) for part, found in by_part.items()},
@@ -135,7 +135,7 @@ def _refuse_empty_references(data: EvaluationSet) -> None:
 def _score(
     predictions: list[str], data: EvaluationSet, metrics: list[str], clip_model: str | None, **options
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compute the scores, and collect the metrics' warnings as notes."""
+    """Compute the scores, and return the metrics' warnings as notes."""
     if "clip_score" in metrics and data.images is not None:
         options["images"] = data.images
     if clip_model:
@@ -147,7 +147,7 @@ def _score(
 
 
 def _in_order(groups: Mapping[str, Any], benchmark: Benchmark | None) -> dict[str, Any]:
-    """Order the domains as the benchmark names them; others come after."""
+    """Order the domains as the benchmark does; others follow."""
     order = [domain for domain in benchmark.domains if domain in groups] if benchmark else []
     return {domain: groups[domain] for domain in dict.fromkeys([*order, *groups])}
 
@@ -172,7 +172,7 @@ def _notes(predictions: list[str], benchmark: Benchmark | None, parts: Mapping[s
 
 
 def _per_image(scores: Mapping[str, Any], data: EvaluationSet, predictions: list[str]) -> list[dict[str, Any]]:
-    """Give for each image its caption and its scores as fractions."""
+    """List the id, caption and scores of each image; these scores are fractions."""
     each = {name.removesuffix("_per_image"): values for name, values in scores.items() if name.endswith("_per_image")}
     return [
         {
@@ -190,7 +190,7 @@ def _percent(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _differences(row: PaperRow, scores: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Compare the paper's figures of a row with those here, where both have the score."""
+    """Compare a row of the paper with our scores, for each score that both have."""
     return [
         {
             "method": row.method,

@@ -1,4 +1,4 @@
-"""Images and references to score: a benchmark's, from the publisher's files in a folder, or one's own."""
+"""Load the images and references of a benchmark, from its publisher's files, or your own."""
 
 from pathlib import Path
 
@@ -7,8 +7,7 @@ from .evaluation_set import EvaluationSet
 from .protocol import Benchmark
 
 
-# For each benchmark: the reader, patterns of the file's name ({split} is the split), and folders that may hold the
-# images.
+# For each benchmark: the reader, patterns for the file's name, and folders that may hold the images.
 LAYOUTS = {
     "coco-karpathy": ("karpathy", ("dataset_coco.json",), (".", "images")),
     "flickr8k": ("karpathy", ("dataset_flickr8k.json",), ("Flicker8k_Dataset", "images", "Images", ".")),
@@ -28,13 +27,14 @@ def load_evaluation_set(
     """Load images and references of a benchmark's split.
 
     Args:
-        benchmark: One of `BENCHMARKS`.
-        root: The folder with the publisher's files; the emoji are part of the package.
-        split: Of the benchmark; the first of its default splits unless named.
+        benchmark ([`Benchmark`]): One of `BENCHMARKS`.
+        root (`str` or `Path`, *optional*): The folder with the publisher's files; not needed for the emoji, which are
+            part of the package.
+        split (`str`, *optional*): The split; by default the first of `default_splits`.
 
     Raises:
-        ValueError: No such split, or no folder.
-        FileNotFoundError: A file is missing; the message names what was looked for.
+        ValueError: If the split does not exist, or `root` is missing.
+        FileNotFoundError: If a file is missing; the message says which.
     """
     split = split or benchmark.default_splits[0]
     if split not in benchmark.splits:
@@ -56,7 +56,7 @@ def load_evaluation_set(
     source = {split: annotations} if kind in ("conceptual", "nocaps", "stair") else annotations
     rows = load_captions(kind, source, images=images, split=split)
     if kind in ("nocaps", "stair"):
-        # The references as they are published, empty ones included; the reader leaves those out.
+        # Use the references as published, including empty ones, which the reader of training data leaves out.
         data = read_references(annotations)
         place = {str(image): number for number, image in enumerate(data.ids)}
         found = data.take([place[str(image)] for image in rows["image_id"]])
@@ -72,24 +72,26 @@ def load_own_images(
     missing: str | None = None,
     **columns,
 ) -> EvaluationSet:
-    """Load one's own images and the captions that people wrote for them, in any form that training reads.
+    """Load your own images and reference captions, in any format that training reads.
 
     Args:
-        path: A folder of images with their captions, an annotation file, shards, or a data set of the Hub.
-        kind: The format, see `clipcap_hf.data.load_captions`; by default `"imagefolder"` for a folder, else `"hub"`.
-        split: Which split; needed only where there are several.
-        images, missing: See `clipcap_hf.data.load_captions`.
-        columns: `image_column`, `caption_column` and `id_column`, where the data has named columns.
+        path (`str` or `Path`): A folder of captioned images, an annotation file, shards, or a data set on the Hub.
+        kind (`str`, *optional*): The format, see [`~clipcap_hf.data.load_captions`]; by default `"imagefolder"` for a
+            folder and `"hub"` otherwise.
+        split (`str`, *optional*): The split; needed only if there are several.
+        images, missing: See [`~clipcap_hf.data.load_captions`].
+        columns: `image_column`, `caption_column` and `id_column`, if the data has named columns.
 
     Raises:
-        ValueError: No captions, several splits and none named, or data that is not of the format.
-        FileNotFoundError: The data or an image is missing.
+        ValueError: If there are no captions, if there are several splits and none is named, or if the data is not in
+            this format.
+        FileNotFoundError: If the data or an image is missing.
     """
     from ..data import load_captions
 
     kind = kind or _kind_of(path)
     if kind == "webdataset":
-        columns["streaming"] = False  # images are looked at more than once
+        columns["streaming"] = False  # images are read more than once
     path = str(path) if "://" in str(path) else str(Path(path).expanduser())
     rows = load_captions(kind, path, images=images, split=split, missing=missing, **columns)
     if isinstance(rows, dict):
@@ -128,7 +130,7 @@ def _load_emoji(split: str, language: str) -> EvaluationSet:
 
 
 def _find(root: Path, patterns: list[str], title: str) -> Path:
-    """Find the one file of these patterns in the folder, or in one of its own folders."""
+    """Find the one file that matches a pattern in the folder or in one of its subfolders."""
     if root.is_file():
         return root
     if not root.is_dir():

@@ -1,7 +1,7 @@
-"""The scores of image captioning: BLEU, METEOR, ROUGE-L, CIDEr, SPICE, CLIPScore, exact match and diversity.
+"""Metrics of image captioning: BLEU, METEOR, ROUGE-L, CIDEr, SPICE, CLIPScore, exact match and diversity.
 
-Each is an `evaluate.Metric` in a folder of its name; `load("cider")`, or `evaluate.load` with the folder's path, loads
-it without a network. `score_captions` computes several at once, with a single tokenization.
+`score_captions` computes several of them with one tokenization. Each is also an `evaluate.Metric` in a folder of its
+name; `load("cider")`, or `evaluate.load` with the folder's path, loads it without a network.
 """
 
 from pathlib import Path
@@ -29,15 +29,15 @@ def load(name: str, **init_kwargs):
     """Load a metric of this package as an `evaluate.Metric`, without a network.
 
     Args:
-        name: One of `METRICS`.
-        **init_kwargs: For the metric, such as `tokenizer="python"`, and for `evaluate.load`, such as
-            `num_process`, `process_id`, `experiment_id`, `keep_in_memory`.
+        name (`str`): One of `METRICS`.
+        init_kwargs: Options of the metric, such as `tokenizer="python"`, and of `evaluate.load` (`num_process`,
+            `process_id`, `experiment_id`, `keep_in_memory`).
 
     Raises:
-        ValueError: There is no such metric.
+        ValueError: If there is no such metric.
     """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; choose one of {', '.join(METRICS)}.")
-    import evaluate  # seconds to import, and not needed for score_captions
+    import evaluate  # takes seconds to import, and score_captions does not need it
 
     return evaluate.load(str(Path(__file__).parent / name), **init_kwargs)

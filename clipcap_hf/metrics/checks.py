@@ -1,4 +1,4 @@
-"""Strict checks of what `score_captions` is given, so that nothing is scored that was not meant."""
+"""Strict checks of the input of `score_captions`, so that nothing is scored by mistake."""
 
 import os
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from .java import find_jar, find_java
 from .tokenization import PTB_JAR, check_tokenizer, tokenize
 
 
-# The metrics of text alone, in the order in which results list them; clip_score also needs the images.
+# Metrics that read only texts, in the order of results; clip_score needs the images too.
 TEXT_METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice", "exact_match", "diversity")
 METRICS = (*TEXT_METRICS, "clip_score")
 EMPTY_REFERENCES = ("error", "drop", "keep")
-UNTOKENIZED = ("exact_match", "clip_score")  # work on the text as it is
+UNTOKENIZED = ("exact_match", "clip_score")  # these read the text itself
 NEED_NO_REFERENCES = ("diversity", "clip_score")
 
 
@@ -36,7 +36,7 @@ def check_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_predictions(predictions: Sequence[str]) -> list[str]:
-    """Return the captions as a list, or raise a ValueError that names the one that is no string.
+    """Return the captions as a list, or raise a ValueError that names the one that is not a string.
 
     An empty caption is legal.
     """
@@ -54,9 +54,9 @@ def check_references(references: Sequence, images: int, empty: str = "error") ->
     """Return the references as a list of lists, or raise a ValueError that names the faulty one.
 
     Args:
-        references: For each image a list of captions, or one string.
-        images: How many images there are.
-        empty: What to do with references without text: "error", "drop" or "keep".
+        references (`Sequence`): A list of captions, or a string, for each image.
+        images (`int`): Number of images.
+        empty (`str`): What to do with references without text: `"error"`, `"drop"` or `"keep"`.
     """
     if empty not in EMPTY_REFERENCES:
         raise ValueError(f"empty_references must be one of {', '.join(EMPTY_REFERENCES)}, not {_short(empty)}.")
@@ -100,9 +100,9 @@ def check_requirements(
     spice_home: str | os.PathLike | None = None,
     clip_model: str | None = None,
 ) -> None:
-    """Raise now what `score_captions` would raise for unknown names or without Java, the jars, tokenizer or CLIP.
+    """Raise the errors of `score_captions` for unknown names and for missing Java, jars, tokenizers or CLIPs.
 
-    Call it before an hour is spent on captions.
+    Call it before spending an hour on captions.
     """
     from .java_scores import METEOR_JAR, spice_class_path
 
@@ -136,6 +136,6 @@ def _check_unicode(text: str, place: str):
 
 
 def _short(value) -> str:
-    """Show a value in a message, cut: it may be a whole file."""
+    """Shorten a value for a message; it may be a whole file."""
     text = repr(value[:80] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= 80 else text[:80] + "..."

@@ -1,4 +1,4 @@
-"""CLIPScore and RefCLIPScore (Hessel et al., 2021): how well captions fit images, by CLIP."""
+"""CLIPScore and RefCLIPScore (Hessel et al., 2021): how well captions fit their images, judged by CLIP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH_SIZE = 64
 
 
 def check_images(images: Sequence | None, captions: int) -> Sequence:
-    """Return the images, not yet read, or raise a ValueError that says what is missing."""
+    """Return the images without reading them, or raise a ValueError that says what is missing."""
     if images is None or isinstance(images, str):
         raise ValueError("clip_score needs images=[...]: a path, PIL image or bytes for each prediction.")
     if len(images) != captions:
@@ -34,25 +34,27 @@ def clip_scores(
     references: Sequence[Sequence[str]] | None = None,
     clip_model: str = DEFAULT_CLIP,
 ) -> dict[str, Any]:
-    """Compute CLIPScore of captions and images, and with references RefCLIPScore.
+    """Compute CLIPScore, and RefCLIPScore if there are references.
 
-    CLIPScore is 2.5 max(cos(caption, image), 0). RefCLIPScore is its harmonic mean with the largest cosine of caption
-    and references, max(., 0). All texts get the prompt "A photo depicts " and are cut at the model's length. An empty
-    caption scores 0. Runs on a GPU if there is one, in the model's own dtype. Images are read one at a time.
+    CLIPScore is 2.5 max(cos(caption, image), 0). RefCLIPScore is its harmonic mean with max(c, 0), where c is the
+    largest cosine between the caption and a reference. Texts get the prompt "A photo depicts " and are cut to the
+    model's length. An empty caption scores 0. Runs on a GPU if there is one, in the model's own dtype. Images are read
+    one at a time.
 
     Args:
-        captions: n captions, not tokenized.
-        images: n paths, PIL images, bytes, or `{"path": ..., "bytes": ...}`, or a sequence that reads them by index.
-        references: n lists of captions, or None.
-        clip_model: A CLIP of transformers on the Hub or in a folder, with its tokenizer and image processor, or one of
-            open_clip (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"`, a folder). The papers' numbers are of the default;
-            those of another model cannot be compared with them.
+        captions (`Sequence[str]`): n captions, not tokenized.
+        images (`Sequence`): n paths, PIL images, bytes or `{"path": ..., "bytes": ...}`, read when indexed.
+        references (`Sequence[Sequence[str]]`, *optional*): n lists of captions.
+        clip_model (`str`): A CLIP of transformers (Hub id or folder, with tokenizer and image processor), or of
+            open_clip (`"ViT-B-32/openai"`, `"hf-hub:ORG/REPO"` or a folder). Papers use the default; scores by another
+            model cannot be compared with theirs.
 
     Returns:
-        `clip_score` and perhaps `ref_clip_score`: (mean, array of shape (n,)); `clip_model`, `clip_dtype`: str.
+        `dict`: `clip_score`, and with references `ref_clip_score`, as (mean, array of shape (n,)); `clip_model` and
+        `clip_dtype` as strings.
 
     Raises:
-        ValueError: Images missing or unreadable, or a model without a text tower.
+        ValueError: If images are missing or unreadable, or the model has no text tower.
     """
     import torch
 
@@ -77,7 +79,7 @@ def _clip_score(captions: Sequence[str], texts: np.ndarray, seen: np.ndarray) ->
 
 
 def _closest_reference(texts: np.ndarray, flat: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """For each caption, its largest cosine with one of its references, and 0 where all are negative."""
+    """Return the largest cosine of each caption with one of its references; 0 if all are negative."""
     image = np.repeat(np.arange(len(texts)), sizes)
     closest = np.zeros(len(texts))
     np.maximum.at(closest, image, (flat * texts[image]).sum(1))
@@ -94,19 +96,19 @@ def _embed_texts(embed: Callable, texts: Sequence[str]) -> np.ndarray:
 
 
 def _unit_vectors(batches: Iterable[torch.Tensor]) -> np.ndarray:
-    """Embeddings as unit vectors in double precision, shape (items, width)."""
+    """Normalise embeddings to unit vectors (items, width) in double precision."""
     rows = [features.double().cpu().numpy() for features in batches]
     return np.concatenate([row / np.linalg.norm(row, axis=-1, keepdims=True) for row in rows])
 
 
 def _batches(items: Sequence) -> Iterator[Iterator]:
-    """Items by index, read when their turn comes: a benchmark of decoded images would fill the memory."""
+    """Yield batches whose items are read one by one, since all images of a benchmark would fill the memory."""
     for start in range(0, len(items), BATCH_SIZE):
         yield (items[place] for place in range(start, min(start + BATCH_SIZE, len(items))))
 
 
 def _open(image: Any) -> Image.Image:
-    """Read a path, PIL image, bytes, or a dict of path and bytes as `datasets` stores them, as upright RGB."""
+    """Read an image as upright RGB: a path, PIL image, bytes, or a dictionary as `datasets` stores images."""
     from PIL import Image
 
     from ..model.processing_clipcap import load_image
@@ -132,7 +134,7 @@ def check_clip(name: str) -> None:
 
 
 def _load_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
-    """Functions that embed texts and PIL images, and the dtype in which they compute."""
+    """Return functions that embed texts and PIL images, and the dtype in which they compute."""
     from ..model.modeling_open_clip import is_open_clip_name
 
     return _load_open_clip(name, device) if is_open_clip_name(name) else _load_transformers_clip(name, device)
@@ -155,7 +157,7 @@ def _load_open_clip(name: str, device: str) -> tuple[Callable, Callable, torch.d
 def _load_transformers_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    # The name may be of any repository: code from it is never run.
+    # The name may be any repository, so never run code from it.
     model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name} is no CLIP model: CLIPScore needs an image and a text tower.")
@@ -178,7 +180,7 @@ def _load_transformers_clip(name: str, device: str) -> tuple[Callable, Callable,
 
 
 def _pixels(image_processor, images: Iterable[Image.Image]) -> torch.Tensor:
-    """Preprocess one image at a time, so that only one is in memory at its full size."""
+    """Preprocess images one by one, so that only one is in memory at full size."""
     import torch
 
     return torch.cat([image_processor([image], return_tensors="pt")["pixel_values"] for image in images])

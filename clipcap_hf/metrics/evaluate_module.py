@@ -1,6 +1,6 @@
-"""What the metrics' `evaluate` modules share.
+"""The base class of the metrics' `evaluate` modules.
 
-`evaluate.load` runs a copy of a metric's script, far from the package, so the scripts hold only their description and
+`evaluate.load` runs a copy of a metric's script outside of the package. So the scripts hold only descriptions, and
 import this module by its full name.
 """
 
@@ -53,9 +53,9 @@ class CaptionMetric(evaluate.Metric):
         )
 
     def _check(self, batch: dict) -> dict:
-        """Bring a batch of checked inputs to one form, so that a column never mixes strings and lists."""
+        """Check a batch and bring it to one form, so that a column never mixes strings and lists."""
         predictions = check_predictions(batch["predictions"])
-        # Empty references are judged when computing, where the option for them may be given.
+        # Empty references are checked when computing, since the option for them may be given there.
         return {
             "predictions": predictions,
             "references": check_references(batch["references"], len(predictions), "keep"),

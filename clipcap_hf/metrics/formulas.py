@@ -1,6 +1,6 @@
-"""BLEU, ROUGE-L, CIDEr-D, exact match and diversity of tokenized captions, from the papers' formulas.
+"""BLEU, ROUGE-L, CIDEr-D, exact match and diversity, by the formulas of their papers.
 
-The numbers equal those of the COCO caption evaluation (pycocoevalcap), whose constants and conventions are kept.
+Scores equal those of the COCO caption evaluation (pycocoevalcap), with its constants and conventions.
 """
 
 import unicodedata
@@ -18,22 +18,22 @@ Scores = dict[str, tuple[float, np.ndarray]]
 
 
 def _sums(index: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    """Sum values by index, shape (size,). As floats always: bincount gives integers where there are no values."""
+    """Sum values by index to (size,) floats; without values, bincount would give integers."""
     return np.bincount(index, values, size).astype(float)
 
 
 def bleu(corpus: Corpus) -> Scores:
     """Compute BLEU-1 to BLEU-4 of the corpus and of each image (Papineni et al., 2002), in 0..1.
 
-    The brevity penalty uses, for each image, the length of the reference that is closest to the caption's (the
-    shorter one of two equally close). The corpus score is made of summed counts, it is not the mean over images.
+    The brevity penalty of an image uses the reference whose length is closest to the caption's, and of two equally
+    close ones the shorter. The corpus score comes from summed counts and is not the mean over images.
 
     Returns:
         `bleu_1` to `bleu_4`.
     """
     tiny, small = 1e-15, 1e-9  # the COCO evaluation's guards against 0 / 0
     images, lengths = len(corpus), corpus.caption_lengths
-    # The least (distance, length) of each image, as one number so that a single reduction finds it.
+    # Find the least (distance, length) of each image; as one number, a single reduction finds it.
     base = int(corpus.reference_lengths.max(initial=0)) + 1
     distance = np.abs(corpus.reference_lengths - lengths[corpus.image_of_reference])
     first_references = np.cumsum(corpus.references_per_image) - corpus.references_per_image
@@ -41,7 +41,7 @@ def bleu(corpus: Corpus) -> Scores:
 
     correct, guess = np.zeros((MAX_ORDER, images)), np.zeros((MAX_ORDER, images))
     for n, order in enumerate(corpus.orders):
-        allowed = np.zeros(len(order.caption_count), np.int64)  # the most that any one reference has
+        allowed = np.zeros(len(order.caption_count), np.int64)  # the largest count in a single reference
         shared = order.in_caption >= 0
         np.maximum.at(allowed, order.in_caption[shared], order.reference_count[shared])
         correct[n] = _sums(order.caption_image, np.minimum(allowed, order.caption_count), images)
@@ -59,10 +59,10 @@ def bleu(corpus: Corpus) -> Scores:
 
 
 def _common_subsequence(positions: Mapping[str, int], size: int, words: Sequence[str]) -> int:
-    """Measure the longest common subsequence, bit-parallel (Hyyrö, 2004).
+    """Return the length of the longest common subsequence, by a bit-parallel algorithm (Hyyrö, 2004).
 
-    `positions` maps each word of the first text, of `size` words, to a number with a bit set at each of its places.
-    A zero bit in `row` marks where the subsequence grows; one addition does a whole row of the usual table.
+    `positions` maps each word of the first text, which has `size` words, to a number whose set bits are the word's
+    places. A zero bit in `row` marks where the subsequence grows; one addition computes a row of the usual table.
     """
     full = (1 << size) - 1
     row = full
@@ -77,16 +77,16 @@ def _common_subsequence(positions: Mapping[str, int], size: int, words: Sequence
 def rouge_l(corpus: Corpus) -> Scores:
     """Compute ROUGE-L of the corpus, the mean over images, and of each image (Lin, 2004), in 0..1.
 
-    F-measure with beta 1.2 of the best precision and the best recall over the references, as the COCO evaluation
-    has it: the two may come from different references. An empty caption scores 0.
+    It is the F-measure with beta 1.2 of the best precision and the best recall, which may come from different
+    references, as in the COCO evaluation. An empty caption scores 0.
     """
     beta2 = 1.2**2
     scores = np.zeros(len(corpus))
     for image, (caption, references) in enumerate(zip(corpus.captions, corpus.references)):
         if not caption:
             continue
-        words = caption.split(" ")  # and not split(): a PTB token may hold a no-break space, as in "1 1/2"
-        positions = {}
+        words = caption.split(" ")  # not split(): a PTB token may contain a no-break space, as in "1 1/2"
+        positions: dict[str, int] = {}
         for place, word in enumerate(words):
             positions[word] = positions.get(word, 0) | 1 << place
         precision = recall = 0.0
@@ -101,14 +101,14 @@ def rouge_l(corpus: Corpus) -> Scores:
 
 
 def document_frequencies(references: Sequence[Sequence[str]]) -> dict:
-    """Count in how many images' references each n-gram occurs: CIDEr weighs n-grams by it.
+    """Count for how many images each n-gram occurs in the references, which gives CIDEr its weights.
 
     Args:
-        references: tokenized references of each image of a corpus, for example of a training set.
+        references (`Sequence[Sequence[str]]`): Tokenized references of each image of a corpus, such as a training set.
 
     Returns:
-        `{"num_documents": images, "document_frequency": {"a cat": 12, ...}}`, n-grams of 1 to 4 words joined by
-        spaces; can be stored as JSON.
+        `dict`: `{"num_documents": images, "document_frequency": {"a cat": 12, ...}}` with n-grams of 1 to 4 words,
+        which can be stored as JSON.
     """
     corpus = Corpus([""] * len(references), references)
     table: dict[str, int] = {}
@@ -120,7 +120,7 @@ def document_frequencies(references: Sequence[Sequence[str]]) -> dict:
 
 def _document_frequency(corpus: Corpus, order) -> np.ndarray:
     pairs = corpus.image_of_reference[order.reference] * order.size + order.reference_ngram
-    # Asked for counts, np.unique sorts; otherwise it may hash, which is 50 times slower here.
+    # With counts, np.unique sorts; without, it may hash, which is 50 times slower here.
     pairs, _ = np.unique(pairs, return_counts=True)
     return np.bincount(pairs % max(order.size, 1), minlength=order.size)
 
@@ -132,20 +132,20 @@ def _ngram_names(corpus: Corpus, order, n: int) -> list[str]:
 def cider(corpus: Corpus, frequencies: Mapping | None = None) -> Scores:
     """Compute CIDEr-D of the corpus, the mean over images, and of each image (Vedantam et al., 2015), in 0..10.
 
-    This is the variant that the field reports as "CIDEr": n-grams of 1 to 4 words weighted by tf-idf, caption counts
+    Papers report this variant as "CIDEr": n-grams of 1 to 4 words weighted by tf-idf, with the caption's counts
     clipped to the reference's, and a Gaussian penalty (sigma 6) on the difference in length.
 
     Args:
-        corpus: tokenized captions and references.
-        frequencies: what `document_frequencies` returned for another corpus. By default the references themselves
-            are the corpus; with one image all weights are then log(1) = 0, and so is the score.
+        corpus ([`Corpus`]): Tokenized captions and references.
+        frequencies (`Mapping`, *optional*): Document frequencies of another corpus, from [`document_frequencies`]. By
+            default they are counted over the references; for a single image, all weights and the score are then 0.
 
     Raises:
-        ValueError: `frequencies` has the wrong form.
+        ValueError: If `frequencies` has the wrong form.
     """
     sigma = 6.0
     images, total = len(corpus), _documents(corpus, frequencies)
-    similarity = np.zeros(len(corpus.image_of_reference))  # of each reference, summed over the orders
+    similarity = np.zeros(len(corpus.image_of_reference))  # for each reference, summed over the orders
     for n, order in enumerate(corpus.orders):
         if frequencies is None:
             frequency = _document_frequency(corpus, order)
@@ -172,7 +172,7 @@ def cider(corpus: Corpus, frequencies: Mapping | None = None) -> Scores:
 
 
 def _documents(corpus: Corpus, frequencies: Mapping | None) -> float:
-    """Check the frequencies and return the number of documents they were counted over."""
+    """Check the frequencies, and return the number of documents they were counted over."""
     if frequencies is None:
         if len(corpus) == 1:
             warnings.warn(
@@ -195,7 +195,7 @@ def _documents(corpus: Corpus, frequencies: Mapping | None) -> float:
 
 
 def normalize(text: str) -> str:
-    """Bring text to the form of `exact_match`: NFKC, case folded, punctuation and white space as single spaces."""
+    """Normalise text for `exact_match`: NFKC, case folded, punctuation and white space as single spaces."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(" " if unicodedata.category(c)[0] == "P" else c for c in folded).split())
 
@@ -203,7 +203,7 @@ def normalize(text: str) -> str:
 def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """Compute the share of images whose caption equals a reference after `normalize`, in 0..1, and 0 or 1 for each.
 
-    Works on the texts as they are, not on tokens. A caption without letters, digits or symbols matches nothing.
+    Reads the texts, not their tokens. A caption without letters, digits or symbols matches nothing.
     """
     matches = np.zeros(len(captions))
     for image, (caption, group) in enumerate(zip(captions, references)):
@@ -216,8 +216,9 @@ def diversity(captions: Sequence[str]) -> Scores:
     """Measure how varied the captions are (Li et al., 2016), without references.
 
     Returns:
-        `distinct_1`, `distinct_2`: different words or word pairs over the number of all words, in 0..1;
-        `vocabulary_size`: different words; `mean_length`: words per caption. For each image: the same of its caption.
+        `distinct_1` and `distinct_2`, the number of different words and of different word pairs divided by the number
+        of words, in 0..1; `vocabulary_size`, the number of different words; `mean_length`, words per caption. Each
+        comes with its value for each caption alone.
     """
     split = [caption.split() for caption in captions]
 

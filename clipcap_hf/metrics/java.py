@@ -1,4 +1,4 @@
-"""Run the Java tools of the field (PTB tokenizer, METEOR, SPICE) so that they can neither hang nor leave files.
+"""Run Java tools (PTB tokenizer, METEOR, SPICE) so that they can neither hang nor leave files behind.
 
 Every process has a deadline, works in a temporary folder, gets its text encoding by a flag, and is ended with all its
 children.
@@ -22,16 +22,16 @@ DEFAULT_TIMEOUT = 900.0
 
 
 class JavaError(RuntimeError):
-    """Java, or one of the jars, is missing, failed, or did not answer in time."""
+    """Java or a jar is missing, or Java failed or did not answer in time."""
 
 
 def java_timeout() -> float:
-    """Return the seconds that one Java process may take: the environment variable `CLIPCAP_JAVA_TIMEOUT`, else 900."""
+    """Return how many seconds a Java process may take: `CLIPCAP_JAVA_TIMEOUT` of the environment, or 900."""
     return float(os.environ.get("CLIPCAP_JAVA_TIMEOUT", DEFAULT_TIMEOUT))
 
 
 def find_java(purpose: str) -> str:
-    """Find the `java` program; `purpose` is what the error says it is needed for."""
+    """Find the `java` program; the error says that `purpose` needs it."""
     java = shutil.which("java")
     if java is None:
         raise JavaError(
@@ -42,7 +42,7 @@ def find_java(purpose: str) -> str:
 
 
 def find_jar(relative_path: str, purpose: str) -> Path:
-    """Find a jar inside pycocoevalcap, without importing the package."""
+    """Find a jar of pycocoevalcap without importing it."""
     spec = importlib.util.find_spec("pycocoevalcap")
     for root in (spec.submodule_search_locations or ()) if spec else ():
         jar = Path(root, relative_path)
@@ -55,9 +55,9 @@ def find_jar(relative_path: str, purpose: str) -> Path:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End the process and its children: a `java` that is a wrapper script would leave the real one behind."""
+    """End the process and its children: if `java` is a wrapper script, the real program is a child."""
     if process.returncode is not None:
-        return  # its number may be another process's by now
+        return  # another process may have its number by now
     try:
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)  # its own group, see start_new_session
@@ -96,7 +96,7 @@ def java_process(arguments, purpose: str, cwd, **streams):
                 if stream is not None:
                     try:
                         stream.close()
-                    except OSError:  # what was still buffered for a process that is gone
+                    except OSError:  # text was still buffered when the process ended
                         pass
 
 
@@ -105,7 +105,7 @@ def timeout_reason(timeout: float) -> str:
 
 
 def run_java(arguments, purpose: str, cwd) -> None:
-    """Run `java arguments` in `cwd` to its end. Results go through files: pipes held by grandchildren could hang."""
+    """Run `java arguments` in `cwd` to its end. Results go to files, since a grandchild could keep a pipe open."""
     timeout = java_timeout()
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     with java_process(arguments, purpose, cwd, **streams) as (process, failed):

@@ -1,10 +1,10 @@
-"""METEOR and SPICE: scores that only their authors' Java programs compute exactly."""
+"""METEOR and SPICE, which only their authors' Java programs compute exactly."""
 
 import json
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import PIPE
 
@@ -20,79 +20,87 @@ METEOR_JAR = "meteor/meteor-1.5.jar"
 def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[np.ndarray]) -> list[Scores]:
     """Compute METEOR 1.5 of groups of images and of each image (Denkowski and Lavie, 2014), in 0..1, for English.
 
-    A group's score is computed from summed statistics; it is not the mean over images. All groups are scored by one
-    start of Java.
+    A group's score comes from summed statistics and is not the mean over images. Java starts once for all groups.
 
     Args:
-        captions: n tokenized captions.
-        references: n lists of tokenized references.
-        groups: for each group, the indices of its images.
+        captions (`Sequence[str]`): n tokenized captions.
+        references (`Sequence[Sequence[str]]`): n lists of tokenized references.
+        groups (`Sequence[np.ndarray]`): The indices of each group's images.
 
     Raises:
-        JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
+        JavaError: If Java or pycocoevalcap is missing, or Java failed or hung.
     """
     jar = find_jar(METEOR_JAR, "METEOR")
-    timeout = java_timeout()
     command = ("-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
-
-    def field(text: str) -> str:
-        return text.replace("|||", "").replace("  ", " ")  # "|||" parts the fields of METEOR's protocol
-
     lines = [
-        " ||| ".join(("SCORE", *map(field, group), field(caption))) for caption, group in zip(captions, references)
+        " ||| ".join(("SCORE", *map(_field, group), _field(caption))) for caption, group in zip(captions, references)
     ]
     with (
         tempfile.TemporaryDirectory(prefix="clipcap_meteor_") as folder,
         java_process(command, "METEOR", folder, stdin=PIPE, stdout=PIPE) as (process, failed),
+        _Conversation(process, failed, java_timeout()) as java,
     ):
-        late = threading.Event()
-
-        def give_up():
-            late.set()
-            end(process)
-
-        def send(lines: Sequence[str]):
-            try:
-                process.stdin.write("".join(line + "\n" for line in lines).encode("utf-8"))
-                process.stdin.flush()
-            except OSError:  # Java is gone; the reader says why
-                pass
-
-        def receive(count: int) -> list[str]:
-            answers = []
-            for _ in range(count):
-                answer = process.stdout.readline().decode("utf-8").strip()
-                if not answer:
-                    raise failed(timeout_reason(timeout) if late.is_set() else "stopped answering")
-                answers.append(answer)
-            return answers
-
-        timer = threading.Timer(timeout, give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            # Sent from a thread: with both pipes full, Java and we would wait for each other for ever.
-            sender = threading.Thread(target=send, args=(lines,), daemon=True)
-            sender.start()
-            statistics = receive(len(lines))
-            sender.join()
-            results = []
-            for group in groups:
-                send([" ||| ".join(("EVAL", *(statistics[image] for image in group)))])
-                *per_image, total = map(float, receive(len(group) + 1))
-                results.append({"meteor": (total, np.array(per_image))})
-        finally:
-            timer.cancel()
+        # Write from a thread: if both pipes were full, Java and we would wait for each other forever.
+        sender = threading.Thread(target=java.send, args=(lines,), daemon=True)
+        sender.start()
+        statistics = java.receive(len(lines))
+        sender.join()
+        results = []
+        for group in groups:
+            java.send([" ||| ".join(("EVAL", *(statistics[image] for image in group)))])
+            *per_image, total = map(float, java.receive(len(group) + 1))
+            results.append({"meteor": (total, np.array(per_image))})
     return results
 
 
-# CoreNLP 3.6 reaches into java.lang, which Java 9 and later close.
+def _field(text: str) -> str:
+    return text.replace("|||", "").replace("  ", " ")  # "|||" separates fields in METEOR's protocol
+
+
+class _Conversation:
+    """Write lines to a Java process and read its answers; end it if they do not come in time."""
+
+    def __init__(self, process, failed: Callable[[str], JavaError], timeout: float):
+        self.process, self.failed, self.timeout = process, failed, timeout
+        self.late = threading.Event()
+        self.timer = threading.Timer(timeout, self._give_up)
+        self.timer.daemon = True
+
+    def __enter__(self):
+        self.timer.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.timer.cancel()
+
+    def _give_up(self):
+        self.late.set()
+        end(self.process)
+
+    def send(self, lines: Sequence[str]):
+        try:
+            self.process.stdin.write("".join(line + "\n" for line in lines).encode("utf-8"))
+            self.process.stdin.flush()
+        except OSError:  # Java has ended; `receive` says why
+            pass
+
+    def receive(self, count: int) -> list[str]:
+        answers = []
+        for _ in range(count):
+            answer = self.process.stdout.readline().decode("utf-8").strip()
+            if not answer:
+                raise self.failed(timeout_reason(self.timeout) if self.late.is_set() else "stopped answering")
+            answers.append(answer)
+        return answers
+
+
+# CoreNLP 3.6 accesses java.lang, which Java 9 and later forbid by default.
 _OPEN_MODULES = ("--add-opens", "java.base/java.lang=ALL-UNNAMED")
 _SPICE_JARS = ("spice-1.0.jar", "stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
 def spice_class_path(home: str | os.PathLike | None) -> str:
-    """Return a class path of the jars in `home` and `home/lib`, and of pycocoevalcap's for what is missing there."""
+    """Return a class path of the jars in `home` and `home/lib`, with pycocoevalcap's in place of missing ones."""
     home = home or os.environ.get("CLIPCAP_SPICE_HOME")
     remedy = (
         "SPICE's jars are not shipped. Download SPICE-1.0 (https://panderson.me/spice) and Stanford CoreNLP 3.6.0 "
@@ -117,15 +125,16 @@ def spice_class_path(home: str | os.PathLike | None) -> str:
 def spice(captions: Sequence[str], references: Sequence[Sequence[str]], home=None) -> Scores:
     """Compute SPICE, the mean over images, and of each image (Anderson et al., 2016), in 0..1, for English.
 
-    F-score of scene-graph tuples. An image for which SPICE has no number counts as the COCO evaluation's NaN.
+    SPICE is the F-score of scene-graph tuples. An image for which it has no number is NaN, as in the COCO evaluation.
 
     Args:
-        captions: n tokenized captions.
-        references: n lists of tokenized references.
-        home: the folder with the jars, or None for the environment variable CLIPCAP_SPICE_HOME.
+        captions (`Sequence[str]`): n tokenized captions.
+        references (`Sequence[Sequence[str]]`): n lists of tokenized references.
+        home (`str` or `Path`, *optional*): The folder with the jars; by default `CLIPCAP_SPICE_HOME` of the
+            environment.
 
     Raises:
-        JavaError: Java or a jar is missing (the message names it and where to get it), or Java failed or hung.
+        JavaError: If Java or a jar is missing (the message says where to get it), or Java failed or hung.
     """
     class_path = spice_class_path(home)
     images = [

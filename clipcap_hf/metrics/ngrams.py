@@ -1,7 +1,7 @@
-"""N-grams of a whole corpus at once, as flat integer arrays: what BLEU and CIDEr count.
+"""Count the n-grams of a whole corpus at once, for BLEU and CIDEr.
 
-A Python dictionary per caption is what makes the usual implementations slow. Here words and n-grams become integer
-ids, and counting is sorting, so that 240,000 captions take seconds.
+Usual implementations are slow because they use a Python dictionary per caption. Here words and n-grams are integer
+ids in flat arrays, and counting is sorting, so that 240,000 captions take seconds.
 """
 
 from collections import defaultdict
@@ -18,19 +18,19 @@ MAX_ORDER = 4
 
 @dataclass
 class OrderCounts:
-    """The n-grams of one order. h distinct n-grams in the captions, summed over images; r in the references.
+    """The n-grams of one order: h rows for the captions and r for the references, each a distinct n-gram of a text.
 
-    The arrays of a row belong together and are sorted by caption; ids run from 0 to `size` - 1.
+    Arrays of the same length belong together and are sorted by text; ids run from 0 to `size` - 1.
     """
 
-    size: int  # how many different n-grams there are
+    size: int  # number of different n-grams
     caption_image: np.ndarray  # (h,) the image
     caption_ngram: np.ndarray  # (h,) the n-gram's id
-    caption_count: np.ndarray  # (h,) how often it stands in the image's caption
-    reference: np.ndarray  # (r,) the reference, counted through all images
+    caption_count: np.ndarray  # (h,) how often it occurs in the image's caption
+    reference: np.ndarray  # (r,) the number of the reference among those of all images
     reference_ngram: np.ndarray  # (r,)
     reference_count: np.ndarray  # (r,)
-    in_caption: np.ndarray  # (r,) where the row's n-gram stands in the h rows of its image's caption, -1 if nowhere
+    in_caption: np.ndarray  # (r,) the row (of h) with this n-gram in the caption of the same image, or -1
     example: np.ndarray  # (size,) a position in `Corpus.words` where the n-gram begins
 
 
@@ -38,8 +38,8 @@ class Corpus:
     """Tokenized captions and their references.
 
     Args:
-        captions: n tokenized captions (space-separated), one per image.
-        references: n lists of one or more tokenized references.
+        captions (`Sequence[str]`): n tokenized captions, one per image.
+        references (`Sequence[Sequence[str]]`): n lists of tokenized references, none of them empty.
     """
 
     def __init__(self, captions: Sequence[str], references: Sequence[Sequence[str]]):
@@ -56,7 +56,7 @@ class Corpus:
 
     @cached_property
     def words(self) -> list[str]:
-        """All words of all captions, then of all references."""
+        """The words of all captions, then of all references."""
         return list(chain.from_iterable(self._split))
 
     @cached_property
@@ -65,22 +65,22 @@ class Corpus:
 
     @property
     def caption_lengths(self) -> np.ndarray:
-        """(n,) words in each caption."""
+        """Number of words in each caption, (n,)."""
         return self._lengths[: len(self)]
 
     @property
     def reference_lengths(self) -> np.ndarray:
-        """(all references,) words in each reference."""
+        """Number of words in each reference, (all references,)."""
         return self._lengths[len(self) :]
 
     @cached_property
     def orders(self) -> list[OrderCounts]:
-        """The counts of 1-grams to 4-grams."""
+        """Counts of 1-grams to 4-grams."""
         return [self._count(*ngrams) for ngrams in self._ngrams()]
 
     def _ngrams(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each order: (line of each n-gram, its id, the position where it begins)."""
-        ids = defaultdict(count().__next__)
+        """Yield for each order the text, the id and the first position of each n-gram, as three arrays."""
+        ids: defaultdict[str, int] = defaultdict(count().__next__)
         tokens = np.fromiter(map(ids.__getitem__, self.words), np.int64, len(self.words))
         line = np.repeat(np.arange(len(self._lengths)), self._lengths)
         words_left = np.repeat(np.cumsum(self._lengths), self._lengths) - np.arange(len(tokens))

@@ -1,4 +1,4 @@
-"""Captions and references in, scores out: check, tokenize once, then compute every metric."""
+"""Score captions: check the input, tokenize once, then compute each metric."""
 
 import json
 import os
@@ -34,31 +34,33 @@ def score_captions(
     """Score captions by several metrics with one tokenization, so that Java starts once for it.
 
     Args:
-        predictions: n captions. An empty one is legal and scores 0.
-        references: n lists of one or more captions, or n strings. Only `diversity` and `clip_score` go without.
-        metrics: Names out of `METRICS`.
-        tokenizer: See `clipcap_hf.metrics.tokenization`; `"ptb"` is the standard for English.
-        per_image: Also return each score for each image.
-        empty_references: What to do with references without text: "error", "drop" them, or "keep" them as captions
-            of no words, as the published scores on STAIR (whose data has some) do.
-        document_frequencies: For CIDEr, what the function of that name returned, or the path of a JSON file of it.
-        spice_home: For SPICE, the folder with the jars; by default the environment variable CLIPCAP_SPICE_HOME.
-        images: For CLIPScore, n images: paths, PIL images or bytes, or a sequence that reads them by index.
-        clip_model: For CLIPScore, a CLIP by Hub id, folder or open_clip name.
-        groups: The group of each image, such as its domain in nocaps. Each group is also scored as an evaluation of
-            its own (with its own document frequencies), without starting Java again.
+        predictions (`Sequence[str]`): n captions. An empty caption is allowed and scores 0.
+        references (`Sequence`, *optional*): n lists of one or more captions, or n strings. Only `diversity` and
+            `clip_score` do not need them.
+        metrics (`str` or `Sequence[str]`): Names in `METRICS`.
+        tokenizer (`str`, *optional*): See `clipcap_hf.metrics.tokenization`; `"ptb"` is the standard for English.
+        per_image (`bool`): Also return each score for each image.
+        empty_references (`str`): What to do with references without text: `"error"`, `"drop"` them, or `"keep"` them
+            as captions without words, as published scores on STAIR do, whose data has some.
+        document_frequencies (`Mapping` or path, *optional*): For CIDEr, the result of [`document_frequencies`], or the
+            path of a JSON file that holds it.
+        spice_home (`str` or path, *optional*): For SPICE, the folder with its jars; by default `CLIPCAP_SPICE_HOME` of
+            the environment.
+        images (`Sequence`, *optional*): For CLIPScore, n paths, PIL images or bytes, read when indexed.
+        clip_model (`str`): For CLIPScore, a CLIP by Hub id, folder or open_clip name.
+        groups (`Sequence`, *optional*): The group of each image, such as its domain in nocaps. Each group is also
+            scored on its own, with its own document frequencies, without starting Java again.
 
     Returns:
-        A flat dict: each score under its name (`bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `cider`, `spice`,
-        `exact_match`, `distinct_1`, `distinct_2`, `vocabulary_size`, `mean_length`, `clip_score`,
-        `ref_clip_score`), as a float; with `per_image`, `NAME_per_image` as an array of shape (n,); then
-        `num_images`, `tokenizer` (`"python (not exact)"` for the approximation), and for CLIPScore `clip_model`
-        and `clip_dtype`; with `groups`, `groups`: such a dict for each group. Scores are fractions, CIDEr goes up to
-        10; papers print them times 100.
+        `dict`: Each score as a float under its name (`bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `cider`, `spice`,
+        `exact_match`, `distinct_1`, `distinct_2`, `vocabulary_size`, `mean_length`, `clip_score`, `ref_clip_score`);
+        with `per_image`, `NAME_per_image` as an array of shape (n,); `num_images`; `tokenizer` (`"python (not exact)"`
+        for the approximation); for CLIPScore `clip_model` and `clip_dtype`; with `groups`, a dictionary like this for
+        each group under `groups`. Scores are fractions (CIDEr goes up to 10); papers print them times 100.
 
     Raises:
-        ValueError: Bad input; the message says which caption and what to do.
-        JavaError: Java or a jar is missing, or Java failed or hung.
+        ValueError: If the input is invalid; the message names the caption and says what to do.
+        JavaError: If Java or a jar is missing, or Java failed or hung.
     """
     metrics = check_metrics(metrics)
     record = tokenizer_record(tokenizer)
@@ -96,7 +98,7 @@ def score_captions(
 class _Inputs:
     """What the metrics read: checked texts, their tokens, and which images are scored together.
 
-    `parts` are indices of images: first those of all images, then those of each group.
+    `parts` holds indices of images: of all images first, then of each group.
     """
 
     predictions: list[str]
@@ -118,7 +120,7 @@ class _Inputs:
 
     @cached_property
     def corpora(self) -> list[Corpus]:
-        """The counted n-grams of each part, which several metrics share."""
+        """Counted n-grams of each part, which several metrics share."""
         return [Corpus(_take(self.captions, part), _take(self.tokens, part)) for part in self.parts]
 
 
@@ -146,7 +148,7 @@ def _diversity(inputs: _Inputs) -> list[Scores]:
     return [formulas.diversity(_take(inputs.captions, part)) for part in inputs.parts]
 
 
-# For each metric, a function that returns its scores of every part.
+# For each metric, a function that returns its scores for each part.
 SCORERS: dict[str, Callable[[_Inputs], list]] = {
     "bleu": lambda inputs: [formulas.bleu(corpus) for corpus in inputs.corpora],
     "meteor": _meteor,
@@ -160,7 +162,7 @@ SCORERS: dict[str, Callable[[_Inputs], list]] = {
 
 
 def _means(scores: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Split scores that are means over images into those of each part; text that a metric records stays."""
+    """Compute the mean of each part from scores per image; text that a metric records is kept."""
     return [
         {
             name: value if isinstance(value, str) else (float(value[1][part].mean()), value[1][part])
@@ -171,10 +173,10 @@ def _means(scores: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[dict[
 
 
 def _flat(scores: Sequence[Mapping[str, Any]], images: int, record: str | None, per_image: bool) -> dict[str, Any]:
-    """Put the scores of one part by all metrics into the flat dict that `score_captions` returns."""
+    """Build the flat dictionary that `score_captions` returns, from all metrics' scores of one part."""
     result: dict[str, Any] = {}
     for name, value in ((name, value) for of_metric in scores for name, value in of_metric.items()):
-        if isinstance(value, str):  # what a metric records of itself
+        if isinstance(value, str):  # a setting that the metric records
             result[name] = value
             continue
         result[name] = value[0]
@@ -187,7 +189,7 @@ def _flat(scores: Sequence[Mapping[str, Any]], images: int, record: str | None, 
 
 
 def _places_by_group(groups: Sequence, images: int) -> dict[Any, np.ndarray]:
-    """For each group, in order of appearance, the indices of its images."""
+    """Return the indices of each group's images, with groups in order of appearance."""
     if len(groups) != images:
         raise ValueError(f"There are {images} predictions and {len(groups)} groups; name the group of each image.")
     places: dict[Any, list[int]] = {}
@@ -201,14 +203,14 @@ def _take(values: list, places: np.ndarray) -> list:
 
 
 def document_frequencies(references: Sequence, tokenizer: str | None = "ptb", empty_references: str = "error") -> dict:
-    """Count the document frequencies of a corpus, for CIDEr to weigh n-grams by it and not by the references scored.
+    """Count document frequencies, by which CIDEr then weighs n-grams instead of by the references that are scored.
 
     Args:
-        references: For each image of the corpus one string, or a list of strings.
-        tokenizer, empty_references: As in `score_captions`; use the same ones there.
+        references (`Sequence`): A string or a list of strings for each image of the corpus.
+        tokenizer, empty_references: See [`score_captions`], which must get the same ones.
 
     Returns:
-        `{"num_documents": images, "document_frequency": {"a cat": 12, ...}}`, which can be stored as JSON.
+        `dict`: `{"num_documents": images, "document_frequency": {"a cat": 12, ...}}`, which can be stored as JSON.
     """
     references = check_references(references, len(references), empty_references)
     flat = iter(tokenize([reference for group in references for reference in group], tokenizer))

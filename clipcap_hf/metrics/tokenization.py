@@ -1,14 +1,14 @@
-"""Captions to space-separated tokens. A score is comparable only to scores made with the same tokenizer.
+"""Split captions into tokens. Scores can be compared only if they were made with the same tokenizer.
 
 | name           | what                                                                        | needs                |
 |----------------|-----------------------------------------------------------------------------|----------------------|
-| `"ptb"`        | the field's standard: Stanford's PTBTokenizer, lower case, no punctuation   | Java, pycocoevalcap  |
-| `"python"`     | a small approximation of it; results say `"python (not exact)"`             | nothing              |
+| `"ptb"`        | the usual standard: Stanford's PTBTokenizer, lower case, no punctuation     | Java, pycocoevalcap  |
+| `"python"`     | an approximation of it; results say `"python (not exact)"`                  | nothing              |
 | `"ja"`         | Japanese words: NFKC, MeCab with the IPA dictionary, no punctuation         | fugashi, ipadic      |
 | `"characters"` | single characters, for languages without spaces: NFKC, lower, no punctuation| nothing              |
-| `"none"`/None  | the text is tokenized already, by spaces                                    | nothing              |
+| `"none"`/None  | text that is tokenized already, with spaces between tokens                  | nothing              |
 
-The PTB tokenizer keeps brackets as words ("-lrb-") and drops emoji; both belong to the standard.
+The PTB tokenizer keeps brackets as words ("-lrb-") and drops emoji; both are part of the standard.
 """
 
 import functools
@@ -25,11 +25,11 @@ from .java import JavaError, find_jar, run_java
 
 PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 TOKENIZERS = ("ptb", "python", "ja", "characters", "none")
-# Every character that Java, the PTB tokenizer or Python's str.splitlines takes for the end of a line. One of them
-# inside a caption makes the tokenizer write a line too many and moves all later captions to the wrong image.
+# Characters that Java, the PTB tokenizer or Python's str.splitlines takes for the end of a line. If a caption held
+# one, the tokenizer would write an extra line, and all later captions would go to the wrong image.
 LINE_SEPARATORS = re.compile("[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")
-# Tokens that the COCO caption evaluation drops after PTB tokenization. Its list has "-LRB-" in capitals while the text
-# is in lower case, so brackets stay in the captions as "-lrb-" and count; to reproduce the scores we must not fix it.
+# Tokens that the COCO caption evaluation drops after PTB tokenization. Its list has "-LRB-" in capitals although the
+# text is in lower case, so brackets are kept as "-lrb-"; to reproduce its scores, this must not be fixed.
 PTB_PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
@@ -50,29 +50,29 @@ def tokenizer_record(tokenizer: str | None) -> str:
 
 
 def tokenize(texts: Sequence[str], tokenizer: str | None = "ptb") -> list[str]:
-    """Tokenize texts, one space-separated string each.
+    """Tokenize texts.
 
     Args:
-        texts: n strings.
-        tokenizer: A name of the table above.
+        texts (`Sequence[str]`): n texts.
+        tokenizer (`str`, *optional*): A name in the table above.
 
     Returns:
-        n strings; empty where nothing but punctuation was there.
+        `list[str]`: n strings of tokens separated by spaces; empty for texts of punctuation only.
 
     Raises:
-        ValueError: An unknown tokenizer, or text that is not valid Unicode.
-        JavaError: Java or pycocoevalcap is missing, or Java failed or hung.
-        ImportError: `"ja"` without fugashi and ipadic.
+        ValueError: If the tokenizer is unknown, or a text is not valid Unicode.
+        JavaError: If Java or pycocoevalcap is missing, or Java failed or hung.
+        ImportError: If the tokenizer is `"ja"` and fugashi or ipadic is missing.
     """
     return tokenize_streams((texts,), tokenizer)[0]
 
 
 def tokenize_streams(streams: Sequence[Sequence[str]], tokenizer: str | None = "ptb") -> list[list[str]]:
-    """Tokenize several lists of texts with a single start of the tokenizer, to lists of the same lengths."""
+    """Tokenize several lists of texts, starting the tokenizer only once; the lists keep their lengths."""
     return [list(stream) for stream in _tokenize(tuple(map(tuple, streams)), check_tokenizer(tokenizer))]
 
 
-# `evaluate.combine` hands the same texts to each metric in turn; remembering the last ones starts Java once for all.
+# `evaluate.combine` passes the same texts to each metric; with the last ones remembered, Java starts only once.
 @functools.lru_cache(maxsize=2)
 def _tokenize(streams: tuple[tuple[str, ...], ...], name: str) -> list[list[str]]:
     texts = [[LINE_SEPARATORS.sub(" ", text) for text in stream] for stream in streams]
@@ -88,8 +88,8 @@ def _tokenize(streams: tuple[tuple[str, ...], ...], name: str) -> list[list[str]
 
 
 def _tokenize_ptb(streams: list[list[str]]) -> list[list[str]]:
-    """Start Java once for all streams, each a file with one caption per line."""
-    if not all(streams):  # of an empty one, Java makes an empty line
+    """Start Java once for all streams; each is a file with one caption per line."""
+    if not all(streams):  # Java would turn an empty stream into an empty line
         rest = iter(_tokenize_ptb(filled) if (filled := [stream for stream in streams if stream]) else ())
         return [next(rest) if stream else [] for stream in streams]
     jar = find_jar(PTB_JAR, "The PTB tokenizer")
@@ -135,7 +135,7 @@ _SYMBOLS_DROPPED = frozenset("\"'`.?!,:;-\u2010\u2013\u2014\u2018\u2019\u201c\u2
 
 
 def _split_like_ptb(text: str) -> list[str]:
-    """Split as PTB tokenization and punctuation removal do on nearly all English captions, without Java."""
+    """Split without Java, for nearly all English captions as PTB tokenization and punctuation removal do."""
     tokens = []
     for word in _WORD.findall(text.lower()):
         if word in _SYMBOLS_DROPPED:
@@ -147,7 +147,7 @@ def _split_like_ptb(text: str) -> list[str]:
 
 
 def _is_punctuation(text: str) -> bool:
-    """Whether there is no letter, digit or emoji in the text: only Unicode punctuation and spaces."""
+    """Tell whether a text has only Unicode punctuation and spaces: no letters, digits or emoji."""
     return all(unicodedata.category(character)[0] in "PZ" for character in text)
 
 
@@ -164,12 +164,12 @@ def _japanese_tagger():
     return fugashi.GenericTagger(ipadic.MECAB_ARGS)
 
 
-# The middle dot is not among them: it joins the parts of a foreign name, and stands inside dictionary words too.
+# Without the middle dot, which joins the parts of foreign names and occurs inside dictionary words.
 _JAPANESE_PUNCTUATION = frozenset(string.punctuation + "、。「」『』【】…〜")
 
 
 def _split_japanese(text: str) -> list[str]:
-    """Words of the IPA dictionary. NFKC first: it makes full-width letters and punctuation the ASCII ones."""
+    """Split into words of the IPA dictionary, after NFKC, which turns full-width characters into ASCII."""
     words = (word.surface for word in _japanese_tagger()(unicodedata.normalize("NFKC", text)))
     return [word for word in words if not _JAPANESE_PUNCTUATION.issuperset(word)]
 

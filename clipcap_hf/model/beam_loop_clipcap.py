@@ -3,25 +3,37 @@
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .versions_clipcap import CACHE
 
 
+class Decoder(Protocol):
+    """What the searches need of a model: any causal language model of transformers has it, and so do captioners."""
+
+    config: PreTrainedConfig
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict[str, Any]: ...
+
+    def __call__(self, **kwargs) -> Any: ...
+
+
 class Beams(Protocol):
     @property
-    def live_sequences(self) -> torch.LongTensor:
+    def live_sequences(self) -> torch.Tensor:
         """The captions to extend, with their prompts: (rows, tokens), a row for each row of logits to come."""
+        ...
 
-    def extend(self, logits: torch.Tensor) -> torch.LongTensor:
+    def extend(self, logits: torch.Tensor) -> torch.Tensor:
         """Take one step on the logits (rows, vocabulary), which may be overwritten.
 
         Returns:
             For each row of the new `live_sequences`, the row that it continues; nothing when the search is over.
         """
+        ...
 
 
-def search(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict[str, Any], beams: Beams):
+def search(model: Decoder, input_ids: torch.Tensor, model_kwargs: dict[str, Any], beams: Beams):
     """Extend the beams until they say that the search is over."""
     outputs = _read_prompts(model, input_ids, model_kwargs)
     while True:
@@ -40,8 +52,8 @@ def search(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: di
 
 
 def one_row_per_image(
-    model: PreTrainedModel, input_ids: torch.LongTensor, num_beams: int, model_kwargs: dict[str, Any]
-) -> tuple[torch.LongTensor, dict[str, Any]]:
+    model: Decoder, input_ids: torch.Tensor, num_beams: int, model_kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Undo that `generate()` repeats every row `num_beams` times, so that a prompt is read once."""
     batch_size = len(input_ids) // num_beams
 
@@ -63,7 +75,7 @@ def one_row_per_image(
     return first_of_each(input_ids), one_each
 
 
-def _read_prompts(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> Any:
+def _read_prompts(model: Decoder, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
     """Run the model on whole prompts; their images are in the cache then and leave the inputs."""
     model_inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     outputs = model(**model_inputs, return_dict=True)
@@ -81,7 +93,7 @@ def _add_token(model_kwargs: dict[str, Any], outputs: Any):
             model_kwargs[name] = torch.cat([values, last], dim=-1)
 
 
-def _select_rows(model_kwargs: dict[str, Any], rows: torch.LongTensor):
+def _select_rows(model_kwargs: dict[str, Any], rows: torch.Tensor):
     """Make the cache and the other inputs those of the given rows, repeated or left out as needed, in place."""
     model_kwargs[CACHE].reorder_cache(rows)
     for name, value in model_kwargs.items():
@@ -89,4 +101,4 @@ def _select_rows(model_kwargs: dict[str, Any], rows: torch.LongTensor):
             model_kwargs[name] = value[rows.to(value.device)]
 
 
-__all__ = ["Beams", "one_row_per_image", "search"]
+__all__ = ["Beams", "Decoder", "one_row_per_image", "search"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerationMode
 
-from .beam_loop_clipcap import one_row_per_image, search
+from .beam_loop_clipcap import Decoder, one_row_per_image, search
 from .versions_clipcap import CACHE
 
 
@@ -20,13 +20,13 @@ _LOST = -1e9  # the score of a beam that can never win; transformers uses the sa
 
 
 def official_beam_search(
-    model: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    model: Decoder,
+    input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     **model_kwargs: Any,
-) -> torch.LongTensor | GenerateBeamDecoderOnlyOutput:
+) -> torch.Tensor | GenerateBeamDecoderOnlyOutput:
     r"""
     Search as `generate_beam` of the official ClipCap code does, for `generate(custom_generate=...)`.
 
@@ -79,13 +79,13 @@ def official_beam_search(
 
 
 def fast_beam_search(
-    model: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    model: Decoder,
+    input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     **model_kwargs: Any,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """
     Find what `generate(num_beams=...)` of transformers finds, with less work.
 
@@ -123,11 +123,11 @@ class _OfficialBeams:
     so that the first step needs no rule of its own.
     """
 
-    sequences: torch.LongTensor  # (batch, num_beams, prompt + tokens so far)
+    sequences: torch.Tensor  # (batch, num_beams, prompt + tokens so far)
     log_probs: torch.Tensor  # (batch, num_beams), sums over the caption's tokens, in nats
-    lengths: torch.LongTensor  # (batch, num_beams), tokens of the caption, the stop token included
-    stopped: torch.BoolTensor  # (batch, num_beams)
-    live_slots: torch.LongTensor  # (rows,): which slots of the flattened batch the model's rows stand for
+    lengths: torch.Tensor  # (batch, num_beams), tokens of the caption, the stop token included
+    stopped: torch.Tensor  # (batch, num_beams)
+    live_slots: torch.Tensor  # (rows,): which slots of the flattened batch the model's rows stand for
     pad_token: int
     stopping_criteria: StoppingCriteriaList
     logits_processor: LogitsProcessorList
@@ -150,10 +150,10 @@ class _OfficialBeams:
         )
 
     @property
-    def live_sequences(self) -> torch.LongTensor:
+    def live_sequences(self) -> torch.Tensor:
         return self.sequences.flatten(0, 1)[self.live_slots]
 
-    def extend(self, logits: torch.Tensor) -> torch.LongTensor:
+    def extend(self, logits: torch.Tensor) -> torch.Tensor:
         log_probs, tokens = self._best_tokens(logits)
         batch_size, num_beams = self.stopped.shape
         # A live slot offers its best tokens, a stopped one itself. More than `num_beams` of one slot cannot be chosen.
@@ -178,7 +178,7 @@ class _OfficialBeams:
         parent_slots = parents + torch.arange(batch_size, device=parents.device).unsqueeze(1) * num_beams
         return row_of_slot[parent_slots.flatten()[self.live_slots]]
 
-    def _best_tokens(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
+    def _best_tokens(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the `num_beams` best next tokens of each row: log-probabilities and ids, (rows, num_beams) both."""
         num_beams = self.stopped.shape[1]
         if len(self.logits_processor) == 0:
@@ -195,7 +195,7 @@ class _OfficialBeams:
         return table.unflatten(0, self.stopped.shape)
 
 
-def _check_settings(model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
+def _check_settings(model: Decoder, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
     if model.config.is_encoder_decoder:
         raise ValueError("official_beam_search is for decoder-only models.")
     if generation_config.do_sample:
@@ -218,12 +218,12 @@ def _check_settings(model: PreTrainedModel, generation_config: GenerationConfig,
 class _FastBeams:
     """The running captions of the images that are still searched, and the best stopped ones of all images."""
 
-    running: torch.LongTensor  # (images, beams, prompt + tokens so far); one beam until the first step
+    running: torch.Tensor  # (images, beams, prompt + tokens so far); one beam until the first step
     running_scores: torch.Tensor  # (images, beams), sums of log-probabilities, in nats
-    images: torch.LongTensor  # (images,): which of all images are still searched
-    found: torch.LongTensor  # (all images, num_beams, max_length): stopped captions, best first
+    images: torch.Tensor  # (images,): which of all images are still searched
+    found: torch.Tensor  # (all images, num_beams, max_length): stopped captions, best first
     found_scores: torch.Tensor  # (all images, num_beams), with the length penalty
-    found_lengths: torch.LongTensor  # (all images, num_beams), tokens of the caption
+    found_lengths: torch.Tensor  # (all images, num_beams), tokens of the caption
     prompt_length: int
     num_candidates: int
     pad_token: int
@@ -252,10 +252,10 @@ class _FastBeams:
         )
 
     @property
-    def live_sequences(self) -> torch.LongTensor:
+    def live_sequences(self) -> torch.Tensor:
         return self.running.flatten(0, 1)
 
-    def extend(self, logits: torch.Tensor) -> torch.LongTensor:
+    def extend(self, logits: torch.Tensor) -> torch.Tensor:
         candidates, totals, parents = self._candidates(logits)
         stopped = self.stopping_criteria(candidates.flatten(0, 1), None).view_as(totals).to(totals.device)
         self._keep_stopped(candidates, totals, stopped)
@@ -274,7 +274,7 @@ class _FastBeams:
             )
         return rows.flatten()
 
-    def _candidates(self, logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
+    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Find each image's best continuations: sequences, sums of log-probabilities, and the beams they continue."""
         log_probs, tokens = _top_log_probs(logits, self.num_candidates)
         totals = (self.running_scores.unsqueeze(-1) + log_probs.unflatten(0, self.running.shape[:2])).flatten(1)
@@ -283,7 +283,7 @@ class _FastBeams:
         tokens = tokens.reshape(len(self.running), -1).gather(1, chosen).unsqueeze(-1)
         return torch.cat([_gather(self.running, parents), tokens], dim=-1), totals, parents
 
-    def _keep_stopped(self, candidates: torch.LongTensor, totals: torch.Tensor, stopped: torch.BoolTensor):
+    def _keep_stopped(self, candidates: torch.Tensor, totals: torch.Tensor, stopped: torch.Tensor):
         """Put the candidates that stop among those found, if they are among the `num_beams` best of this step."""
         num_beams, length = self.generation_config.num_beams, candidates.shape[-1] - self.prompt_length
         keeps = stopped & (torch.arange(self.num_candidates, device=stopped.device) < num_beams)
@@ -297,7 +297,7 @@ class _FastBeams:
         self.found_lengths[images] = torch.cat([self.found_lengths[images], lengths], dim=1).gather(1, order)
         self.found_scores[images] = scores
 
-    def _may_improve(self) -> torch.BoolTensor:
+    def _may_improve(self) -> torch.Tensor:
         """For each image, whether a running beam may still beat the worst one found (transformers' heuristics)."""
         settings, found_scores = self.generation_config, self.found_scores[self.images]
         length = self.running.shape[-1] - self.prompt_length
@@ -310,8 +310,8 @@ class _FastBeams:
 
 
 def _covers(
-    model: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    model: Decoder,
+    input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
@@ -328,7 +328,7 @@ def _covers(
         or not isinstance(cache, DynamicCache)
         or cache.get_seq_length() > 0
         or (placeholders != placeholders[0]).any()
-        or _num_candidates(generation_config) > model.config.text_config.get_text_config().vocab_size
+        or _num_candidates(generation_config) > model.config.language_config.vocab_size
     )
 
 
@@ -353,7 +353,7 @@ def padding_token(generation_config: GenerationConfig) -> int | None:
     return next(iter(stop_tokens(generation_config)), None)
 
 
-def _top_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.LongTensor]:
+def _top_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the log-probabilities and ids of each row's `k` best tokens, (rows, k) both; overwrites the logits."""
     best, tokens = logits.topk(k)
     largest = best[:, :1]
@@ -361,7 +361,7 @@ def _top_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Lo
     return best - logsumexp, tokens
 
 
-def _gather(values: torch.Tensor, indices: torch.LongTensor) -> torch.Tensor:
+def _gather(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`values[i, indices[i]]` for each image i: (images, n, tokens) by (images, m)."""
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 

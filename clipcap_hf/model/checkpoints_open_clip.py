@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,7 +190,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
             raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository.")
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+        weights: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         # Without the error's text, which may suggest `weights_only=False`: that runs code from the file.
         raise ValueError(

@@ -3,6 +3,7 @@
 from .versions_clipcap import CACHE  # noqa: I001  (first: it refuses releases that the rest would fail with)
 
 import math
+from dataclasses import field
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -93,6 +94,22 @@ def clip_embed_dim_of(vision_config: PreTrainedConfig, vision_feature: str = "po
     return hidden_size
 
 
+def check_language_model(text_config: PreTrainedConfig):
+    """Check before loading any weights that language models of this kind can write captions.
+
+    Captioning needs a prefix of embeddings, and keys and values that beams can reorder.
+
+    Raises:
+        ValueError: If this kind of language model lacks one of these.
+    """
+    model_type = text_config.get_text_config().model_type
+    if (lacks := UNSUITED_LANGUAGE_MODELS.get(model_type)) is not None:
+        raise ValueError(
+            f"A `{model_type}` cannot be a captioner's language model: it {lacks}. Choose another, such as GPT-2, "
+            "Llama, Qwen or OPT."
+        )
+
+
 def context_length(text_config: PreTrainedConfig) -> int | None:
     """Find how many tokens the language model of this configuration can read; `None` if it has no limit."""
     text_config = text_config.get_text_config()
@@ -134,14 +151,14 @@ class OpenClipVisionConfig(PreTrainedConfig):
     base_config_key = "vision_config"
 
     embed_dim: int = 512
-    vision_cfg: dict[str, Any] | None = None
+    vision_cfg: dict[str, Any] = field(default_factory=dict)
     quick_gelu: bool = False
     hidden_size: int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         # open_clip's own defaults are those of ViT-B/16 at 224 pixels.
-        self.vision_cfg = dict(self.vision_cfg or {})
+        self.vision_cfg = dict(self.vision_cfg)
         check_sizes("open_clip tower", {"embed_dim": self.embed_dim, **self.vision_cfg})
         # Weights come from the checkpoint; timm must not download its own first.
         if "timm_model_name" in self.vision_cfg:
@@ -268,7 +285,12 @@ class ClipCapConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self._check_language_model()
         if self.image_token_id is None:
-            self.image_token_id = self.text_config.get_text_config().vocab_size
+            self.image_token_id = self.language_config.vocab_size
+
+    @property
+    def language_config(self) -> PreTrainedConfig:
+        """The language model's own configuration; a multimodal one keeps that of its text inside."""
+        return self.get_text_config().get_text_config()
 
     def _check_sizes(self):
         parts = {"captioner": self, "vision tower": self.vision_config, "language model": self.text_config}
@@ -302,14 +324,10 @@ class ClipCapConfig(PreTrainedConfig):
     def _check_language_model(self):
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-        text_config = self.text_config.get_text_config()
+        text_config = self.language_config
         if not hasattr(text_config, "vocab_size"):
             raise ValueError(f"A `{text_config.model_type}` is not a causal language model: it has no vocabulary.")
-        if (lacks := UNSUITED_LANGUAGE_MODELS.get(text_config.model_type)) is not None:
-            raise ValueError(
-                f"A `{text_config.model_type}` cannot be a captioner's language model: it {lacks}. Choose another, "
-                "such as GPT-2, Llama, Qwen or OPT."
-            )
+        check_language_model(text_config)
         # Encoders such as BERT see the words that they must predict, unless they are set up as decoders.
         is_encoder = text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if is_encoder and getattr(text_config, "is_decoder", True) is False:

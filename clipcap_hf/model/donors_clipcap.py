@@ -18,7 +18,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .base_clipcap import CaptionerParts
 from .checkpoints_open_clip import absolute_name, is_open_clip_name
+from .configuration_clipcap import ClipCapConfig
 from .modeling_text import check_can_read_gguf
 from .modeling_vision import load_vision_config
 
@@ -260,7 +262,7 @@ def read_checkpoint(folder: str, variant: str | None = None, **hub_kwargs) -> di
     return {key: value for shard in shards for key, value in load_file(shard).items()}
 
 
-def remember_donors(model: PreTrainedModel):
+def remember_donors(model: CaptionerParts):
     """Store the hashes of a new model's frozen parts in `config.donors`."""
     for part, record in (model.config.donors or {}).items():
         weights = original_weights(getattr(model, part))
@@ -273,7 +275,7 @@ def remember_donors(model: PreTrainedModel):
 
 
 @contextmanager
-def leaving_out_frozen(model: PreTrainedModel, save_frozen: bool) -> Iterator[None]:
+def leaving_out_frozen(model: CaptionerParts, save_frozen: bool) -> Iterator[None]:
     """Make transformers' `save_pretrained` leave out the frozen parts with known donors, within this context."""
     config = model.config
     left_out = {} if save_frozen else _parts_to_leave_out(model)
@@ -295,14 +297,14 @@ def leaving_out_frozen(model: PreTrainedModel, save_frozen: bool) -> Iterator[No
         config.donors, config.save_frozen, model._keys_to_ignore_on_save = before
 
 
-def _ignore_on_save(model: PreTrainedModel, parts: Iterable[str]):
+def _ignore_on_save(model: CaptionerParts, parts: Iterable[str]):
     # When it resumes, Trainer also reads here which weights a checkpoint may lack.
     model._keys_to_ignore_on_save = {
         f"{part}.{key}" for part in parts for key in original_weights(getattr(model, part))
     }
 
 
-def _parts_to_leave_out(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+def _parts_to_leave_out(model: CaptionerParts) -> dict[str, dict[str, Any]]:
     """Return the donor records of the frozen parts that need not be saved."""
     records = {}
     for part, record in (model.config.donors or {}).items():
@@ -340,7 +342,7 @@ def _is_frozen(part: torch.nn.Module, weights: Iterable[str]) -> bool:
 
 
 def with_donors(
-    model_class: type[PreTrainedModel], name: str, moved: dict[str, str], kwargs: dict[str, Any]
+    model_class: type[CaptionerParts], name: str, moved: dict[str, str], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """
     Load the parts that a checkpoint leaves out.
@@ -367,7 +369,7 @@ def with_donors(
                 f"{config or name} is a `{model_type}`, not a clipcap captioner. To start a captioner from a vision "
                 "tower and a language model, use `from_vision_text_pretrained`."
             )
-        config = model_class.config_class.from_pretrained(config or name, **hub_kwargs)
+        config = ClipCapConfig.from_pretrained(config or name, **hub_kwargs)
     left_out = [part for part, record in (config.donors or {}).items() if not record["in_checkpoint"]]
     if needless := sorted(set(moved) - set(left_out)):
         raise ValueError(
@@ -404,7 +406,7 @@ def _override_config(config, model_class, name, hub_kwargs, kwargs) -> tuple[Pre
         # Keyword arguments named like fields of the configuration override them.
         apart = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "attn_implementation") if key in kwargs}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)}
-        config = model_class.config_class.from_dict({**config.to_dict(), **overrides})
+        config = ClipCapConfig.from_dict({**config.to_dict(), **overrides})
         kwargs |= apart
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
     kwargs["dtype"] = (config.dtype or torch.float32) if dtype in (None, "auto") else dtype

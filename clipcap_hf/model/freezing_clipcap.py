@@ -2,10 +2,11 @@
 
 from torch import nn
 
+from .base_clipcap import CaptionerParts
 from .lora_clipcap import freeze_beside_lora
 
 
-class FreezesParts:
+class FreezesParts(CaptionerParts):
     """Adds to a captioner the freezing of its vision tower and its language model, as the configuration says."""
 
     def _freeze(self):

@@ -4,9 +4,10 @@ import copy
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
+from .base_clipcap import CaptionerParts
 from .beam_search_clipcap import CannotSearchFast, fast_beam_search, official_beam_search, padding_token, stop_tokens
 from .configuration_clipcap import context_length
 from .versions_clipcap import CACHE, READS_IN_CHUNKS
@@ -16,7 +17,7 @@ from .versions_clipcap import CACHE, READS_IN_CHUNKS
 _LOOKS_TOKENS_UP = {"token_healing": False, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 
 
-class GeneratesCaptions:
+class GeneratesCaptions(CaptionerParts, GenerationMixin):
     """Adds to a captioner the `generate()` that takes images, or embeddings of images, alone."""
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class GeneratesCaptions:
         for name, own, other in (
             ("prefix_length", self.config.prefix_length, config.prefix_length),
             ("image_token_id", self.config.image_token_id, config.image_token_id),
-            ("hidden_size", *(model.text_config.get_text_config().hidden_size for model in (self.config, config))),
+            ("hidden_size", *(part.language_config.hidden_size for part in (self.config, config))),
         ):
             if own != other:
                 raise ValueError(
@@ -253,11 +254,12 @@ def pad_after_stop(sequences: torch.LongTensor, prompt_length: int, generation_c
     """Write the padding token over everything after each caption's first stop token, in place."""
     captions = sequences[:, prompt_length:]
     stops = torch.isin(captions, torch.tensor(stop_tokens(generation_config), device=captions.device)).long()
-    captions[stops.cumsum(1) - stops > 0] = padding_token(generation_config)
+    if (pad_token := padding_token(generation_config)) is not None:
+        captions[stops.cumsum(1) - stops > 0] = pad_token
 
 
 def mean_log_probs(
-    model: PreTrainedModel,
+    model: GeneratesCaptions,
     outputs: Any,
     prompt_length: int,
     generation_config: GenerationConfig | None = None,
@@ -277,7 +279,7 @@ def mean_log_probs(
     if outputs.logits is None:  # of `official_beam_search`, whose scores are this mean
         return outputs.sequences_scores
     # Beam search keeps the scores; otherwise they are those of the tokens that were taken.
-    logprobs = model.compute_transition_scores(
+    logprobs = model.compute_transition_scores(  # type: ignore[misc]  # transformers wants a type of its own
         outputs.sequences, outputs.logits, getattr(outputs, "beam_indices", None), normalize_logits=True
     )
     generated = outputs.sequences[:, prompt_length : prompt_length + logprobs.shape[1]]

@@ -86,8 +86,13 @@ def read_captioner_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]):
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str):
+    """Write a UTF-8 file; until it is complete, the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -77,10 +77,10 @@ class OpenClipImageProcessor(PilBackend):
         if any(not 0 < std < float("inf") for std in self.image_std):
             raise ValueError(f"`image_std` must be positive numbers, got {list(self.image_std)}.")
 
-    def process_image(self, image, **kwargs) -> np.ndarray:
-        return super().process_image(to_rgb(image) if isinstance(image, Image.Image) else image, **kwargs)
+    def process_image(self, image, *args, **kwargs) -> np.ndarray:
+        return super().process_image(to_rgb(image) if isinstance(image, Image.Image) else image, *args, **kwargs)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]  # `**kwargs` takes the arguments that are not used here
         self,
         images: list[np.ndarray],
         do_resize,

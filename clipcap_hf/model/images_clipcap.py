@@ -200,7 +200,7 @@ def _convert(name: str, image: Image.Image) -> Image.Image:
 
 def _array_to_picture(array: np.ndarray | torch.Tensor) -> Image.Image:
     channels_first = isinstance(array, torch.Tensor)
-    if channels_first:
+    if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     pixels = _channels_last(array, channels_first)

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .base_clipcap import CaptionerParts
+
 
 @dataclass
 class PrefixInterpretation(ModelOutput):
@@ -25,7 +27,7 @@ class PrefixInterpretation(ModelOutput):
     tokens: list[list[list[str]]] | None = None
 
 
-class InterpretsPrefix:
+class InterpretsPrefix(CaptionerParts):
     """Adds `interpret_prefix` to a captioner."""
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from .base_clipcap import CaptionerParts
 from .versions_clipcap import keep_weights, mark_adapted
 
 
@@ -77,7 +78,7 @@ def freeze_beside_lora(language_model: PreTrainedModel):
         parameter.requires_grad_(".lora_" in name)
 
 
-class MergesLora:
+class MergesLora(CaptionerParts):
     """Adds `merge_lora` to a captioner."""
 
     def merge_lora(self):
@@ -99,9 +100,8 @@ def merge_lora(language_model: PreTrainedModel):
     except ImportError as error:
         raise ImportError("This captioner has LoRA adapters: `pip install peft`.") from error
 
-    adapted = [name for name, module in language_model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name in adapted:
-        layer = language_model.get_submodule(name)
+    adapted = {name: layer for name, layer in language_model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in adapted.items():
         layer.merge(safe_merge=True)
         language_model.set_submodule(name, layer.get_base_layer())
     mark_adapted(language_model, False)

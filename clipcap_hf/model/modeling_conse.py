@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 
 @strict
@@ -81,7 +82,7 @@ class ConseVisionModel(PreTrainedModel):
     config_class = ConseVisionConfig
     base_model_prefix = "conse"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: ConseVisionConfig):
         super().__init__(config)
@@ -99,13 +100,11 @@ class ConseVisionModel(PreTrainedModel):
         if isinstance(module, ConseVisionModel):
             init.normal_(module.class_embeds, std=self.config.initializer_range)
 
-    def forward(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         logits = self.network(pixel_values.to(self.dtype))
         embeds = embed_by_classes(logits, self.class_embeds, self.config.top_k, self.config.temperature)
-        output = BaseModelOutputWithPooling(pooler_output=embeds.to(self.dtype))
-        return output.to_tuple() if return_dict is False else output
+        return BaseModelOutputWithPooling(pooler_output=embeds.to(self.dtype))
 
 
 __all__ = ["ConseVisionConfig", "ConseVisionModel"]

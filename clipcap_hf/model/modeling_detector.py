@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from .configuration_detector import DetectorVisionConfig
 
@@ -14,6 +15,18 @@ class ConvLayer(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, padding=1), nn.LeakyReLU(0.1))
+
+
+class CspBlock(nn.Sequential):
+    """Halve the channels and convolve them; pass on both halves, (batch, channels, height, width) as before."""
+
+    def __init__(self, channels: int):
+        super().__init__(ConvLayer(channels, channels // 2), ConvLayer(channels // 2, channels // 2))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        reduce, convolve = self
+        reduced = reduce(features)
+        return torch.cat([convolve(reduced), reduced], dim=1)
 
 
 class CspStage(nn.Module):
@@ -27,17 +40,13 @@ class CspStage(nn.Module):
     def __init__(self, channels: int, depth: int, stride: int):
         super().__init__()
         self.first = ConvLayer(channels, channels, stride)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList([ConvLayer(channels, channels // 2), ConvLayer(channels // 2, channels // 2)])
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(CspBlock(channels) for _ in range(depth))
         self.last = ConvLayer(channels, channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         first = features = self.first(features)
-        for reduce, convolve in self.blocks:
-            reduced = reduce(features)
-            features = torch.cat([convolve(reduced), reduced], dim=1)
+        for block in self.blocks:
+            features = block(features)
         return torch.cat([self.last(features), first], dim=1)
 
 
@@ -144,7 +153,7 @@ class DetectorVisionModel(PreTrainedModel):
     config_class = DetectorVisionConfig
     base_model_prefix = "detector"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: DetectorVisionConfig):
         super().__init__(config)
@@ -185,13 +194,11 @@ class DetectorVisionModel(PreTrainedModel):
             boxes.append(decode_boxes(distances, level.shape[-2:], self.config.num_bins))
         return torch.cat(scores, dim=1), torch.cat(boxes, dim=1), levels[-1]
 
-    def forward(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         scores, boxes, features = self.detect(pixel_values)
         embeds = summarize_detections(scores, boxes, self.config).to(self.dtype)
-        output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
-        return output.to_tuple() if return_dict is False else output
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
 
 
 __all__ = ["DetectorVisionModel"]

@@ -18,7 +18,7 @@ class ClipCapMLPMappingNetwork(nn.Module):
     def __init__(self, config: ClipCapConfig):
         super().__init__()
         self.prefix_length = config.prefix_length
-        prefix_size = config.prefix_length * config.text_config.get_text_config().hidden_size
+        prefix_size = config.prefix_length * config.language_config.hidden_size
         self.fc1 = nn.Linear(config.clip_embed_dim, prefix_size // 2)
         self.fc2 = nn.Linear(prefix_size // 2, prefix_size)
 
@@ -33,7 +33,7 @@ class ClipCapLinearMappingNetwork(nn.Module):
     def __init__(self, config: ClipCapConfig):
         super().__init__()
         self.prefix_length = config.prefix_length
-        hidden_size = config.text_config.get_text_config().hidden_size
+        hidden_size = config.language_config.hidden_size
         self.linear = nn.Linear(config.clip_embed_dim, config.prefix_length * hidden_size)
 
     def forward(self, clip_embeds: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class ClipCapMappingAttention(nn.Module):
 
     def __init__(self, config: ClipCapConfig):
         super().__init__()
-        hidden_size = config.text_config.get_text_config().hidden_size
+        hidden_size = config.language_config.hidden_size
         self.config = config
         self.head_dim = hidden_size // config.mapping_num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -80,7 +80,7 @@ class ClipCapMappingLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ClipCapConfig):
         super().__init__()
-        hidden_size = config.text_config.get_text_config().hidden_size
+        hidden_size = config.language_config.hidden_size
         intermediate_size = int(hidden_size * config.mapping_mlp_ratio)
         self.layer_norm1 = nn.LayerNorm(hidden_size, eps=config.mapping_layer_norm_eps)
         self.self_attn = ClipCapMappingAttention(config)
@@ -123,7 +123,7 @@ class ClipCapTransformerMappingNetwork(nn.Module):
         super().__init__()
         self.tokens_per_embed = 1 if config.vision_feature == "patches" else config.clip_length
         self.prefix_length = config.prefix_length
-        hidden_size = config.text_config.get_text_config().hidden_size
+        hidden_size = config.language_config.hidden_size
         self.clip_projection = nn.Linear(config.clip_embed_dim, self.tokens_per_embed * hidden_size)
         self.prefix_const = nn.Parameter(torch.empty(config.prefix_length, hidden_size))
         self.layers = nn.ModuleList(ClipCapMappingLayer(config) for _ in range(config.mapping_num_layers))

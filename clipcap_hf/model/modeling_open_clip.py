@@ -1,9 +1,12 @@
 """Any open_clip image tower as a transformers model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
+from transformers.utils import can_return_tuple
 
 from .checkpoints_open_clip import is_open_clip_name, load_open_clip_checkpoint  # noqa: F401  (also imported from here)
 from .configuration_clipcap import OpenClipVisionConfig
@@ -21,7 +24,7 @@ def _check_sizes(vision_cfg: dict):
                 raise ValueError(f"open_clip's `vision_cfg` has `{name}` {values!r}: it must be from 1 to {largest}.")
 
 
-def _build_visual(config: OpenClipVisionConfig) -> nn.Module:
+def _build_visual(config: OpenClipVisionConfig) -> Any:  # towers of open_clip and timm have no common interface
     # Not with open_clip's `create_model`: it downloads, and fails on the meta device that `from_pretrained` uses. The
     # public `CLIP` needs a text tower, so it gets the smallest possible.
     try:
@@ -50,7 +53,7 @@ class OpenClipVisionModel(PreTrainedModel):
     config: OpenClipVisionConfig
     base_model_prefix = "visual"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _no_split_modules = ["ResidualAttentionBlock"]
 
     def __init__(self, config: OpenClipVisionConfig):
@@ -65,12 +68,11 @@ class OpenClipVisionModel(PreTrainedModel):
         super()._init_weights(module)
         # timm keeps some tables (rotary embeddings, attention masks) as buffers outside the checkpoint; built on the
         # meta device they hold garbage until computed again. Without this, EVA gives wrong embeddings silently.
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        if compute_buffers := getattr(module, "init_non_persistent_buffers", None):
+            compute_buffers()
 
-    def forward(
-        self, pixel_values: torch.Tensor, output_patches: bool = False, return_dict: bool | None = None, **kwargs
-    ) -> CLIPVisionModelOutput:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, output_patches: bool = False, **kwargs) -> CLIPVisionModelOutput:
         self._check_size(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         tokens = None
@@ -80,8 +82,7 @@ class OpenClipVisionModel(PreTrainedModel):
             image_embeds = self.visual(pixel_values)
             if isinstance(image_embeds, (tuple, list)):  # towers with `output_tokens`: (pooled, tokens)
                 image_embeds, tokens = image_embeds
-        output = CLIPVisionModelOutput(image_embeds=image_embeds, last_hidden_state=tokens)
-        return output.to_tuple() if return_dict is False else output
+        return CLIPVisionModelOutput(image_embeds=image_embeds, last_hidden_state=tokens)
 
     def _check_size(self, pixel_values: torch.Tensor):
         # Convolutional towers accept any image size, but silently give worse embeddings.

@@ -2,11 +2,9 @@
 
 import copy
 import importlib.util
-import inspect
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,40 +15,7 @@ from transformers import (
 )
 from transformers.activations import GELUTanh, NewGELUActivation
 
-from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig, context_length
-
-
-# Their `forward` looks like any other, but they carry a recurrent state, not keys and values.
-_RECURRENT = ("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm")
-
-
-def check_language_model(config: PreTrainedConfig):
-    """Check before loading the weights that a language model of this configuration can write captions.
-
-    Captioning needs a prefix of embeddings, a mask for left padding, and keys and values that beams can reorder.
-
-    Raises:
-        ValueError: If this kind of language model lacks one of these.
-    """
-    config = config.get_text_config()
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None:  # custom code
-        return
-    arguments = inspect.signature(model_class.forward).parameters
-    lacks = None
-    if config.model_type in _RECURRENT:
-        lacks = "carries a recurrent state instead of keys and values, which beam search and padding need"
-    elif "inputs_embeds" not in arguments:
-        lacks = "takes no embeddings (`inputs_embeds`), which the prefix consists of"
-    elif "attention_mask" not in arguments:
-        lacks = "takes no attention mask, which padded prompts need"
-    elif not {"cache", "past_key_values"} & set(arguments):
-        lacks = "has no cache of keys and values, which decoding needs"
-    if lacks is not None:
-        raise ValueError(
-            f"A `{config.model_type}` cannot be a captioner's language model: it {lacks}. Choose another, such as "
-            "GPT-2, Llama, Qwen or OPT."
-        )
+from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig, check_language_model, context_length
 
 
 def load_tokenizer(folder: str, config: PreTrainedConfig, **kwargs) -> PreTrainedTokenizerBase | None:
@@ -100,7 +65,7 @@ def caption_generation_config(
     language_model: PreTrainedModel, config: ClipCapConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> GenerationConfig:
     """Build a new captioner's generation settings: the end of captions and their largest length."""
-    text_config = config.text_config.get_text_config()
+    text_config = config.language_config
     eos_token_id, pad_token_id = _end_ids(language_model, tokenizer), language_model.generation_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id

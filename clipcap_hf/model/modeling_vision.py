@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from typing import Any
 
 import torch
 from transformers import (
@@ -50,7 +51,7 @@ _POPULAR_TOWERS = (
 )
 
 
-def vision_tower_class(model_type: str) -> type:
+def vision_tower_class(model_type: str) -> Any:
     """Return the class of a tower; by name, since remote code has its own configuration classes."""
     return _TOWER_CLASSES.get(model_type, AutoModel)
 

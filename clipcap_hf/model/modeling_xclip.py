@@ -7,6 +7,7 @@ from torch import nn
 from transformers import XCLIPVisionConfig, XCLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.x_clip.modeling_x_clip import XCLIPMultiframeIntegrationTransformer, XCLIPPreTrainedModel
+from transformers.utils import can_return_tuple
 
 
 class XCLIPVideoModel(XCLIPPreTrainedModel):
@@ -35,9 +36,8 @@ class XCLIPVideoModel(XCLIPPreTrainedModel):
         self.mit = XCLIPMultiframeIntegrationTransformer(mit_config)
         self.post_init()
 
-    def forward(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
-    ) -> tuple | BaseModelOutputWithPooling:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         frames = self.config.num_frames
         if pixel_values.ndim != 5 or pixel_values.shape[1] != frames:
             raise ValueError(
@@ -46,8 +46,7 @@ class XCLIPVideoModel(XCLIPPreTrainedModel):
             )
         frame_embeds = self.vision_model(pixel_values=pixel_values.flatten(0, 1), **kwargs).pooler_output
         frame_embeds = self.visual_projection(frame_embeds).unflatten(0, (-1, frames))
-        outputs = self.mit(frame_embeds)
-        return outputs.to_tuple() if return_dict is False else outputs
+        return self.mit(frame_embeds)
 
 
 __all__ = ["XCLIPVideoModel"]

@@ -141,7 +141,8 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
             )
         # Pipeline's own method omits the processor, and copies only this file next to the weights.
         self.model.save_pretrained(save_directory, save_frozen=save_frozen, **kwargs)
-        self.processor.save_pretrained(save_directory)
+        if self.processor is not None:
+            self.processor.save_pretrained(save_directory)
         if self._push_with_code if with_code is None else with_code:
             add_code(save_directory)
         write_model_card(save_directory)

@@ -6,13 +6,14 @@ import difflib
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
+from .base_clipcap import CaptionerParts
 from .configuration_clipcap import ClipCapConfig
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
@@ -20,7 +21,10 @@ from .modeling_vision import load_vision_config, load_vision_tower, vision_featu
 from .versions_clipcap import keep_weights
 
 
-class LoadsAndSaves:
+_Captioner = TypeVar("_Captioner", bound="LoadsAndSaves")
+
+
+class LoadsAndSaves(CaptionerParts):
     """Adds to a captioner `from_pretrained`, `save_pretrained` and `from_vision_text_pretrained`."""
 
     @classmethod
@@ -50,10 +54,11 @@ class LoadsAndSaves:
                 configuration says; if `generation_config.json` cannot be read; or if a part that the checkpoint leaves
                 out is not the one that it was trained with.
         """
-        moved = {"vision_tower": vision_tower, "language_model": language_model}
-        moved = {part: name for part, name in moved.items() if name is not None}
+        given = {"vision_tower": vision_tower, "language_model": language_model}
+        moved = {part: name for part, name in given.items() if name is not None}
         wants_info = kwargs.get("output_loading_info", False)
-        name, donor_hashes = pretrained_model_name_or_path, {}
+        name = pretrained_model_name_or_path
+        donor_hashes: dict[str, str] = {}
         try:
             if name is not None:
                 kwargs, donor_hashes = with_donors(cls, name, moved, kwargs)
@@ -73,9 +78,10 @@ class LoadsAndSaves:
         accepts_mismatch = kwargs.get("ignore_mismatched_sizes", False)  # otherwise reported below, by name
         # Where a checkpoint leaves parts out, all the weights are at hand already.
         source = name if kwargs.get("state_dict") is None else None
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             source, *model_args, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         )
+        model, info = loaded
         if source is None and name is not None:
             model.name_or_path = model.config.name_or_path = str(name)
         problems = []
@@ -119,14 +125,14 @@ class LoadsAndSaves:
 
     @classmethod
     def from_vision_text_pretrained(
-        cls,
+        cls: type[_Captioner],
         vision: str | PreTrainedModel | None,
         text: str | PreTrainedModel,
         dtype: torch.dtype | str = torch.float32,
         vision_kwargs: dict | None = None,
         text_kwargs: dict | None = None,
         **config_kwargs,
-    ) -> PreTrainedModel:
+    ) -> _Captioner:
         r"""
         Start a captioner from a pretrained vision tower and a pretrained language model, with a new mapping network.
 

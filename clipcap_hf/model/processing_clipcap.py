@@ -44,9 +44,9 @@ class ClipCapImagesKwargs(ImagesKwargs, total=False):
 
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: ClipCapImagesKwargs
+    images_kwargs: ClipCapImagesKwargs  # type: ignore[misc]  # transformers' own processors narrow it, too
     # No begin or end tokens (Llama, OPT, BERT): generate() without a prompt has none, and prompts are to be continued.
-    _defaults = {"text_kwargs": {"add_special_tokens": False}}
+    _defaults = {"text_kwargs": {"add_special_tokens": False}}  # type: ignore[misc]  # where transformers looks
 
 
 class ClipCapProcessor(ProcessorMixin):
@@ -288,7 +288,8 @@ class ClipCapProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         if self.image_processor is not None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        self.get_attributes = lambda: ["tokenizer"]  # ProcessorMixin saves every part that the class can have
+        # ProcessorMixin saves every part that the class can have.
+        self.get_attributes = lambda: ["tokenizer"]  # type: ignore[method-assign]
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
@@ -343,11 +344,10 @@ class ClipCapProcessor(ProcessorMixin):
             text_kwargs (`dict`, *optional*): Arguments for loading the tokenizer.
         """
         image_processor = None
-        vision, text = (os.fspath(name) if isinstance(name, os.PathLike) else name for name in (vision, text))
         if vision is not None:
-            image_processor, own_num_frames = load_image_processor(vision, **(vision_kwargs or {}))
+            image_processor, own_num_frames = load_image_processor(os.fspath(vision), **(vision_kwargs or {}))
             num_frames = own_num_frames or num_frames
-        tokenizer = AutoTokenizer.from_pretrained(donor_folder(text), **(text_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(donor_folder(os.fspath(text)), **(text_kwargs or {}))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{text} has no tokenizer: add the language model's tokenizer files to it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)

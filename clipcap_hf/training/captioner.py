@@ -72,7 +72,7 @@ def _config(model_args: ModelArguments, data_args: DataArguments, prefix_length:
         "freeze_vision": model_args.freeze_vision,
         "lora": None if model_args.lora_r is None else {"r": model_args.lora_r},
         "save_frozen": model_args.save_frozen,
-        **model_args.config_overrides,
+        **model_args.overrides(),
     }
 
 

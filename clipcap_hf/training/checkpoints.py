@@ -74,7 +74,7 @@ def check_writable(folder: str | os.PathLike, model: nn.Module):
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
             file.write(b"a")
     except OSError as error:
         raise OSError(

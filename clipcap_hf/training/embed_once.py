@@ -52,13 +52,14 @@ def embed_once(
     An interrupted run continues. The embeddings are stored in `_embeddings` in `output_dir`, a name that `push_to_hub`
     skips. Images that cannot be read are left out, with a warning. Training data keeps only embeddings and captions.
     """
-    if data is None or "clip_embeds" in data.column_names:
+    tower = model.vision_tower
+    if data is None or tower is None or "clip_embeds" in data.column_names:
         return data
     if split == "train":
         images = data.select_columns(["image", "captions", *({"image_id"} & set(data.column_names))])
     else:
         images = data.select_columns("image").add_column("row", list(range(len(data))))
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.vision_tower.dtype  # as in training
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype  # as in training
     out = Path(args.output_dir) / "_embeddings" / f"{split}-{_name(data, model, processor, dtype)}"
     progress = not args.disable_tqdm and sys.stderr.isatty()
     embedded = embed(model.to(args.device).eval(), images, out, processor, dtype=dtype, progress=progress)

@@ -90,15 +90,15 @@ def _predict_alone(trainer: ClipCapTrainer, rows) -> HeldOut:
 
     `Trainer.predict` before training would keep the model from being wrapped for distributed training.
     """
-    args, collate = trainer.args, trainer.data_collator.for_evaluation()
+    args, model, collate = trainer.args, trainer.model, trainer.data_collator.for_evaluation()
     beams = {} if args.generation_num_beams is None else {"num_beams": args.generation_num_beams}
     captions: list[str] = []
     loss = 0.0
-    trainer.model.eval()
+    model.eval()
     for start in range(0, len(rows), args.eval_batch_size):
         batch = [rows[row] for row in range(start, min(start + args.eval_batch_size, len(rows)))]
         batch_loss, generated, _ = trainer.prediction_step(
-            trainer.model, collate(batch), prediction_loss_only=not args.predict_with_generate, **beams
+            model, collate(batch), prediction_loss_only=not args.predict_with_generate, **beams
         )
         loss += float(batch_loss) * len(batch) / len(rows)
         if args.predict_with_generate:

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
 
-from ..data import READERS, load_captions, load_embeddings, load_emoji, warn_of_overlap
+from ..data import READERS, load_captions, load_embeddings, load_emoji, to_caption_form, warn_of_overlap
 from ..data.schema import CaptionCleaner, image_paths
 from ..files import listed
 from ..model.configuration_clipcap import IMAGE_TOKEN
@@ -114,7 +115,7 @@ def _load_split(data_args: DataArguments, source: str, split: str, streaming: bo
         return _named(_load_saved(source, split), data_args, what)
     if kind not in READERS:
         raise ValueError(f"`data_format` must be one of auto, emoji, saved, {', '.join(READERS)}, but is {kind!r}.")
-    kwargs = {} if data_args.id_column is None else {"id_column": data_args.id_column}
+    kwargs: dict[str, Any] = {} if data_args.id_column is None else {"id_column": data_args.id_column}
     if kind in ("imagefolder", "webdataset", "hub"):
         for name in ("image_column", "caption_column"):
             if (column := getattr(data_args, name)) != getattr(DataArguments, name):
@@ -192,10 +193,9 @@ def _named(data, data_args: DataArguments, what: str):
             "`image_column` or `embeds_column`."
         )
     # Columns with one of our names that the user did not choose.
-    replaced = [ours for ours, name in theirs.items() if name != ours and ours in names]
-    renamed = {name: ours for ours, name in theirs.items() if name != ours and name in names}
-    data = data.remove_columns(replaced) if replaced else data
-    return data.rename_columns(renamed) if renamed else data
+    if replaced := [ours for ours, name in theirs.items() if name != ours and ours in names]:
+        data = data.remove_columns(replaced)
+    return to_caption_form(data, **theirs)
 
 
 def _clean_row(row: dict) -> dict:

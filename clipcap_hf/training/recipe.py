@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from .arguments import CaptioningArguments
@@ -38,10 +39,10 @@ def fit_recipe(args: CaptioningArguments, model: ClipCapForConditionalGeneration
     if args.recipe != "fit":
         return
     part = trained_part(model)
-    width = model.config.text_config.get_text_config().hidden_size
+    width = model.config.language_config.hidden_size
     # A hundred captions or fewer give so few steps that twice the rate did better.
     rate = LEARNING_RATES[part] * (2 if captions is not None and captions <= 100 else 1)
-    fitted = {"learning_rate": float(f"{rate * min(1, MEASURED_WIDTH / width):.1g}")}
+    fitted: dict[str, Any] = {"learning_rate": float(f"{rate * min(1, MEASURED_WIDTH / width):.1g}")}
     if captions is not None:
         fitted["per_device_train_batch_size"] = next(
             (size for most, size in BATCH_SIZES.items() if captions <= most), 40

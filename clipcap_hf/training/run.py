@@ -177,7 +177,7 @@ def _ending(trainer: ClipCapTrainer, data, before: HeldOut, after: HeldOut) -> v
     ending = verdict.Ending(
         evaluations=evaluations,
         saved_step=state.best_global_step if restored else state.global_step,
-        metric=args.metric_for_best_model.removeprefix("eval_") if restored else "last",
+        metric=str(args.metric_for_best_model).removeprefix("eval_") if restored else "last",
         before=before.captions,
         after=after.captions,
         loss_before=before.metrics.get("eval_loss"),

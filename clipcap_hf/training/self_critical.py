@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..metrics import document_frequencies, tokenize
 from ..metrics.formulas import cider
 from ..metrics.ngrams import Corpus
+from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 
 
 class CiderReward:
@@ -70,7 +71,7 @@ class _GreedyFirstHalf(LogitsProcessor):
 
 
 def self_critical_loss(
-    model: nn.Module, captioner: nn.Module, inputs: dict, reward: Callable, tokenizer
+    model: nn.Module, captioner: ClipCapForConditionalGeneration, inputs: dict, reward: Callable, tokenizer
 ) -> tuple[torch.Tensor, tuple[float, float]]:
     """
     Compute the self-critical loss of one batch.

@@ -14,6 +14,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, has_length
 
 from ..model.model_card_clipcap import write_model_card
+from ..model.modeling_clipcap import ClipCapForConditionalGeneration
+from ..model.processing_clipcap import ClipCapProcessor
+from .arguments import CaptioningArguments
 from .checkpoints import last_checkpoint
 from .collator import IGNORED, CaptioningCollator
 from .rows import EpochRows, EpochShuffledLengths, caption_lengths
@@ -45,6 +48,11 @@ class ClipCapTrainer(Seq2SeqTrainer):
             `return_references=True`, and a `processing_class`.
         kwargs: As for [`~transformers.Seq2SeqTrainer`].
     """
+
+    args: CaptioningArguments
+    model: ClipCapForConditionalGeneration
+    data_collator: CaptioningCollator
+    processing_class: ClipCapProcessor
 
     def __init__(self, *args, reward: Callable | None = None, **kwargs):
         super().__init__(*args, **kwargs)

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
+from ..model.modeling_mapping import ClipCapMLPMappingNetwork
 from ..model.processing_clipcap import ClipCapProcessor
 
 
@@ -56,7 +58,8 @@ def warm_start_mapper(
     token_ids, weights = _targets(processor.tokenizer, captions, model.config.prefix_length, common)
     mapper = model.mapping_network
     device = next(mapper.parameters()).device
-    table = model.get_input_embeddings().weight.detach().float()
+    embedding: Any = model.get_input_embeddings()
+    table = embedding.weight.detach().float()
     used = table[token_ids.unique().to(table.device)]
     variance = used.var().to(device)
 
@@ -88,7 +91,7 @@ def _targets(tokenizer, captions: Sequence[str], length: int, common: float) -> 
     targets = []
     for ids in tokenized:
         telling = [token for token in ids if frequency[token] <= common * len(captions)]
-        telling = (telling or [min(ids, key=frequency.get)])[:length]
+        telling = (telling or [min(ids, key=lambda token: frequency[token])])[:length]
         targets.append(telling + telling[-1:] * (length - len(telling)))
     token_ids = torch.tensor(targets)
     counts = torch.zeros(int(token_ids.max()) + 1)
@@ -103,7 +106,7 @@ def _targets(tokenizer, captions: Sequence[str], length: int, common: float) -> 
 def _scale_layers(model: ClipCapForConditionalGeneration, clip_embeds: torch.Tensor, deviation: float):
     """Scale the hidden layer to a deviation of about 1, and the prefix to that of token embeddings."""
     mapper, mapping_type = model.mapping_network, model.config.mapping_type
-    if mapping_type == "mlp":
+    if isinstance(mapper, ClipCapMLPMappingNetwork):
         if model.config.normalize_clip_embeds:
             clip_embeds = F.normalize(clip_embeds, dim=-1)
         hidden = mapper.fc1(clip_embeds.to(mapper.fc1.weight.device, mapper.fc1.weight.dtype))

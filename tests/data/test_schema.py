@@ -1,6 +1,6 @@
 import datasets
 import pytest
-from clipcap_hf.data import to_caption_form, unusable_captions
+from clipcap_hf.data import to_caption_form
 from PIL import Image
 
 
@@ -29,15 +29,3 @@ def test_data_in_the_form_is_given_back_as_it_is(data):
     assert to_caption_form(form) is form
     embeds = datasets.Dataset.from_dict({"vectors": [[1.0]], "captions": [["a"]]})
     assert to_caption_form(embeds, clip_embeds="vectors").column_names == ["clip_embeds", "captions"]
-
-
-def test_unusable_captions_are_named(tokenizer):
-    long = "a dog " * 50
-    captions = [["a dog"], ["a cat", "an <image> of"], [], [long]]
-    data = datasets.Dataset.from_dict({"captions": captions, "image_id": [7, 8, 9, 10]})
-    length = len(tokenizer(long, add_special_tokens=False)["input_ids"])
-    placeholder, too_long = unusable_captions(data, tokenizer, length - 1)
-    assert placeholder == "row 1 (image 8): the caption holds '<image>': 'an <image> of'"
-    assert too_long.startswith(f"row 3 (image 10): the caption has {length} tokens, more than {length - 1}: 'a dog")
-    assert unusable_captions(data.select([0, 3]), tokenizer, length) == []
-    assert unusable_captions(data.select([3]).remove_columns("image_id"), tokenizer, None) == []

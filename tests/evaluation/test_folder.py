@@ -131,7 +131,7 @@ def test_a_second_evaluation_of_a_folder_is_refused_by_the_number_of_the_first(t
     try:
         assert other.stdout.readline() == "locked\n"
         assert score(folder, out) == 1
-        assert f"Process {other.pid} evaluates into" in capsys.readouterr().err
+        assert f"{out} is being written by process {other.pid} on " in capsys.readouterr().err
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()

@@ -171,7 +171,7 @@ def test_language_models_that_cannot_write_captions(tmp_path, model_type):
 
 
 @pytest.mark.slow
-def test_every_other_language_model_reads_embeddings_and_has_a_cache():
+def test_every_other_language_model_reads_embeddings_and_a_mask_and_has_a_cache():
     unsuited = set()
     for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         try:
@@ -180,7 +180,7 @@ def test_every_other_language_model_reads_embeddings_and_has_a_cache():
             continue  # needs another package
         model_class = model_class[0] if isinstance(model_class, tuple) else model_class
         parameters = inspect.signature(model_class.forward).parameters
-        if "inputs_embeds" not in parameters or CACHE not in parameters:
+        if not {"inputs_embeds", "attention_mask", CACHE} <= parameters.keys():
             unsuited.add(config_class.model_type)
     assistants = {name for name in unsuited if name.endswith("_assistant")}  # read the cache of another model
     assert unsuited - assistants <= UNSUITED_LANGUAGE_MODELS.keys()

@@ -1,6 +1,6 @@
 """Compare cross entropy, self-critical and text-only training on the embedded emoji, on the held-out splits.
 
-python examples/compare_objectives.py --out build/objectives
+python examples/measurements/training_objectives.py --out build/objectives
 
 `clipcap train` trains everything, on embeddings that are computed once; the commands are printed. The comparisons are:
 

@@ -1,7 +1,7 @@
 """Compare emoji-mini in torch, onnxruntime and onnxruntime with int8 weights: scores and speed, greedy, on the CPU.
 
-`pip install '.[onnx]' && python examples/benchmark_onnx.py` captions the 904 images of the split `new_caption` with
-each.
+`pip install '.[onnx]' && python examples/measurements/onnx_speed.py` captions the 904 images of the split
+`new_caption` with each.
 """
 
 import statistics

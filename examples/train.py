@@ -1,6 +1,6 @@
 """Train a captioner: `clipcap train` as a script to copy and change.
 
-python examples/train_captioning.py --data emoji --model emoji-mini --output_dir emoji-captioner \
+python examples/train.py --data emoji --model emoji-mini --output_dir emoji-captioner \
     --num_train_epochs 1
 
 trains the embedded captioner further on the embedded data. For your own captioner and data: `--vision

@@ -1,7 +1,7 @@
 """Serve a captioner as a page in the browser, on this machine or as a Space; set CAPTIONER to a Hub id.
 
 On the Hub: make a Gradio Space with this file as app.py, and a requirements.txt with the line clipcap-hf[serve].
-On this machine: python examples/app.py
+On this machine: python examples/serve.py
 """
 
 import os

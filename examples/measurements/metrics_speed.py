@@ -1,7 +1,7 @@
 """Compare the speed and the scores of BLEU, ROUGE-L and CIDEr with pycocoevalcap's, on made-up captions.
 
 pip install 'clipcap-hf[metrics]'
-python examples/benchmark_metrics.py --images 40000
+python examples/measurements/metrics_speed.py --images 40000
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Compare captions trained per second by `ClipCapTrainer` and by the official code's step, at the paper's size.
 
-python examples/benchmark_training.py --steps 6 --out training-speed.json
+python examples/measurements/training_speed.py --steps 6 --out training-speed.json
 
 Weights are random, sizes are real: GPT-2 small, embeddings of ViT-B/32 (512), batches of 40 captions of 11.5 tokens on
 average, including the end token, and at most 20. The trainer groups captions of similar length. The official step pads

@@ -1,4 +1,4 @@
-"""Compare `clipcap_hf.data.embed` with a loop over single images: `python examples/benchmark_embedding.py`.
+"""Compare `clipcap_hf.data.embed` with a loop over single images: `python examples/measurements/embedding_speed.py`.
 
 A ViT-B/32 with random weights embeds JPEGs of 640x480 that are made here. The loop computes in float32; `embed` in
 float32 and, if the device is faster with them, in 16 bits, which is its default. All are timed in turns, and medians

@@ -1,6 +1,6 @@
 """Caption a folder of WebDataset shards (.tar) or Parquet files on a Ray cluster; the captions go to JSON lines.
 
-    python examples/caption_with_ray.py shards/ --out captions --model my-captioner --captioners 8 --gpus 1
+    python examples/cluster/caption_with_ray.py shards/ --out captions --model my-captioner --captioners 8 --gpus 1
 
 Ray streams the shards, spreads the images over actors that each hold the model, and repeats failed work. Parquet files
 need a column with the image's bytes (or Hugging Face's {"bytes", "path"}): --image-column.

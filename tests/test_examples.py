@@ -1,0 +1,58 @@
+"""The scripts that users copy are short and run."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def run(name: str, *arguments) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_scripts_to_copy_are_few_and_short():
+    assert 5 <= len(SCRIPTS) <= 7
+    assert {name: lines for name in SCRIPTS if (lines := len((EXAMPLES / name).read_text().splitlines())) > 40} == {}
+
+
+def test_page_of_the_examples_names_each_script_and_folder():
+    linked = set(re.findall(r"\]\(([\w.]+)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
+    assert linked == {*SCRIPTS, *(path.name for path in EXAMPLES.iterdir() if path.is_dir())} - {"__pycache__"}
+
+
+def test_caption(tmp_path):
+    paths = [tmp_path / f"{color}.png" for color in ("red", "blue")]
+    for path in paths:
+        Image.new("RGB", (64, 64), path.stem).save(path)
+    lines = [line.split("\t") for line in run("caption.py", *paths).splitlines()]
+    assert [path for path, _ in lines] == list(map(str, paths)) and all(caption for _, caption in lines)
+
+
+def test_evaluate_captioner():
+    scores = dict(line.split("\t") for line in run("evaluate_captioner.py").splitlines())
+    assert scores.keys() == {"bleu_4", "rouge_l", "cider"}
+    assert float(scores["rouge_l"]) > 0.8  # emoji-mini names most of these drawings
+
+
+@pytest.mark.parametrize("name, option", [("train.py", "--output_dir"), ("benchmark.py", "--repeats")])
+def test_scripts_that_take_the_options_of_a_command(name, option):
+    assert option in run(name, "--help")
+
+
+def test_serve(monkeypatch, model_folder):
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("CAPTIONER", str(model_folder))
+    assert (
+        runpy.run_path(str(EXAMPLES / "serve.py"), run_name="example")["app"].title == "Image captioning with ClipCap"
+    )

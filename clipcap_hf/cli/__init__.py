@@ -6,12 +6,12 @@ import pickle
 import sys
 
 from .. import __version__
-from . import benchmark, caption, completion, convert, demo, embed, evaluate, export, serve, train
+from . import benchmark, caption, completion, convert, demo, embed, evaluate, export, reproduce, serve, train
 from .output import escape, make_streams_safe
 
 
 # Each has `add_parser(commands)`, and postpones slow imports until it runs.
-COMMANDS = (demo, caption, train, embed, evaluate, serve, convert, export, benchmark, completion)
+COMMANDS = (demo, caption, train, embed, evaluate, reproduce, serve, convert, export, benchmark, completion)
 LONGEST_MESSAGE = 2000
 
 

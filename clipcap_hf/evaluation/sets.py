@@ -45,14 +45,7 @@ def load_evaluation_set(
         raise ValueError(f"{benchmark.title} needs the folder of its files: --data ROOT.")
     from ..data import load_captions
 
-    kind, patterns, image_folders = LAYOUTS[benchmark.name]
-    root = Path(root).expanduser()
-    spellings = {"split": split, "Split": split.capitalize()}
-    if kind == "conceptual":
-        spellings = {"split": "validation", "Split": "Validation"}
-    annotations = _find(root, [pattern.format(**spellings) for pattern in patterns], benchmark.title)
-    folders = [annotations.parent / folder.format(**spellings) for folder in image_folders]
-    images = next((folder for folder in folders if folder.is_dir()), root)
+    kind, annotations, images = find_published_files(benchmark, root, split)
     source = {split: annotations} if kind in ("conceptual", "nocaps", "stair") else annotations
     rows = load_captions(kind, source, images=images, split=split)
     if kind in ("nocaps", "stair"):
@@ -62,6 +55,25 @@ def load_evaluation_set(
         found = data.take([place[str(image)] for image in rows["image_id"]])
         return EvaluationSet(found.ids, found.references, found.domains, rows["image"], str(annotations))
     return _of_rows(rows, str(annotations))
+
+
+def find_published_files(benchmark: Benchmark, root: str | Path, split: str) -> tuple[str, Path, Path]:
+    """Find the publisher's files of a split, which may be one that only training reads.
+
+    Returns:
+        `(kind, annotations, images)`: the reader of `clipcap_hf.data`, its file, and the folder of the images.
+
+    Raises:
+        FileNotFoundError: No annotations; the message names what was looked for.
+        ValueError: Several files may be the annotations.
+    """
+    kind, patterns, image_folders = LAYOUTS[benchmark.name]
+    root = Path(root).expanduser()
+    spelling = {"val": "validation", "train": "training"}.get(split, split) if kind == "conceptual" else split
+    spellings = {"split": spelling, "Split": spelling.capitalize()}
+    annotations = _find(root, [pattern.format(**spellings) for pattern in patterns], benchmark.title)
+    folders = [annotations.parent / folder.format(**spellings) for folder in image_folders]
+    return kind, annotations, next((folder for folder in folders if folder.is_dir()), root)
 
 
 def load_own_images(

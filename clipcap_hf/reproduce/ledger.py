@@ -1,0 +1,86 @@
+"""What was done: each finished stage leaves a file with its result, so that a killed run goes on after it."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text
+from ..processes import process_state
+from .energy import joules
+
+
+class Ledger:
+    """The stages of a run in a folder.
+
+    A stage that began under other settings, or on other data, is an error: its half-done work must not be continued.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder) / "stages"
+
+    def run(self, name: str, depends_on: dict[str, Any], work: Callable[[], Any], say: Callable[[str], None] = print):
+        """Do the work of a stage, or return its result if it was done before.
+
+        Args:
+            name: Of the stage, and of its file.
+            depends_on: All that the result depends on.
+            work: Returns the result, which can be written as JSON. Under torchrun every process does its share.
+            say: Tells the user what is done.
+
+        Raises:
+            ValueError: The stage was begun with something else in `depends_on`.
+        """
+        state = process_state()
+        depends_on = json.loads(json.dumps(depends_on))
+        begun = self._read(name, "begun") or {}
+        done = self._read(name, "done")
+        self._check_same(name, begun, depends_on)
+        state.wait_for_everyone()  # before anyone writes, all have read
+        if done is not None:
+            return done["result"]
+        if state.is_main_process:
+            say(f"{name} ...")
+            self._write(name, "begun", {"depends_on": depends_on, "sessions": begun.get("sessions", 0) + 1})
+        started, energy = time.monotonic(), joules()
+        result = work()
+        if state.is_main_process:
+            cost: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+            if energy is not None:
+                cost["joules"] = round(joules() - energy)
+            self._write(name, "done", {"result": result, **cost})
+        state.wait_for_everyone()
+        return self._read(name, "done")["result"]
+
+    def is_done(self, name: str) -> bool:
+        """Tell whether a stage has left its result."""
+        return self._read(name, "done") is not None
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """Return the seconds of each finished stage; with several sessions they are those of the last one."""
+        found = {}
+        for path in sorted(self.folder.glob("*.done.json")):
+            name = path.name.removesuffix(".done.json")
+            done, begun = self._read(name, "done"), self._read(name, "begun")
+            found[name] = {key: done[key] for key in ("seconds", "joules") if key in done}
+            found[name]["sessions"] = begun["sessions"]
+        return found
+
+    def _check_same(self, name: str, begun: dict[str, Any], depends_on: dict[str, Any]):
+        if not begun:
+            return
+        old = begun["depends_on"]
+        changed = sorted(key for key in {*old, *depends_on} if old.get(key) != depends_on.get(key))
+        if changed:
+            raise ValueError(
+                f"{self.folder.parent}: the stage {name!r} was begun with other values of {', '.join(changed)}: name "
+                "another folder by --out, or restore what it was."
+            )
+
+    def _read(self, name: str, kind: str) -> dict[str, Any] | None:
+        path = self.folder / f"{name}.{kind}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _write(self, name: str, kind: str, content: dict[str, Any]):
+        write_text(self.folder / f"{name}.{kind}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")

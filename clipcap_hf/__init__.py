@@ -44,6 +44,8 @@ __all__ = [
     "ClipCapCausalLMOutputWithPast",
     "ClipCapConfig",
     "ClipCapForConditionalGeneration",
+    "ClipCapModel",
+    "ClipCapModelOutputWithPast",
     "ClipCapPreTrainedModel",
     "ClipCapProcessor",
     "ClipCapTrainer",

@@ -25,6 +25,8 @@ from .model.model_card_clipcap import write_model_card  # noqa: E402
 from .model.modeling_clipcap import (  # noqa: E402
     ClipCapCausalLMOutputWithPast,
     ClipCapForConditionalGeneration,
+    ClipCapModel,
+    ClipCapModelOutputWithPast,
     ClipCapPreTrainedModel,
 )
 from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
@@ -43,7 +45,8 @@ AutoModel.register(ConseVisionConfig, ConseVisionModel)
 AutoConfig.register(DetectorVisionConfig.model_type, DetectorVisionConfig)
 AutoModel.register(DetectorVisionConfig, DetectorVisionModel)
 AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig)
-for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+AutoModel.register(ClipCapConfig, ClipCapModel)
+for _auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(ClipCapConfig, ClipCapForConditionalGeneration)
 AutoProcessor.register(ClipCapConfig, ClipCapProcessor)
 PIPELINE_REGISTRY.register_pipeline(
@@ -54,6 +57,8 @@ __all__ = [
     "ClipCapCausalLMOutputWithPast",
     "ClipCapConfig",
     "ClipCapForConditionalGeneration",
+    "ClipCapModel",
+    "ClipCapModelOutputWithPast",
     "ClipCapPreTrainedModel",
     "ClipCapProcessor",
     "ConseVisionConfig",

@@ -1,16 +1,22 @@
 """The public classes of a captioner, in the one module that checkpoints with code name.
 
 transformers imports the remote code of a local folder once for each module that `auto_map` names. One module for all
-four classes keeps them in one namespace, so that the model's configuration is of the class that the model expects.
+five classes keeps them in one namespace, so that the model's configuration is of the class that the model expects.
 """
 
 from .configuration_clipcap import ClipCapConfig
-from .modeling_clipcap import ClipCapForConditionalGeneration
+from .modeling_clipcap import ClipCapForConditionalGeneration, ClipCapModel
 from .pipeline_clipcap import ImageCaptioningPipeline
 from .processing_clipcap import ClipCapProcessor
 
 
-_PUBLIC_CLASSES = (ClipCapConfig, ClipCapForConditionalGeneration, ClipCapProcessor, ImageCaptioningPipeline)
+_PUBLIC_CLASSES = (
+    ClipCapConfig,
+    ClipCapModel,
+    ClipCapForConditionalGeneration,
+    ClipCapProcessor,
+    ImageCaptioningPipeline,
+)
 
 if __name__.startswith("transformers_modules."):
     # When remote code is saved again, transformers copies the module of each class and names it in `auto_map`.
@@ -18,4 +24,10 @@ if __name__.startswith("transformers_modules."):
         _public_class.__module__ = __name__
 
 
-__all__ = ["ClipCapConfig", "ClipCapForConditionalGeneration", "ClipCapProcessor", "ImageCaptioningPipeline"]
+__all__ = [
+    "ClipCapConfig",
+    "ClipCapForConditionalGeneration",
+    "ClipCapModel",
+    "ClipCapProcessor",
+    "ImageCaptioningPipeline",
+]

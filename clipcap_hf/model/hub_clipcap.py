@@ -9,7 +9,7 @@ from typing import Any
 
 _AUTO_MAP = {
     "AutoConfig": "captioner.ClipCapConfig",
-    "AutoModel": "captioner.ClipCapForConditionalGeneration",
+    "AutoModel": "captioner.ClipCapModel",
     "AutoModelForImageTextToText": "captioner.ClipCapForConditionalGeneration",
     "AutoModelForMultimodalLM": "captioner.ClipCapForConditionalGeneration",
 }

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, ClipCapModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_inputs import MAPPINGS, TOWERS, aligned, assert_same_weights, pixels, prompt_ids
@@ -120,7 +120,14 @@ def test_untied_head_stays_untied(tmp_path, make_model, text_config):
     assert_same_weights(model, ClipCapForConditionalGeneration.from_pretrained(tmp_path))
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
-def test_auto_classes(model_folder, auto_class):
+@pytest.mark.parametrize(
+    ("auto_class", "expected"),
+    [
+        (AutoModel, ClipCapModel),
+        (AutoModelForImageTextToText, ClipCapForConditionalGeneration),
+        (AutoModelForMultimodalLM, ClipCapForConditionalGeneration),
+    ],
+)
+def test_auto_classes(model_folder, auto_class, expected):
     assert type(AutoConfig.from_pretrained(model_folder)) is ClipCapConfig
-    assert type(auto_class.from_pretrained(model_folder)) is ClipCapForConditionalGeneration
+    assert type(auto_class.from_pretrained(model_folder)) is expected

@@ -38,13 +38,15 @@ LOAD = (
     WEIGHTS_HASH
     + """
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 image = Image.open(os.environ["IMAGE"])
 for name in os.environ["CAPTIONERS"].split():
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     ids = model.generate(**processor(images=image, return_tensors="pt"))
     captioner = pipeline("image-captioning", model=name, trust_remote_code=True)
+    base_model = AutoModel.from_pretrained(name, trust_remote_code=True)
+    hidden = base_model(**processor(images=image, return_tensors="pt")).last_hidden_state
     report[name] = {
         "auto": processor.batch_decode(ids, skip_special_tokens=True)[0].strip(),
         "pipeline": captioner(image, num_beams=3, return_scores=True),
@@ -53,6 +55,7 @@ for name in os.environ["CAPTIONERS"].split():
         and type(captioner.model) is type(model)
         and type(captioner.processor) is type(processor),
         "weights": weights_hash(model.state_dict()),
+        "base model": [type(base_model).__name__, weights_hash(base_model.state_dict()), list(hidden.shape)],
     }
 assert not any(name.partition(".")[0] == "clipcap_hf" for name in sys.modules)
 """
@@ -96,6 +99,7 @@ def test_without_the_package(captioners, picture):
             assert module.startswith("transformers_modules.") and module.endswith(".captioner")
             assert found["one namespace"]
             assert found["weights"] == weights
+            assert found["base model"] == ["ClipCapModel", weights, [1, 4, 32]]
             assert found["auto"] == here(image)[0]["generated_text"]
             assert found["pipeline"][0]["generated_text"] == expected[0]["generated_text"]
             assert found["pipeline"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
@@ -210,6 +214,7 @@ def test_entries_of_earlier_versions_still_load(captioners, picture):
     modules = {
         "ClipCapConfig": "configuration_clipcap",
         "ClipCapForConditionalGeneration": "modeling_clipcap",
+        "ClipCapModel": "modeling_clipcap",
         "ClipCapProcessor": "processing_clipcap",
         "ImageCaptioningPipeline": "pipeline_clipcap",
     }

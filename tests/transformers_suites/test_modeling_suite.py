@@ -4,12 +4,13 @@ The generation tests run only if `TRANSFORMERS_TESTS` names the `tests/` of a ch
 neither them nor the pipelines' tests, whose mixin cannot be imported without the rest.
 """
 
+import tempfile
 import unittest
 from unittest import mock
 
 import pytest
 import torch
-from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration
+from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, ClipCapModel
 from released_tests import GenerationTesterMixin, load
 from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig
 from transformers.models.auto import modeling_auto
@@ -94,7 +95,7 @@ class CaptionerTester:
 
 
 class CaptionerSuite(common.ModelTesterMixin, common.GenerationTesterMixin):
-    all_model_classes = (ClipCapForConditionalGeneration,)
+    all_model_classes = (ClipCapModel, ClipCapForConditionalGeneration)
     _is_composite = True
     language_model: str
     mapping_type: str
@@ -102,14 +103,26 @@ class CaptionerSuite(common.ModelTesterMixin, common.GenerationTesterMixin):
     def setUp(self):
         self.model_tester = CaptionerTester(self.language_model, self.mapping_type)
         # The tests tell what a model is for by these tables of names, which registration does not change.
-        names = {"clipcap": ClipCapForConditionalGeneration.__name__}
-        tables = mock.patch.dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, names)
-        tables.start()
-        self.addCleanup(tables.stop)
+        for table, model_class in (
+            (modeling_auto.MODEL_MAPPING_NAMES, ClipCapModel),
+            (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, ClipCapForConditionalGeneration),
+        ):
+            patched = mock.patch.dict(table, {"clipcap": model_class.__name__})
+            patched.start()
+            self.addCleanup(patched.stop)
 
-    @unittest.skip("A captioner has no base model below its head: its language model is a whole one.")
-    def test_model_base_model_prefix(self):
-        pass
+    def test_correct_missing_keys(self):
+        # transformers' test wants a captioner that is loaded from a base model to lack the head. Our base model holds
+        # the whole language model, so nothing may be missing.
+        config, _ = self.model_tester.prepare_config_and_inputs_for_common()
+        model = ClipCapForConditionalGeneration(config)
+        with tempfile.TemporaryDirectory() as folder:
+            model.base_model.save_pretrained(folder)
+            again, info = ClipCapForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        self.assertFalse(info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+        self.assertEqual(model.state_dict().keys(), again.state_dict().keys())
+        for name, weight in model.state_dict().items():
+            self.assertTrue(torch.equal(weight, again.state_dict()[name]), name)
 
     @unittest.skip(
         "Loads a checkpoint without weights, which is an error here; test_pretrained_clipcap.py has that case."

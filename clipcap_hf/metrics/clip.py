@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,9 @@ def check_images(images: Sequence | None, captions: int) -> Sequence:
         raise ValueError("clip_score needs images=[...]: a path, PIL image or bytes for each prediction.")
     if len(images) != captions:
         raise ValueError(f"There are {captions} predictions and {len(images)} images; give one image per prediction.")
-    return images
+    from ..model.images_clipcap import stored_images
+
+    return stored_images(images)
 
 
 def clip_scores(
@@ -107,13 +108,9 @@ def _batches(items: Sequence) -> Iterator[Iterator]:
 
 def _open(image: Any) -> Image.Image:
     """Read a path, PIL image, bytes, or a dict of path and bytes as `datasets` stores them, as upright RGB."""
-    from PIL import Image
+    from ..model.images_clipcap import load_image
 
-    from ..model.processing_clipcap import load_image
-
-    if isinstance(image, dict):
-        image = image["bytes"] or image["path"]
-    return load_image(Image.open(BytesIO(image)) if isinstance(image, bytes) else image)
+    return load_image(image)
 
 
 def check_clip(name: str) -> None:

@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from damage_samples import IMAGES, build, cases
+from damage_samples import IMAGES, PICTURES, build, cases
 
 
 DEADLINE = 60.0  # seconds for a case that takes less than one, on a machine that does other work too
@@ -128,11 +128,18 @@ def faults(case, outcome: Outcome, folder: Path, out: Path) -> list[str]:
     lines = [line for line in outcome.err.splitlines() if line.startswith("clipcap: ")]
     if not lines:
         found.append("no line that says what is wrong")
-    elif not any(name in line for line in lines for name in (case.file, os.path.dirname(case.file) or case.file)):
+    elif not any(name in line for line in lines for name in _names(case, folder)):
         found.append("the file is not named")
     if case.command == "caption" and case.kind not in ("json", "safetensors") and len(outcome.out.splitlines()) != 3:
         found.append("the other images were not captioned")
     return found
+
+
+def _names(case, folder: Path) -> list[str]:
+    """List what a message may name: the file, or for the files of a model or a data set their folder."""
+    if case.kind in PICTURES:
+        return [case.file]
+    return [case.file, str((folder / case.file).parent)]
 
 
 def _losses(case, outcome: Outcome, folder: Path, out: Path) -> list[str]:

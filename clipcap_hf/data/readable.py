@@ -96,27 +96,32 @@ def row_name(dataset):
     return name
 
 
-class ReadableImages:
-    """Read the images of a stream: for its `map`, with batches of one row.
+class LeftOut:
+    """Count the rows of a stream that are left out, over all workers, and name the first few and then ever fewer."""
 
-    Rows whose image cannot be read are left out; a warning names each and counts them, over all workers.
-    """
+    def __init__(self, source: str):
+        self.source = source
+        self.count = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __call__(self, name: str, reason: str):
+        self.count += 1
+        if (count := int(self.count)) <= 3 or set(str(count)[1:]) == {"0"}:
+            logger.warning(f"{self.source}: {name} is left out ({reason}); {count} rows left out so far.")
+
+
+class ReadableImages:
+    """Read the images of a stream, for its `map` with batches of one row; leave out what cannot be read."""
 
     def __init__(self, what: str):
-        self.what = what
-        self.left_out = torch.zeros((), dtype=torch.long).share_memory_()
+        self.left_out = LeftOut(f"The {what} data")
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         [image] = batch["image"]
         try:
             return {**batch, "image": [load_image(image)]}
         except ValueError as error:
-            self.left_out += 1
-            name = (batch.get("image_id") or [None])[0] or (image or {}).get("path") or "of a row"
-            logger.warning(
-                f"The image {name} of the {self.what} data cannot be read and is left out ({error}); "
-                f"{int(self.left_out)} left out so far."
-            )
+            name = (batch.get("image_id") or [None])[0] or (image or {}).get("path")
+            self.left_out(f"the image {name or 'of a row'}", str(error))
         return {name: [] for name in batch}
 
 

@@ -137,8 +137,8 @@ def _load_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]
 
 def _load_open_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
     from ..clip import load_text_tower
+    from ..model.image_processors_clipcap import load_image_processor
     from ..model.modeling_vision import embed_pixels, load_vision_tower
-    from ..model.processing_clipcap import load_image_processor
 
     tower = load_vision_tower(name).eval().to(device)
     image_processor, _ = load_image_processor(name)
@@ -152,13 +152,17 @@ def _load_open_clip(name: str, device: str) -> tuple[Callable, Callable, torch.d
 def _load_transformers_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+    from ..model.damage_clipcap import check_transform, naming
+
     # The name may be of any repository: code from it is never run.
-    model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
+    with naming(f"The weights in {name}"):
+        model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name} is no CLIP model: CLIPScore needs an image and a text tower.")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # The transform on PIL images equals OpenAI's.
     image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    check_transform(image_processor)
     length = model.config.text_config.max_position_embeddings
 
     def embed_texts(texts: list[str]) -> torch.Tensor:

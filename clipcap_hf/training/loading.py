@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
 
 from ..data import READERS, load_captions, load_embeddings, load_emoji, warn_of_overlap
-from ..data.readable import readable_stream
+from ..data.readable import LeftOut, readable_stream
 from ..data.schema import CaptionCleaner, image_paths
 from ..files import listed
 from ..model.configuration_clipcap import IMAGE_TOKEN
@@ -166,7 +166,7 @@ def _one_form(data, data_args: DataArguments, what: str):
     """Use our column names, make captions clean lists, and leave out rows without a caption."""
     argument = _argument(what)
     if not hasattr(data, "select"):
-        return readable_stream(data, what).map(_clean_row).filter(bool, input_columns="captions")
+        return readable_stream(data, what).map(_CleanRow(argument)).filter(bool, input_columns="captions")
     if not len(data):
         raise ValueError(f"{argument} has no rows.")
     if "image" in data.column_names and getattr(data.features["image"], "dtype", None) in ("string", "large_string"):
@@ -199,9 +199,20 @@ def _named(data, data_args: DataArguments, what: str):
     return data.rename_columns(renamed) if renamed else data
 
 
-def _clean_row(row: dict) -> dict:
-    clean = CaptionCleaner("the stream")
-    return {"captions": [text for text in clean(row["captions"], row.get("image_id")) if IMAGE_TOKEN not in text]}
+class _CleanRow:
+    """Clean the captions of a stream's row; a row without a usable one is named and counted."""
+
+    def __init__(self, source: str):
+        self.clean = CaptionCleaner(source)
+        self.left_out = LeftOut(source)
+
+    def __call__(self, row: dict) -> dict:
+        captions = self.clean(row["captions"], row.get("image_id"))
+        kept = [text for text in captions if IMAGE_TOKEN not in text]
+        if not kept:
+            reason = f"its captions hold {IMAGE_TOKEN}, which is reserved" if captions else "it has no caption"
+            self.left_out(f"the image {row.get('image_id', 'of a row')}", reason)
+        return {"captions": kept}
 
 
 def _clean(data, argument: str, column: str):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .model.generation_clipcap import mean_log_probs
+from .model.images_clipcap import stored_images
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.processing_clipcap import ClipCapProcessor, load_image
 from .processes import process_state
@@ -40,7 +41,7 @@ class _Images(Dataset):
     """Images that are read and preprocessed when indexed: `(pixel_values, None)` or `(None, error)`."""
 
     def __init__(self, images: Sequence, processor: ClipCapProcessor):
-        self.images = images
+        self.images = stored_images(images)
         self.image_processor = processor.image_processor
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class _Images(Dataset):
         try:
             image = load_image(self.images[index])
             return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
-        except (ValueError, OSError, MemoryError) as error:  # a column of a data set raises Pillow's errors
+        except (ValueError, OSError, MemoryError) as error:
             return None, str(error) or type(error).__name__
 
 
@@ -277,6 +278,7 @@ def embed_images(
         the CPU.
     """
     embeds = []
+    images = stored_images(images)
     with torch.inference_mode(), tqdm(total=len(images), unit="image", desc=desc, disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
             batch = [load_image(image) for image in images[start : start + batch_size]]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from .model.damage_clipcap import naming
+from .model.image_processors_clipcap import load_image_processor
 from .model.modeling_open_clip import is_open_clip_name
 from .model.modeling_vision import load_vision_tower
-from .model.processing_clipcap import load_image_processor
 
 
 def load_tower(name: str, vision_feature: str = "pooled"):
@@ -37,7 +38,8 @@ def load_text_tower(name: str, device: str | torch.device = "cpu") -> Callable[[
         raise ValueError(f"{name} is a `{config.model_type}`; the text tower must be a CLIP's.")
     text_config = getattr(config, "text_config", None) or config
     text_config.projection_dim = config.projection_dim  # in a complete CLIP, the outer value counts
-    model = CLIPTextModelWithProjection.from_pretrained(name, config=text_config).to(device).eval()
+    with naming(f"The weights in {name}"):
+        model = CLIPTextModelWithProjection.from_pretrained(name, config=text_config).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     def embed(texts: list[str]) -> torch.Tensor:

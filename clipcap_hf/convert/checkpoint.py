@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from ..files import check_file
+from ..model.damage_clipcap import check_archive
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.modeling_vision import load_vision_config, vision_feature_dim
 
@@ -134,8 +134,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if start != b"PK" and start[:1] != b"\x80":  # a zip file or a pickle
         raise ValueError(f"{path} is not a PyTorch checkpoint; was a web page saved in place of the file?")
     # For a truncated file, torch suggests `weights_only=False`, as if the file held code.
-    if start == b"PK" and not _is_zip(path):
-        raise ValueError(f"{path} is damaged or cut short: download it again.")
+    check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -155,13 +154,6 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if all(key.startswith("module.") for key in state):  # saved from DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # Python 3.11 and later check more than the end mark
-        return False
 
 
 def _check_is_state_dict(state: Any, path: Path):

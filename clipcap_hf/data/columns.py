@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .readable import LeftOut
 from .schema import CAPTION_COLUMNS, CaptionCleaner, caption_features, clean_caption, image_paths, select_split
+from .shards import load_shards
 
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _load(builder: str | None, source, load_kwargs: dict, missing: str):
     from datasets import load_dataset, load_from_disk
 
     if builder == "webdataset":
-        return _load_shards(source, {"streaming": True, **load_kwargs}, missing)
+        return load_shards(source, {"streaming": True, **load_kwargs}, missing)
     if builder is not None:
         if not os.path.isdir(source):
             raise FileNotFoundError(f"There is no folder {source}.")
@@ -60,69 +61,6 @@ def _load(builder: str | None, source, load_kwargs: dict, missing: str):
         saved = load_from_disk(os.fspath(source))
         return saved if isinstance(saved, DatasetDict) else DatasetDict({str(saved.split or "train"): saved})
     return load_dataset(os.fspath(source), **load_kwargs)
-
-
-def _tar_files(source) -> str | list[str] | dict:
-    if isinstance(source, (dict, list)) or "://" in str(source):
-        return source
-    pattern = os.path.join(source, "*.tar") if os.path.isdir(source) else os.fspath(source)
-    if not (files := sorted(glob.glob(pattern, recursive=True))):
-        raise FileNotFoundError(f"No tar shards match {pattern}.")
-    return files
-
-
-def _load_shards(source, load_kwargs: dict, missing: str):
-    """Load tar shards with all their image columns: `datasets` itself looks only at the first samples."""
-    from datasets import Image, load_dataset
-
-    files = _tar_files(source)
-    local = isinstance(files, list) and all(os.path.isfile(file) for file in files)
-    for file in files if local else ():
-        _check_tar_end(file, missing)
-    data = load_dataset("webdataset", data_files=files, **load_kwargs)
-    if not local or load_kwargs.get("features") is not None:
-        return data
-    features = next(iter(data.values())).features
-    unseen = {name: Image() for file in files for name in _image_fields(file) if name not in features}
-    if not unseen:
-        return data
-    return load_dataset("webdataset", data_files=files, **load_kwargs, features=type(features)({**features, **unseen}))
-
-
-def _check_tar_end(file: str, missing: str):
-    """Refuse an archive that was cut between two members: it lacks only the two empty blocks at its end."""
-    with open(file, "rb") as archive:
-        if not _is_plain_tar(archive.read(512)):
-            return
-        archive.seek(max(0, os.path.getsize(file) - 1024))
-        if archive.read() == bytes(1024):
-            return
-    message = f"{file} has no end mark: it is truncated, and samples may be missing. Download or write it again"
-    if missing == "error":
-        raise ValueError(f"{message}, or read the rest with `missing='skip'` (--missing skip).")
-    logger.warning(f"{message}. The rest is read.")
-
-
-def _is_plain_tar(block: bytes) -> bool:
-    return block[257:262] == b"ustar"  # otherwise it is compressed and has its own end mark
-
-
-def _image_fields(file: str) -> list[str]:
-    """Return the extensions of the images in an archive, reading only the headers of its members."""
-    import tarfile
-
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
-
-    fields: dict[str, None] = {}
-    try:
-        with tarfile.open(file) as archive:
-            for member in archive:
-                field = os.path.basename(member.name).partition(".")[2].lower()
-                if member.isfile() and field.rpartition(".")[2] in WebDataset.IMAGE_EXTENSIONS:
-                    fields[field] = None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is not a tar archive, or is damaged: {error}.") from error
-    return list(fields)
 
 
 def _map_style(
@@ -201,6 +139,8 @@ def _streamed(
     # Shards may hold images with several extensions, each in its own column.
     image_columns = image_columns if image_column is None and "__key__" in dataset.column_names else [first_column]
 
+    left_out = LeftOut(source)
+
     def convert(row: dict, number: int) -> dict:
         image_id = str(_get(row, id_column)) if id_column else f"{split}-{number}"
         where = f"image {image_id} of {source}"
@@ -209,6 +149,8 @@ def _streamed(
             texts = _get(row, name)
             captions += [clean_caption(text, where) for text in ([texts] if isinstance(texts, str) else texts or [])]
         captions = [caption for caption in captions if caption is not None]
+        if not captions:
+            left_out(f"the image {image_id}", "it has no caption")
         # None if there is none: it is counted where images are read.
         image = next((row[name] for name in image_columns if row[name] is not None), None)
         return {"image": image, "captions": captions, "image_id": image_id, "split": split}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import logging
 import os
@@ -22,11 +21,11 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
 
 from ..files import lock_folder
-from ..model.image_processing_open_clip import to_rgb
+from ..model.images_clipcap import load_image
 from ..model.modeling_vision import embed_pixels
-from ..model.processing_clipcap import load_image
 from ..processes import default_workers, process_state
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
+from .readable import undecoded
 
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def _embed_split(
 ) -> Dataset:
     process = process_state()
     preprocess = _Preprocess(image_processor)
-    shards = _Shards(_with_undecoded_images(dataset), shard_size)
+    shards = _Shards(undecoded(dataset), shard_size)
     blank = preprocess.pixels(Image.new("RGB", (64, 64)))
     shape = tuple(encoder(blank[None]).shape[1:])
     transform = json.loads(image_processor.to_json_string())
@@ -185,17 +184,6 @@ def _embed_split(
             folder.finish(len(shards))
         process.wait_for_everyone()
     return load_embeddings(out)
-
-
-def _with_undecoded_images(dataset):
-    """Leave decoding to the workers, so that a broken image affects only itself."""
-    from datasets import Image as ImageFeature
-
-    if dataset.features is None:
-        dataset = dataset._resolve_features()
-    if "image" not in dataset.features:
-        raise ValueError(f"The data has no column 'image'; it has {', '.join(dataset.features)}: rename the column.")
-    return dataset.with_format(None).cast_column("image", ImageFeature(decode=False))
 
 
 class _Shards:
@@ -321,10 +309,7 @@ class _Preprocess:
 def _read(image: dict | None) -> Image.Image:
     if image is None or (image["bytes"] is None and image["path"] is None):
         raise ValueError("there is no image")
-    if image["bytes"] is None:
-        return load_image(image["path"])
-    with Image.open(io.BytesIO(image["bytes"])) as opened:
-        return to_rgb(opened)
+    return load_image(image)
 
 
 class _Batches(TorchDataset):

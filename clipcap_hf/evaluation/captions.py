@@ -108,7 +108,7 @@ def caption_evaluation_set(
     results = caption_images(
         model,
         processor,
-        Subset(data.images, pending),
+        Subset(data.stored_images, pending),
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress and state.is_main_process,

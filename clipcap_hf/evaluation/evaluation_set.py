@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from ..files import listed
+from ..model.images_clipcap import stored_images
 from .digests import image_digest
 
 
@@ -51,10 +52,16 @@ class EvaluationSet:
         )
 
     @cached_property
+    def stored_images(self) -> Sequence[Any] | None:
+        """Return the images not yet decoded: paths, or rows of path and bytes, for data sets of `datasets`."""
+        if isinstance(self.images, Subset):
+            return Subset(stored_images(self.images.items), self.images.positions)
+        return stored_images(self.images)
+
+    @cached_property
     def image_digests(self) -> list[str]:
-        """SHA-256 of each image: of the bytes of its file, or of its pixels if it has none."""
-        stored = _as_stored(self.images)
-        return [image_digest(stored[place]) for place in range(len(self))]
+        """SHA-256 of each image, of the files' bytes where there are files."""
+        return [image_digest(self.stored_images[place]) for place in range(len(self))]
 
 
 @dataclass
@@ -71,17 +78,6 @@ class Subset(Sequence):
         if isinstance(index, slice):
             return [self.items[position] for position in self.positions[index]]
         return self.items[self.positions[index]]
-
-
-def _as_stored(images):
-    """Return the paths and bytes in a column of `datasets`, without decoding images; other sequences are unchanged."""
-    if isinstance(images, Subset):
-        return Subset(_as_stored(images.items), images.positions)
-    if type(images).__module__.partition(".")[0] != "datasets" or not hasattr(images, "source"):
-        return images
-    from datasets import Image
-
-    return images.source.cast_column(images.column_name, Image(decode=False))[images.column_name]
 
 
 def repeated_ids(ids: Sequence) -> list:

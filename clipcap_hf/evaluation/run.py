@@ -137,7 +137,7 @@ def _score(
 ) -> tuple[dict[str, Any], list[str]]:
     """Compute the scores, and return the metrics' warnings as notes."""
     if "clip_score" in metrics and data.images is not None:
-        options["images"] = data.images
+        options["images"] = data.stored_images
     if clip_model:
         options["clip_model"] = clip_model
     with warnings.catch_warnings(record=True) as caught:

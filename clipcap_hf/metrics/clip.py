@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,9 @@ def check_images(images: Sequence | None, captions: int) -> Sequence:
         raise ValueError("clip_score needs images=[...]: a path, PIL image or bytes for each prediction.")
     if len(images) != captions:
         raise ValueError(f"There are {captions} predictions and {len(images)} images; give one image per prediction.")
-    return images
+    from ..model.images_clipcap import stored_images
+
+    return stored_images(images)
 
 
 def clip_scores(
@@ -108,14 +109,10 @@ def _batches(items: Sequence) -> Iterator[Iterator]:
 
 
 def _open(image: Any) -> Image.Image:
-    """Read an image as upright RGB: a path, PIL image, bytes, or a dictionary as `datasets` stores images."""
-    from PIL import Image
+    """Read a path, PIL image, bytes, or a dict of path and bytes as `datasets` stores them, as upright RGB."""
+    from ..model.images_clipcap import load_image
 
-    from ..model.processing_clipcap import load_image
-
-    if isinstance(image, dict):
-        image = image["bytes"] or image["path"]
-    return load_image(Image.open(BytesIO(image)) if isinstance(image, bytes) else image)
+    return load_image(image)
 
 
 def check_clip(name: str) -> None:
@@ -142,8 +139,8 @@ def _load_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]
 
 def _load_open_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
     from ..clip import load_text_tower
+    from ..model.image_processors_clipcap import load_image_processor
     from ..model.modeling_vision import embed_pixels, load_vision_tower
-    from ..model.processing_clipcap import load_image_processor
 
     tower = load_vision_tower(name).eval().to(device)
     image_processor, _ = load_image_processor(name)
@@ -157,13 +154,17 @@ def _load_open_clip(name: str, device: str) -> tuple[Callable, Callable, torch.d
 def _load_transformers_clip(name: str, device: str) -> tuple[Callable, Callable, torch.dtype]:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    # The name may be any repository, so never run code from it.
-    model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
+    from ..model.damage_clipcap import check_transform, naming
+
+    # The name may be of any repository: code from it is never run.
+    with naming(f"The weights in {name}"):
+        model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{name} is no CLIP model: CLIPScore needs an image and a text tower.")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # The transform on PIL images equals OpenAI's.
     image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    check_transform(image_processor)
     length = model.config.text_config.max_position_embeddings
 
     def embed_texts(texts: list[str]) -> torch.Tensor:

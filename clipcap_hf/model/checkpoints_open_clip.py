@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .damage_clipcap import check_archive
+
 
 _WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -190,6 +192,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
             raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository.")
     try:
+        check_archive(path)
         weights: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         # Without the error's text, which may suggest `weights_only=False`: that runs code from the file.

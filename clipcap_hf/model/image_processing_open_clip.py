@@ -10,6 +10,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
+from .damage_clipcap import check_transform
 from .images_clipcap import to_rgb
 
 
@@ -73,9 +74,7 @@ class OpenClipImageProcessor(PilBackend):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        # Zero would silently give infinite pixels.
-        if any(not 0 < std < float("inf") for std in self.image_std):
-            raise ValueError(f"`image_std` must be positive numbers, got {list(self.image_std)}.")
+        check_transform(self)
 
     def process_image(self, image, *args, **kwargs) -> np.ndarray:
         return super().process_image(to_rgb(image) if isinstance(image, Image.Image) else image, *args, **kwargs)

@@ -79,6 +79,22 @@ def flat_list_of_images(images: Any) -> list:
     return [images]
 
 
+def stored_images(images: Any) -> Any:
+    """Return a column or rows of `datasets` with paths and bytes in place of decoded images; others unchanged.
+
+    `datasets` itself decodes with every plug-in of Pillow, and raises whatever error that raises.
+    """
+    if not type(images).__module__.startswith("datasets."):
+        return images
+    rows = images if hasattr(images, "cast_column") else getattr(images, "source", None)
+    name = getattr(images, "column_name", "image")
+    feature = (getattr(rows, "features", None) or {}).get(name)
+    if getattr(feature, "_type", None) != "Image" or getattr(rows, "format", {"type": None})["type"] is not None:
+        return images
+    rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows if hasattr(images, "cast_column") else rows[name]
+
+
 def shorten(value: Any, most: int = 250) -> str:
     """Shorten a long text for a message."""
     text = str(value)

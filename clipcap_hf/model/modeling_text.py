@@ -16,6 +16,7 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig, check_language_model, context_length
+from .damage_clipcap import naming
 
 
 def load_tokenizer(folder: str, config: PreTrainedConfig, **kwargs) -> PreTrainedTokenizerBase | None:
@@ -107,7 +108,8 @@ def load_language_model(name: str, dtype: torch.dtype | str, **kwargs) -> PreTra
     if config is None:
         config = AutoConfig.from_pretrained(name, **kwargs)
     check_language_model(config)
-    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **kwargs)
+    with naming(f"The weights in {name}"):
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **kwargs)
 
 
 def _load_gguf(name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:

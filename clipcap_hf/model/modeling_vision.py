@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoints_open_clip import is_open_clip_name, list_open_clip_names
 from .configuration_clipcap import PROJECTED_TOWERS, clip_embed_dim_of
+from .damage_clipcap import naming
 from .modeling_conse import ConseVisionModel
 from .modeling_detector import DetectorVisionModel
 from .modeling_open_clip import OpenClipVisionModel, clip_vision_obstacle, load_open_clip_config
@@ -32,6 +33,12 @@ _TOWER_CLASSES = {
     "conse_vision_model": ConseVisionModel,
     "detector_vision_model": DetectorVisionModel,
 }
+
+# Towers that take images of one size; others, such as DINOv2 and ConvNeXt, take any.
+_FIXED_SIZE = (
+    *("clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model", "open_clip_vision_model"),
+    *("xclip_vision_model", "blip_vision_model", "vit", "deit", "beit"),
+)
 
 # For suggestions only: the Hub offers no search for similar names.
 _POPULAR_TOWERS = (
@@ -120,9 +127,10 @@ def load_vision_tower(
         tower = OpenClipVisionModel.from_open_clip(name, dtype=dtype, **_hub_kwargs(kwargs))
         return tower if clip_vision_obstacle(tower.config) else tower.to_clip_vision_model()
     tower_class = vision_tower_class(vision_config.model_type)
-    tower, info = tower_class.from_pretrained(
-        name, config=vision_config, dtype=dtype, output_loading_info=True, **kwargs
-    )
+    with naming(f"The weights in {name}"):
+        tower, info = tower_class.from_pretrained(
+            name, config=vision_config, dtype=dtype, output_loading_info=True, **kwargs
+        )
     missing = sorted(info["missing_keys"])
     if vision_feature == "patches":
         missing = [key for key in missing if "pool" not in key and "head" not in key]
@@ -196,6 +204,7 @@ def embed_pixels(
         )
     if model_type == "open_clip_vision_model" and vision_feature == "patches":
         kwargs["output_patches"] = True
+    _check_size(pixel_values, tower.config, kwargs)
     frames = pixel_values.shape[1] if pixel_values.ndim == 5 and model_type != "xclip_vision_model" else None
     if frames is not None:
         pixel_values = pixel_values.flatten(0, 1)
@@ -207,6 +216,18 @@ def embed_pixels(
     if frames is not None:
         embeds = embeds.unflatten(0, (-1, frames)).mean(1)
     return embeds, outputs
+
+
+def _check_size(pixel_values: torch.Tensor, config: PreTrainedConfig, kwargs: dict):
+    size = getattr(config, "image_size", None)
+    if config.model_type not in _FIXED_SIZE or size is None or kwargs.get("interpolate_pos_encoding"):
+        return
+    wanted, found = (size, size) if isinstance(size, int) else tuple(size), tuple(pixel_values.shape[-2:])
+    if found != wanted:
+        raise ValueError(
+            f"The images are {found[0]} x {found[1]} pixels, but the vision tower takes {wanted[0]} x {wanted[1]}: "
+            "the image processor (preprocessor_config.json) belongs to another tower."
+        )
 
 
 def _pooled_embeds(outputs: ModelOutput, config: PreTrainedConfig, image_size: tuple[int, int]) -> torch.Tensor:

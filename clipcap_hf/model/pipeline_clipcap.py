@@ -11,7 +11,7 @@ from transformers import Pipeline
 
 from .generation_clipcap import mean_log_probs
 from .hub_clipcap import add_code
-from .images_clipcap import shorten
+from .images_clipcap import shorten, stored_images
 from .model_card_clipcap import PushesModelCard, write_model_card
 
 
@@ -189,7 +189,7 @@ def _as_pipeline_input(images: Any) -> tuple[Any, bool]:
     if isinstance(images, torch.utils.data.Dataset):
         return images, False
     if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
-        return _Rows(images), True
+        return _Rows(stored_images(images)), True
     if isinstance(images, Iterable):
         return (image for image in images), False
     raise ValueError(f"{shorten(type(images).__name__)}: neither an image nor a collection of images")

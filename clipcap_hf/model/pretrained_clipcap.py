@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .base_clipcap import CaptionerParts
 from .configuration_clipcap import ClipCapConfig
+from .damage_clipcap import naming
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import load_vision_config, load_vision_tower, vision_feature_dim
@@ -59,15 +59,11 @@ class LoadsAndSaves(CaptionerParts):
         wants_info = kwargs.get("output_loading_info", False)
         name = pretrained_model_name_or_path
         donor_hashes: dict[str, str] = {}
-        try:
+        with naming(f"The weights in {name}"):
             if name is not None:
                 kwargs, donor_hashes = with_donors(cls, name, moved, kwargs)
                 _check_generation_config(name, kwargs)
             model, info = cls._load_complete(name, model_args, kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights in {name} are incomplete or damaged ({error}): copy or download them again."
-            ) from error
         _check_finite_weights(model, name)
         model._donor_hashes = donor_hashes
         model._freeze()  # loading makes new parameters, which require gradients

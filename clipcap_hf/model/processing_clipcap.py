@@ -12,11 +12,11 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_clipcap import IMAGE_TOKEN
+from .damage_clipcap import check_transform, naming
 from .donors_clipcap import donor_folder
-from .image_processing_open_clip import OpenClipImageProcessor, image_processor_from_open_clip
+from .image_processing_open_clip import OpenClipImageProcessor
+from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
-from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
-from .modeling_vision import load_vision_config
 from .video_frames import list_videos, read_frames
 
 
@@ -85,6 +85,8 @@ class ClipCapProcessor(ProcessorMixin):
             raise ValueError(f"`prompt_template` must hold exactly one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
             raise ValueError("ClipCapProcessor needs a tokenizer.")
+        if image_processor is not None:
+            check_transform(image_processor)
         tokenizer = _captioning_tokenizer(tokenizer)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -301,6 +303,12 @@ class ClipCapProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", *image_names]
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a processor as transformers does; errors of damaged files name the folder."""
+        with naming(f"The files of the processor in {pretrained_model_name_or_path}"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # CLIP was trained with Pillow's resampling; torchvision's, the default, differs by up to 2/255.
         backend = kwargs.pop("backend", "pil")
@@ -379,22 +387,6 @@ def _stack_embeds(clip_embeds: Any) -> torch.Tensor:
             f"patches, got {tuple(clip_embeds.shape)}."
         )
     return clip_embeds
-
-
-def load_image_processor(vision: str, **kwargs) -> tuple:
-    """Load a tower's image processor by name, and a video encoder's number of frames (`None` for other towers)."""
-    if is_open_clip_name(vision):
-        _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **kwargs)
-        return image_processor_from_open_clip(preprocess_cfg), None
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **kwargs)
-    except (OSError, ValueError):
-        load_vision_config(vision, **kwargs)  # raises a clearer error if the tower does not exist
-        raise
-    try:
-        return image_processor, getattr(load_vision_config(vision, **kwargs), "num_frames", None)
-    except ValueError:  # a folder may hold just the processor
-        return image_processor, None
 
 
 __all__ = ["ClipCapProcessor"]

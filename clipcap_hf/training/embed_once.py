@@ -32,7 +32,12 @@ def pays_to_embed(
         return False
     if not model.config.freeze_vision:
         return False
-    return _images_shown(train, data_args, args) >= len(train)
+    return reads_all_images(train, data_args, args)
+
+
+def reads_all_images(train, data_args: DataArguments, args: CaptioningArguments) -> bool:
+    """Return whether the run shows as many images as a data set with random access holds."""
+    return hasattr(train, "select") and _images_shown(train, data_args, args) >= len(train)
 
 
 def _images_shown(train, data_args: DataArguments, args: CaptioningArguments) -> float:

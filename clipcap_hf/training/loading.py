@@ -9,11 +9,12 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
 
 from ..data import READERS, load_captions, load_embeddings, load_emoji, to_caption_form, warn_of_overlap
+from ..data.readable import LeftOut, readable_stream
 from ..data.schema import CaptionCleaner, image_paths
 from ..files import listed
 from ..model.configuration_clipcap import IMAGE_TOKEN
 from .arguments import DataArguments
-from .rows import UNREADABLE, as_list, evenly_spread
+from .rows import as_list, evenly_spread
 
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def _one_form(data, data_args: DataArguments, what: str):
     """Use our column names, make captions clean lists, and leave out rows without a caption."""
     argument = _argument(what)
     if not hasattr(data, "select"):
-        return data.map(_clean_row).filter(bool, input_columns="captions")
+        return readable_stream(data, what).map(_CleanRow(argument)).filter(bool, input_columns="captions")
     if not len(data):
         raise ValueError(f"{argument} has no rows.")
     if "image" in data.column_names and getattr(data.features["image"], "dtype", None) in ("string", "large_string"):
@@ -198,9 +199,20 @@ def _named(data, data_args: DataArguments, what: str):
     return to_caption_form(data, **theirs)
 
 
-def _clean_row(row: dict) -> dict:
-    clean = CaptionCleaner("the stream")
-    return {"captions": [text for text in clean(row["captions"], row.get("image_id")) if IMAGE_TOKEN not in text]}
+class _CleanRow:
+    """Clean the captions of a stream's row; a row without a usable one is named and counted."""
+
+    def __init__(self, source: str):
+        self.clean = CaptionCleaner(source)
+        self.left_out = LeftOut(source)
+
+    def __call__(self, row: dict) -> dict:
+        captions = self.clean(row["captions"], row.get("image_id"))
+        kept = [text for text in captions if IMAGE_TOKEN not in text]
+        if not kept:
+            reason = f"its captions hold {IMAGE_TOKEN}, which is reserved" if captions else "it has no caption"
+            self.left_out(f"the image {row.get('image_id', 'of a row')}", reason)
+        return {"captions": kept}
 
 
 def _clean(data, argument: str, column: str):
@@ -263,38 +275,6 @@ def cut_to_context(data, tokenizer, room: int | None, max_caption_length: int | 
                 f"language model's context and are cut: row {listed(long, 3)}."
             )
     return room
-
-
-def drop_unreadable(data, what: str):
-    """Leave out the rows whose image cannot be read, and name them."""
-    if data is None or "image" not in data.column_names:
-        return data
-    kept: list[int] = []
-    bad: list[str] = []
-    for row in range(len(data)):
-        try:
-            data[row]["image"]
-            kept.append(row)
-        except UNREADABLE:
-            bad.append(row_name(data)(row))
-    if not bad:
-        return data
-    logger.warning(f"{len(bad)} images of the {what} data cannot be read and are left out: {listed(bad, 3)}.")
-    if not kept:
-        raise ValueError(f"No image of the {what} data can be read.")
-    return data.select(kept)
-
-
-def row_name(data):
-    """Return a function that names a row by the path of its image, or by its number."""
-    paths: list = []
-
-    def name(row: int) -> str:
-        if not paths and "image" in data.column_names:
-            paths.extend(image_paths(data))
-        return str(paths[row]) if paths and paths[row] else f"of row {row}"
-
-    return name
 
 
 def references_of(captions: Sequence) -> list[list[str]]:

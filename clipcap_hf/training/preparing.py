@@ -10,12 +10,13 @@ import torch
 
 from ..clip import load_text_tower
 from ..data import check_embeddings
+from ..data.readable import drop_unreadable, row_name, undecoded
 from ..model.configuration_clipcap import context_length
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
-from .embed_once import embed_once, pays_to_embed
-from .loading import cut_to_context, drop_unreadable, row_name
+from .embed_once import embed_once, pays_to_embed, reads_all_images
+from .loading import cut_to_context
 from .packing import can_pack
 from .recipe import fit_recipe
 from .rows import as_list, one_row_per_caption
@@ -78,8 +79,11 @@ def prepare(
     if pays_to_embed(train, model, data_args, args):
         train = embed_once(train, "train", model, processor, args)
         evaluation = embed_once(evaluation, "eval", model, processor, args)
-    elif evaluation is not None and "clip_embeds" not in evaluation.column_names:
-        evaluation = drop_unreadable(evaluation, "evaluation")
+    else:
+        evaluation = _without_unreadable(evaluation, "evaluation")
+        if reads_all_images(train, data_args, args):
+            train = _without_unreadable(train, "training")
+    _say_how_much(train)
     data = RunData(train, evaluation, [], None, length, embeds_noise)
     if hasattr(train, "select"):
         data.train_captions = [as_list(texts) for texts in train["captions"]]
@@ -92,6 +96,20 @@ def prepare(
     elif hasattr(train, "select"):
         data.name = row_name(train)
     return data
+
+
+def _without_unreadable(data, what: str):
+    if data is None or "clip_embeds" in data.column_names:
+        return data
+    return drop_unreadable(data, what)
+
+
+def _say_how_much(train):
+    if hasattr(train, "select"):
+        captions = sum(len(as_list(texts)) for texts in train["captions"])
+        logger.info(f"Training data: {len(train)} images with {captions} captions.")
+    else:
+        logger.info("Training data: a stream.")
 
 
 def _check_fit(train, evaluation, model, data_args: DataArguments):
@@ -187,6 +205,8 @@ def _noise(data_args: DataArguments, model) -> float:
 def _rows(train, data_args: DataArguments, args: CaptioningArguments):
     if {"clip_embeds", "image"} <= set(train.column_names or ()):
         train = train.remove_columns("image")  # not needed, and each row would decode its image
+    if hasattr(train, "select") and "image" in train.column_names:
+        train = undecoded(train)  # read by `EpochRows`
     if data_args.references == "all" and args.objective == "cross_entropy":
         return one_row_per_caption(train)
     return train

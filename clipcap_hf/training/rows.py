@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..data.readable import read_image
+
 
 DRAW = "draw"
 
@@ -69,7 +71,7 @@ class EpochRows(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         read = getattr(self.rows, "__getitems__", None)  # a data set on disk reads a batch at once
         try:
-            rows = read(indices) if read else [self.rows[index] for index in indices]
+            rows = list(map(read_image, read(indices) if read else [self.rows[index] for index in indices]))
         except UNREADABLE:
             rows = [self._readable(index) for index in indices]
         return [{**row, DRAW: (self.seed, self.epoch, index)} for row, index in zip(rows, indices)]
@@ -79,7 +81,7 @@ class EpochRows(Dataset):
         for step in range(len(self.rows)):
             row = (index + step) % len(self.rows)
             try:
-                return self.rows[row]
+                return read_image(self.rows[row])
             except UNREADABLE as error:
                 if row not in self.unreadable:
                     self.unreadable.add(row)

@@ -1,0 +1,85 @@
+"""Damaged files: errors that name them, and settings that would silently give wrong pixels."""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .images_clipcap import shorten
+
+
+_DAMAGE = (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turn the errors of damaged files, which name no file, into a `ValueError` that says what was read.
+
+    Args:
+        what (`str`): For example `"The weights in FOLDER"`.
+    """
+    try:
+        yield
+    except _DAMAGE as error:
+        # Without an unpickler's text, which may advise to run what is in the file.
+        reason = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else shorten(error)
+        raise ValueError(f"{what} are incomplete or damaged ({reason}): copy or download them again.") from error
+
+
+def check_archive(path: str | os.PathLike):
+    """Refuse a `.pt` file whose records are damaged, or larger than the file; legacy files have no check sums.
+
+    torch itself ignores check sums, and takes memory for the sizes that the file names.
+
+    Raises:
+        ValueError: If a record is damaged; the message names the file.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if sum(record.file_size for record in records) > os.path.getsize(path):  # torch stores uncompressed
+                raise zipfile.BadZipFile("its records are larger than the file")
+            for record in records:
+                if not record.CRC:  # `torch.serialization.set_crc32_options(False)`
+                    continue
+                with archive.open(record) as content:
+                    while content.read(1 << 20):
+                        pass
+    except Exception as error:  # a damaged directory of records can raise almost anything
+        raise ValueError(f"{path} is damaged or cut short ({shorten(error)}): download it again.") from error
+
+
+def check_transform(image_processor: Any):
+    """Refuse a transform that would silently make infinite, NaN or equal pixels of every image.
+
+    Raises:
+        ValueError: If `image_std` or `rescale_factor` is not above 0, or one of them or `image_mean` is not finite.
+    """
+    for name, used, positive in (
+        ("image_mean", "do_normalize", False),
+        ("image_std", "do_normalize", True),
+        ("rescale_factor", "do_rescale", True),
+    ):
+        value = getattr(image_processor, name, None)
+        if value is None or not getattr(image_processor, used, True):
+            continue
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(_is_number(number) and (number > 0 or not positive) for number in numbers):
+            kind = "positive numbers" if positive else "finite numbers"
+            raise ValueError(f"`{name}` must be {kind} in the image processor, got {str(value)[:80]}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+__all__ = ["check_archive", "check_transform", "naming"]

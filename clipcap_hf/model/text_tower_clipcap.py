@@ -18,6 +18,7 @@ from transformers import (
     SiglipTextModel,
 )
 
+from .bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from .checkpoints_open_clip import is_open_clip_name
 
 
@@ -31,6 +32,7 @@ _TEXT_TOWERS = {
     "siglip_text_model": SiglipTextModel,
     "siglip2": Siglip2TextModel,
     "siglip2_text_model": Siglip2TextModel,
+    BagOfTokensTextConfig.model_type: BagOfTokensTextModel,
 }
 
 
@@ -83,7 +85,7 @@ def load_text_tower(
         return _load_open_clip_text_tower(name).to(device)
     # The name may be of any repository: code from it is never run.
     hub_kwargs["trust_remote_code"] = False
-    config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    config = _load_config(name, hub_kwargs)
     if (tower_class := _TEXT_TOWERS.get(config.model_type)) is None:
         raise ValueError(
             f"{name} is a `{config.model_type}`; the text tower must be a CLIP's (of transformers or open_clip), a "
@@ -119,6 +121,13 @@ def load_text_tower(
 
     has_vision_tower = getattr(config, "vision_config", None) is not None
     return TextTower(name, model.eval(), embed, text_config, has_vision_tower).to(device)
+
+
+def _load_config(name: str, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    found, _ = PreTrainedConfig.get_config_dict(name, **hub_kwargs)
+    if found.get("model_type") == BagOfTokensTextConfig.model_type:  # transformers does not know it
+        return BagOfTokensTextConfig.from_dict(found)
+    return AutoConfig.from_pretrained(name, **hub_kwargs)
 
 
 def _load_open_clip_text_tower(name: str) -> TextTower:

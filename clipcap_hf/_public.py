@@ -34,6 +34,7 @@ from .model.modeling_detector import DetectorVisionModel  # noqa: E402
 from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
 from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
+from .model.reranking_clipcap import CaptionReranker  # noqa: E402
 from .training.warm_start import warm_start_mapper  # noqa: E402
 
 
@@ -54,6 +55,7 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 __all__ = [
+    "CaptionReranker",
     "ClipCapCausalLMOutputWithPast",
     "ClipCapConfig",
     "ClipCapForConditionalGeneration",

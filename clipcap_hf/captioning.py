@@ -81,7 +81,7 @@ def caption_files(
         progress (`bool`): Show a progress bar on standard error.
         explain (`int`): How many nearest tokens to return for each prefix vector, see
             [`ClipCapForConditionalGeneration.interpret_prefix`].
-        generate_kwargs: For `generate()`: `num_beams`, `num_return_sequences`, `max_new_tokens`, ...
+        generate_kwargs: For `generate()`: `num_beams`, `num_return_sequences`, `max_new_tokens`, `rerank`, ...
 
     Yields:
         [`CaptionedImage`]: One for each path, in order. A file that cannot be read gets an error and stops nothing.
@@ -194,9 +194,14 @@ def caption_pixels(
     inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt").to(model.device)
     # Convolutional towers are twice as fast with channels last.
     pixel_values = torch.stack(list(pixels)).to(model.device, memory_format=torch.channels_last)
-    with torch.no_grad():
-        image_outputs = model.get_image_features(pixel_values, return_dict=True)  # once, for captions and explanation
     results = [CaptionedImage() for _ in pixels]
+    images = {"pixel_values": pixel_values}
+    reranks = generate_kwargs.get("rerank") is not None  # needs the embedding itself, not only the prefix
+    if explain or not reranks:
+        with torch.no_grad():
+            image_outputs = model.get_image_features(pixel_values, return_dict=True)
+        if not reranks:
+            images = {"mm_encoder_outputs": {"image": image_outputs}}
     if explain:  # first, since beam search repeats the prefix in place
         nearest: Any = model.interpret_prefix(prefix=image_outputs.pooler_output, k=explain, tokenizer=processor)
         for result, tokens, cosines in zip(results, nearest.tokens, nearest.cosines.tolist()):
@@ -206,7 +211,7 @@ def caption_pixels(
     outputs = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        mm_encoder_outputs={"image": image_outputs},
+        **images,
         **generate_kwargs,
     )
     captions = _texts_of_images(processor, outputs.sequences if scores else outputs, len(pixels))

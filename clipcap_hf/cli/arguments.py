@@ -1,6 +1,7 @@
 """Arguments that several commands share, and how to load the devices, captioners and data that they name."""
 
 import argparse
+import math
 import os
 import sys
 
@@ -35,6 +36,46 @@ def add_device_arguments(parser: argparse.ArgumentParser):
         help="type of weights and arithmetic (default: as stored); 16 bits are several times as fast on GPUs, and "
         "bfloat16 on CPUs with AMX",
     )
+
+
+def add_rerank_arguments(parser):
+    parser.add_argument(
+        "--rerank",
+        action="store_true",
+        help="choose among the captions of the beam search (10 beams unless --beams says otherwise) by the text tower "
+        "of the captioner's CLIP: the one saved with the captioner, or the CLIP that its configuration names",
+    )
+    parser.add_argument(
+        "--text-tower",
+        metavar="NAME",
+        help="re-rank by the text tower of this CLIP: a Hub id, folder or open_clip name",
+    )
+    parser.add_argument(
+        "--rerank-weight",
+        type=float,
+        metavar="W",
+        help="weight of the cosine of image and text, added to the mean log-probability (default: the text tower's, "
+        "or 10)",
+    )
+
+
+def check_rerank(arguments) -> bool:
+    """Tell whether to re-rank; refuse settings that cannot, before anything is loaded."""
+    reranks = arguments.rerank or arguments.text_tower is not None
+    if arguments.rerank_weight is not None:
+        if not reranks:
+            raise ValueError("--rerank-weight goes with --rerank or --text-tower")
+        if not (math.isfinite(arguments.rerank_weight) and arguments.rerank_weight >= 0):
+            raise ValueError(f"--rerank-weight must be a number of at least 0, got {arguments.rerank_weight}")
+    if reranks and arguments.beams == 1:
+        raise ValueError("--rerank chooses among the captions of several beams: give --beams of 2 or more, or none")
+    return reranks
+
+
+def load_reranker(arguments, model, processor):
+    from ..model.reranking_clipcap import CaptionReranker
+
+    return CaptionReranker.from_pretrained(model, processor, arguments.text_tower, arguments.rerank_weight)
 
 
 def not_negative(text: str) -> int:

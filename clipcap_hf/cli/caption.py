@@ -3,7 +3,16 @@
 import argparse
 import sys
 
-from .arguments import add_device_arguments, beams, load_captioner, not_negative, positive
+from .arguments import (
+    add_device_arguments,
+    add_rerank_arguments,
+    beams,
+    check_rerank,
+    load_captioner,
+    load_reranker,
+    not_negative,
+    positive,
+)
 from .output import escape, json_line
 
 
@@ -24,9 +33,10 @@ def add_parser(commands):
     )
     decoding = caption.add_argument_group("captions")
     decoding.add_argument(
-        "--beams", type=beams, default=1, metavar="N", help="beam search with N beams (default: greedy)"
+        "--beams", type=beams, metavar="N", help="beam search with N beams (default: greedy; 10 with --rerank)"
     )
     decoding.add_argument("--captions", type=beams, default=1, metavar="N", help="give the N best captions per image")
+    add_rerank_arguments(decoding)
     decoding.add_argument("--prompt", help="text that every caption continues")
     decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
     decoding.add_argument(
@@ -100,6 +110,7 @@ def run(arguments) -> int:
 
 
 def _check(arguments):
+    check_rerank(arguments)
     keeps = arguments.out is not None or arguments.sidecar
     if (arguments.skip_existing or arguments.overwrite) and not keeps:
         raise ValueError("--skip-existing and --overwrite go with --out or --sidecar")
@@ -122,12 +133,16 @@ def _open_outputs(arguments, paths: list[str]):
 
 def _caption(arguments, model, processor, paths: list[str]):
     from ..captioning import caption_files
+    from ..model.reranking_clipcap import DEFAULT_BEAMS
     from .arguments import reading_workers
 
+    reranks = check_rerank(arguments)
     generate_kwargs = {
-        "num_beams": max(arguments.beams, arguments.captions),
+        "num_beams": max(arguments.beams or (DEFAULT_BEAMS if reranks else 1), arguments.captions),
         "num_return_sequences": arguments.captions,
     }
+    if reranks:
+        generate_kwargs["rerank"] = load_reranker(arguments, model, processor)
     if arguments.max_new_tokens:
         generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
     return caption_files(

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .arguments import add_device_arguments, load_captioner, not_negative, positive
+from .arguments import (
+    add_device_arguments,
+    add_rerank_arguments,
+    check_rerank,
+    load_captioner,
+    load_reranker,
+    not_negative,
+    positive,
+)
 
 
 def add_parser(commands):
@@ -83,10 +91,13 @@ def _add_source_arguments(what):
 
 
 def _add_decoding_arguments(decoding):
-    decoding.add_argument("--beams", type=positive, default=5, metavar="N", help="beam search (default: %(default)s)")
+    decoding.add_argument(
+        "--beams", type=positive, metavar="N", help="beam search with N beams (default: 5; 10 with --rerank)"
+    )
     decoding.add_argument(
         "--official-beam-search", action="store_true", help="use the rule of the official ClipCap code"
     )
+    add_rerank_arguments(decoding)
     decoding.add_argument("--prompt", help="a beginning that every caption continues")
     decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
     decoding.add_argument(
@@ -155,7 +166,9 @@ def _check(arguments):
         raise ValueError("--split goes with --benchmark or --data")
     if arguments.limit and arguments.results:
         raise ValueError("--limit is for captions of a --model; for a results file with fewer, use --allow-subset")
-    if arguments.official_beam_search and arguments.beams < 2:
+    if check_rerank(arguments) and arguments.results:
+        raise ValueError("--rerank is for captions of a --model, not for a results file")
+    if arguments.official_beam_search and arguments.beams == 1:
         raise ValueError("--official-beam-search needs --beams of 2 or more")
     own = [name for name in ("data_format", "images", "missing", *COLUMNS) if getattr(arguments, name) is not None]
     if own and (arguments.benchmark or arguments.data is None):
@@ -295,17 +308,20 @@ def _load_data(arguments, benchmark, split):
 
 def _captions(arguments, captioner, data, folder: Path):
     from ..evaluation import caption_benchmark
+    from ..model.reranking_clipcap import DEFAULT_BEAMS
+    from .arguments import reading_workers
 
-    generate_kwargs = {"num_beams": arguments.beams}
+    model, processor = captioner
+    reranks = check_rerank(arguments)
+    generate_kwargs = {"num_beams": arguments.beams or (DEFAULT_BEAMS if reranks else 5)}
+    if reranks:
+        generate_kwargs["rerank"] = load_reranker(arguments, model, processor)
     if arguments.official_beam_search:
         from .. import official_beam_search
 
         generate_kwargs["custom_generate"] = official_beam_search
     if arguments.max_new_tokens:
         generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
-    from .arguments import reading_workers
-
-    model, processor = captioner
     name = os.path.expanduser(arguments.model)
     return caption_benchmark(
         model,

@@ -76,6 +76,8 @@ def decoding_record(model, generate_kwargs: dict) -> dict[str, Any]:
     """Record the settings of the model's generation config, with the overrides of this run."""
     settings = {**model.generation_config.to_diff_dict(), **generate_kwargs}
     settings.pop("transformers_version", None)
+    if (rerank := settings.get("rerank")) is not None:
+        settings["rerank"] = rerank.record()
     return {name: getattr(value, "__name__", value) for name, value in sorted(settings.items())}
 
 

@@ -97,6 +97,21 @@ def fast_beam_search(
     Raises:
         CannotSearchFast: If it does not cover the settings; raised before any work.
     """
+    outputs = scored_beam_search(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    )
+    return outputs.sequences
+
+
+def scored_beam_search(
+    model: Decoder,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> GenerateBeamDecoderOnlyOutput:
+    """Search as [`fast_beam_search`], and also return `sequences_scores`, without keeping all logits for them."""
     if not _covers(model, input_ids, logits_processor, generation_config, model_kwargs):
         raise CannotSearchFast
     input_ids, model_kwargs = one_row_per_image(model, input_ids, generation_config.num_beams, model_kwargs)
@@ -105,7 +120,10 @@ def fast_beam_search(
 
     num_returned = generation_config.num_return_sequences
     longest = int(beams.found_lengths[:, :num_returned].max())
-    return beams.found[:, :num_returned, : beams.prompt_length + longest].flatten(0, 1)
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=beams.found[:, :num_returned, : beams.prompt_length + longest].flatten(0, 1),
+        sequences_scores=beams.found_scores[:, :num_returned].flatten(),
+    )
 
 
 class CannotSearchFast(Exception):
@@ -366,4 +384,4 @@ def _gather(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-__all__ = ["fast_beam_search", "official_beam_search"]
+__all__ = ["fast_beam_search", "official_beam_search", "scored_beam_search"]

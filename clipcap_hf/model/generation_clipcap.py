@@ -36,6 +36,8 @@ class GeneratesCaptions(CaptionerParts, GenerationMixin):
                 `clip_embeds` (batch, clip_embed_dim), for patches (batch, patches, clip_embed_dim), `attention_mask`,
                 and anything that `generate` of transformers takes. `max_length` counts the prefix: prefer
                 `max_new_tokens`. With `labels`, as in a training batch, each prompt ends where the labels begin.
+                With `rerank`, a [`CaptionReranker`], the captions of the beam search are ordered by how well they fit
+                the image, too.
                 Guidance (`guidance_scale`) without a negative prompt compares with a caption that starts from the
                 beginning-of-text token and has no image.
 
@@ -49,6 +51,9 @@ class GeneratesCaptions(CaptionerParts, GenerationMixin):
                 prompt is an image followed by text.
         """
         kwargs = _one_name_each(inputs, kwargs)
+        if (rerank := kwargs.pop("rerank", None)) is not None:
+            _check_reranker(rerank)
+            return rerank.generate(self, generation_config, kwargs)
         self._refuse_settings(generation_config, kwargs)
         _end_prompts_at_labels(kwargs, self.config.image_token_id, self.generation_config.pad_token_id)
         self._check_images(kwargs)
@@ -327,6 +332,14 @@ def _end_prompts_at_labels(kwargs: dict[str, Any], image_token_id: int, pad_toke
     for name in ("token_type_ids", "mm_token_type_ids"):
         if kwargs.get(name) is not None:
             kwargs[name] = kwargs[name].gather(1, order).masked_fill(~kept, 0)
+
+
+def _check_reranker(rerank: Any):
+    if not hasattr(rerank, "cosines"):
+        raise ValueError(
+            f"`rerank` must be a CaptionReranker, got {rerank!r}: pass `CaptionReranker.from_pretrained(model, "
+            'processor)`. The pipeline "image-captioning" also takes `rerank=True` and the name of a CLIP.'
+        )
 
 
 def _would_propose_placeholders(kwargs: dict[str, Any], image_token_id: int) -> bool:

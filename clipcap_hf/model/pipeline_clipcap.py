@@ -13,6 +13,7 @@ from .generation_clipcap import mean_log_probs
 from .hub_clipcap import add_code
 from .images_clipcap import shorten, stored_images
 from .model_card_clipcap import PushesModelCard, write_model_card
+from .reranking_clipcap import as_reranker
 
 
 class ImageCaptioningPipeline(PushesModelCard, Pipeline):
@@ -45,6 +46,7 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
         prompt=None,
         timeout=None,
         return_scores=None,
+        rerank=None,
         max_new_tokens=None,
         generate_kwargs=None,
         **generation_parameters,
@@ -59,7 +61,18 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
         forward = generate_kwargs
         if return_scores is not None:
             forward["return_scores"] = return_scores
+        if rerank is not None:
+            forward["rerank"] = self._reranker(rerank)
         return preprocess, forward, {}
+
+    def _reranker(self, rerank):
+        """Load the text tower of each name once."""
+        if not isinstance(rerank, (bool, str, os.PathLike)):
+            return rerank
+        loaded = self.__dict__.setdefault("_rerankers", {})
+        if rerank not in loaded:
+            loaded[rerank] = as_reranker(rerank, self.model, self.processor)
+        return loaded[rerank]
 
     def __call__(self, images, **kwargs):
         r"""
@@ -73,8 +86,9 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
                 that the processor accepts.
             kwargs: `prompt` (`str`), which every caption continues; `timeout` (`float`), seconds for the whole
                 download of each URL; `return_scores` (`bool`), to add a `score`, the mean log-probability of the
-                caption's tokens; `max_new_tokens`, `num_beams`, `num_return_sequences` and every other argument of
-                `generate()`, also as `generate_kwargs`.
+                caption's tokens; `rerank` (`True`, the name of a CLIP, or a [`CaptionReranker`]), to choose among the
+                captions of `num_beams=10` by the CLIP's text tower; `max_new_tokens`, `num_beams`,
+                `num_return_sequences` and every other argument of `generate()`, also as `generate_kwargs`.
 
         Returns:
             For one image, a `list[dict]` with the `generated_text` of each caption, prompt included. For several, a

@@ -8,16 +8,21 @@ import torch
 from .model.modeling_open_clip import is_open_clip_name
 from .model.modeling_vision import load_vision_tower
 from .model.processing_clipcap import load_image_processor
+from .sources import vision_source
 
 
 def load_tower(name: str, vision_feature: str = "pooled"):
     """Load an image tower, in float32, and its image processor.
 
     Args:
-        name (`str`): As in [`ClipCapForConditionalGeneration.from_vision_text_pretrained`].
+        name (`str`): As in [`ClipCapForConditionalGeneration.from_vision_text_pretrained`], or a captioner, whose
+            tower is used.
         vision_feature (`str`): `"pooled"` or `"patches"`, as in [`ClipCapConfig`].
     """
-    return load_vision_tower(name, torch.float32, vision_feature), load_image_processor(name)[0]
+    tower, image_processor = vision_source(name)
+    if not isinstance(tower, str):
+        return tower, image_processor
+    return load_vision_tower(tower, torch.float32, vision_feature), load_image_processor(tower)[0]
 
 
 def load_text_tower(name: str, device: str | torch.device = "cpu") -> Callable[[list[str]], torch.Tensor]:

@@ -8,6 +8,7 @@ from .arguments import positive
 def add_parser(commands):
     demo = commands.add_parser(
         "demo",
+        usage="clipcap demo [OPTION ...]",
         help="train a captioner of emoji from scratch, offline, in minutes",
         description="Encodes the embedded emoji drawings with the embedded image tower, trains a captioner from "
         "scratch, scores it on two held-out splits next to baselines, and saves it with a picture of its captions.",

@@ -74,7 +74,10 @@ def verdict(ending: Ending) -> tuple[str, str]:
     if len(ending.after) < FEW_HELD_OUT:
         return "not judged", f"Only {len(ending.after)} images are held out, too few to judge. Add images."
     if len({texts[0] for texts in ending.references}) == 1:
-        return "not judged", "All held-out images have the same caption. Add captions that tell images apart."
+        return "not judged", (
+            f"All held-out images have the same caption, {ending.references[0][0][:60]!r}, so the captioner writes it "
+            "for every image. Give images captions that tell them apart."
+        )
     for judge in (_collapsed, _unchanged, _below_copying, _overfitted):
         if reason := judge(ending):
             return reason

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from .assets import resolve
 from .model.modeling_open_clip import is_open_clip_name
 from .model.modeling_vision import load_vision_tower
 from .model.processing_clipcap import load_image_processor
@@ -33,6 +34,7 @@ def load_text_tower(name: str, device: str | torch.device = "cpu") -> Callable[[
             complete CLIP or a [`~transformers.CLIPTextModelWithProjection`]), or an open_clip name.
         device (`str` or `torch.device`): The device to run on.
     """
+    name = resolve(name)
     if is_open_clip_name(name):
         return _open_clip_text_tower(name, device)
     from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection

@@ -1,13 +1,14 @@
 """What names of models stand for: embedded captioners, parts of captioners, GGUF files and Python packages."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
 from .assets import resolve
-from .model.donors_clipcap import PACKAGE, donor_folder
+from .model.donors_clipcap import donor_folder
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.processing_clipcap import ClipCapProcessor
 
@@ -23,28 +24,45 @@ def vision_source(name: str) -> tuple[str | PreTrainedModel, Any]:
     return tower, ClipCapProcessor.from_pretrained(name).image_processor
 
 
-def text_source(name: str) -> tuple[str | PreTrainedModel, str, dict[str, str]]:
-    """Find a language model, and its tokenizer, by name.
+@dataclass
+class TextSource:
+    """
+    A language model and its tokenizer, with the arguments for loading them.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): Its name, or the loaded model.
+        tokenizer (`str`): Name of its tokenizer.
+        model_kwargs (`dict`): For loading the model by its name.
+        tokenizer_kwargs (`dict`): For loading the tokenizer.
+    """
+
+    model: str | PreTrainedModel
+    tokenizer: str
+    model_kwargs: dict[str, str] = field(default_factory=dict)
+    tokenizer_kwargs: dict[str, str] = field(default_factory=dict)
+
+
+def text_source(name: str) -> TextSource:
+    """Find a language model by name.
 
     Args:
         name (`str`): A Hub id or folder, a GGUF file, `"package:NAME"` for an installed Python package, or a
             captioner, whose language model is used.
-
-    Returns:
-        The name or the loaded language model, the name of its tokenizer, and arguments for loading either by its name.
     """
     name = os.path.expanduser(resolve(name))
     if name.endswith(".gguf"):
         folder, file = os.path.split(name)
-        return folder or ".", folder or ".", {"gguf_file": file}
-    folder = Path(donor_folder(name))
-    if not is_captioner(str(folder)):
-        kwargs = _only_gguf(folder, name)
-        return name, name, kwargs
-    config = AutoConfig.from_pretrained(folder)
-    if donor := (config.donors or {}).get("language_model"):  # frozen, and loaded from where it comes from
-        return donor["name"], str(folder), {key: donor[key] for key in ("gguf_file", "revision") if key in donor}
-    return ClipCapForConditionalGeneration.from_pretrained(folder).language_model, str(folder), {}
+        return TextSource(folder or ".", folder or ".", {"gguf_file": file}, {"gguf_file": file})
+    folder = donor_folder(name)
+    if not is_captioner(folder):
+        kwargs = _only_gguf(Path(folder))
+        return TextSource(name, name, kwargs, kwargs)
+    donor = (AutoConfig.from_pretrained(folder).donors or {}).get("language_model")
+    if donor:  # frozen, and loaded from where it comes from
+        return TextSource(
+            donor["name"], folder, {key: donor[key] for key in ("gguf_file", "revision") if key in donor}
+        )
+    return TextSource(ClipCapForConditionalGeneration.from_pretrained(folder).language_model, folder)
 
 
 def is_captioner(name: str) -> bool:
@@ -58,12 +76,11 @@ def check_folder(name: str | None, option: str):
         raise ValueError(f"{option}: there is no file or folder {name}")
 
 
-def _only_gguf(folder: Path, name: str) -> dict[str, str]:
+def _only_gguf(folder: Path) -> dict[str, str]:
     """Return the GGUF file that holds the weights of a folder without other weights."""
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if not files or (folder / "config.json").is_file():
         return {}
     if len(files) > 1:
-        where = donor_folder(name) if name.startswith(PACKAGE) else name
-        raise ValueError(f"{name} has several GGUF files, {', '.join(files)}: name one, {where}/{files[0]}.")
+        raise ValueError(f"{folder} has several GGUF files, {', '.join(files)}: name one, {folder / files[0]}.")
     return {"gguf_file": files[0]}

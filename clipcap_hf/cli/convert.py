@@ -50,17 +50,17 @@ def _run_official(arguments) -> int:
     out = Path(arguments.out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another folder")
-    text, tokenizer, text_kwargs = text_source(arguments.text)
-    if not isinstance(text, str):
+    text = text_source(arguments.text)
+    if not isinstance(text.model, str):
         raise ValueError(f"--text {arguments.text} is a captioner; give the language model of the official checkpoint")
     vision = None if arguments.vision is None else os.path.expanduser(resolve(arguments.vision))
     if vision is not None and is_captioner(vision):
         raise ValueError(f"--vision {arguments.vision} is a captioner; give the CLIP of the official checkpoint")
-    processor = ClipCapProcessor.from_vision_text_pretrained(vision, tokenizer, text_kwargs=text_kwargs)
+    processor = ClipCapProcessor.from_vision_text_pretrained(vision, text.tokenizer, text_kwargs=text.tokenizer_kwargs)
     model = convert_official_checkpoint(
         arguments.checkpoint,
-        text_config=donor_folder(text),
-        text_kwargs=text_kwargs,
+        text_config=donor_folder(text.model),
+        text_kwargs=text.model_kwargs,
         vision=vision,
         normalize_clip_embeds=arguments.normalize_clip_embeds,
         image_token_id=processor.image_token_id,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .arguments import positive
+from .output import show_runs
 
 
 def add_parser(commands):
@@ -27,11 +28,9 @@ def add_parser(commands):
 
 
 def run(arguments) -> int:
-    from transformers.utils import logging
-
     from ..demo import run_demo, summary
 
-    logging.set_verbosity_error()
+    show_runs()
     kwargs = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     report = run_demo(arguments.out, language=arguments.language, seed=arguments.seed, **kwargs)
     print(summary(Path(arguments.out), report))

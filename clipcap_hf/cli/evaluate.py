@@ -120,9 +120,12 @@ def _add_scoring_arguments(evaluate):
 
 
 def run(arguments) -> int:
+    from ..assets import resolve
     from ..evaluation import get_benchmark
     from ..metrics import JavaError
 
+    if arguments.clip_model is not None:
+        arguments.clip_model = os.path.expanduser(resolve(arguments.clip_model))
     benchmark = get_benchmark(arguments.benchmark) if arguments.benchmark else None
     folders = _folders(arguments, benchmark)
     card = _card_folder(arguments)

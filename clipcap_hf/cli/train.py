@@ -1,12 +1,12 @@
 """`clipcap train`: options from flags and recipe files, and what is shown of a run."""
 
 import argparse
-import logging
 import os
 import sys
 from typing import Any
 
 from .arguments import DTYPES, add_device_arguments, pick_device
+from .output import show_runs
 from .parser import Parser, one_spelling
 from .train_options import SHORT_NAMES, Option, read_options
 
@@ -97,11 +97,8 @@ def _switch(text: str) -> bool:
 
 
 def run(arguments) -> int:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("clipcap_hf").setLevel(logging.INFO)
     args = dataclasses_of(arguments)
-    if not (args[2].verbose or args[2].log_level in ("debug", "info")):
-        _quiet()
+    show_runs(verbose=args[2].verbose or args[2].log_level in ("debug", "info"))
     from ..training.run import run_training
 
     run_training(*args)
@@ -118,17 +115,6 @@ def check(arguments):
         arguments.parser.error(
             f"unrecognized arguments: {arguments.recipe_file} (a file of options ends in .yaml, .yml or .json)"
         )
-
-
-def _quiet():
-    """Keep load reports and the bars of small steps of transformers and datasets from the user."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def parse(words: list[str]) -> tuple:
@@ -151,7 +137,7 @@ def dataclasses_of(arguments: argparse.Namespace) -> tuple:
         del flags["debug"]
     recipe = {} if arguments.recipe_file is None else _recipe(arguments.recipe_file, parser)
     ours = {name: vars(arguments).get(name) or recipe.pop(name, None) for name in ("device", "dtype")}
-    parser.set_defaults(**recipe, **{**_device(ours["device"]), **_precision(ours["dtype"]), **flags})
+    parser.set_defaults(**{**recipe, **_device(ours["device"]), **_precision(ours["dtype"]), **flags})
     return parser.parse_args_into_dataclasses([], look_for_args_file=False)
 
 

@@ -92,13 +92,13 @@ def _choose_what_is_trained(model: ClipCapForConditionalGeneration, model_args: 
 def _new_captioner(model_args: ModelArguments, data_args: DataArguments):
     prefix_length = model_args.prefix_length or (40 if model_args.mapping_type == "transformer" else 10)
     vision, image_processor = (None, None) if model_args.vision is None else vision_source(model_args.vision)
-    text, tokenizer, text_kwargs = text_source(model_args.text)
+    text = text_source(model_args.text)
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
-        vision, text, text_kwargs=text_kwargs, **_config(model_args, data_args, prefix_length)
+        vision, text.model, text_kwargs=text.model_kwargs, **_config(model_args, data_args, prefix_length)
     )
     vision_name = vision if isinstance(vision, str) else None
     processor = ClipCapProcessor.from_vision_text_pretrained(
-        vision_name, tokenizer, prefix_length, text_kwargs=text_kwargs if tokenizer == text else None
+        vision_name, text.tokenizer, prefix_length, text_kwargs=text.tokenizer_kwargs
     )
     if image_processor is not None:
         processor.image_processor = image_processor

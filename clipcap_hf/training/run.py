@@ -196,6 +196,7 @@ def _add_baselines(ending: verdict.Ending, data, tokenizer: str):
     ending.before_rows = list(spread_rows(len(references), MOST_BEFORE)) if ending.before else []
     captions = {"captioner": ending.after}
     if data.train_captions:
+        ending.shared_words = verdict.shared_words(data.train_captions)
         captions[MOST_COMMON] = [most_common_caption(data.train_captions)] * len(references)
     if data.train_embeds is not None and "clip_embeds" in data.evaluation.column_names:
         embeds = torch.from_numpy(np.asarray(data.evaluation["clip_embeds"], dtype=np.float32))

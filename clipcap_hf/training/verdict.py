@@ -12,6 +12,8 @@ FEW_HELD_OUT = 5
 SAME_CAPTION_SHARE = 0.5
 RISE = 1.1  # a last loss this many times the best one is a rise
 SAME_IMAGE = 0.9999
+SHARED_START = 0.9  # of the training captions, for words that make a style
+SAME_STYLE_SHARE = 0.8
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Ending:
         after (`list[str]`): Captions of all these images after training.
         before_rows (`list[int]`): Rows of the images that were captioned before training.
         loss_before (`float`, *optional*): Loss on held-out images before training.
+        shared_words (`str`): The words that the training captions start with, if these are the same.
         overlap (`int`): Held-out images that are the same as a training image.
         notes (`list[str]`): What could not be computed, and why.
     """
@@ -52,6 +55,7 @@ class Ending:
     after: list[str] = field(default_factory=list)
     before_rows: list[int] = field(default_factory=list)
     loss_before: float | None = None
+    shared_words: str = ""
     overlap: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -78,7 +82,7 @@ def verdict(ending: Ending) -> tuple[str, str]:
             f"All held-out images have the same caption, {ending.references[0][0][:60]!r}, so the captioner writes it "
             "for every image. Give images captions that tell them apart."
         )
-    for judge in (_collapsed, _unchanged, _below_copying, _overfitted):
+    for judge in (_collapsed, _unchanged, _below_copying, _overfitted, _half_in_style):
         if reason := judge(ending):
             return reason
     rose = _rise(ending)
@@ -122,6 +126,30 @@ def _below_copying(ending: Ending) -> tuple[str, str] | None:
         "Add images or captions, train for more epochs if the loss still fell at the end, or start from a captioner "
         "of similar images."
     )
+
+
+def _half_in_style(ending: Ending) -> tuple[str, str] | None:
+    if not ending.shared_words:
+        return None
+    followed = sum(caption.startswith(ending.shared_words) for caption in ending.after)
+    if followed >= SAME_STYLE_SHARE * len(ending.after):
+        return None
+    return "partly learned", (
+        f"{followed} of the {len(ending.after)} captions start with {ending.shared_words!r}, as the training captions "
+        "do. Add images, raise the epochs (`--epochs`, 2 times as many), or raise the learning rate."
+    )
+
+
+def shared_words(captions: Sequence[Sequence[str]]) -> str:
+    """Return the words that nearly all captions start with, or an empty string if these are fewer than two."""
+    starts = [texts[0].split() for texts in captions]
+    shared: list[str] = []
+    while True:
+        words = Counter(words[len(shared)] for words in starts if len(words) > len(shared))
+        word, times = words.most_common(1)[0] if words else ("", 0)
+        if times < SHARED_START * len(starts):
+            return " ".join(shared) if len(shared) > 1 else ""
+        shared.append(word)
 
 
 def _overfitted(ending: Ending) -> tuple[str, str] | None:

@@ -100,6 +100,8 @@ def _message(error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError):  # its own text advises unsafe loading
         text = "a file of weights is damaged or holds more than tensors; it was not loaded"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which has not been imported here
+        text = "out of memory on the accelerator: use a smaller --batch-size or --dtype bfloat16"
     elif isinstance(error, MemoryError):
         text = f"out of memory {text}".strip()
     elif not isinstance(error, (ValueError, OSError, ImportError)):

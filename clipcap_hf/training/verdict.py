@@ -111,7 +111,7 @@ def _unchanged(ending: Ending) -> tuple[str, str] | None:
         return None
     return "did not change", (
         f"{same} of {len(pairs)} captions are the same as before training. Raise the learning rate "
-        "(`--learning_rate`, 3 times as high) or the epochs (`--num_train_epochs`), or train more of the captioner."
+        "(`--learning-rate`, 3 times as high) or the epochs (`--epochs`), or train more of the captioner."
     )
 
 
@@ -166,7 +166,7 @@ def _overfitted(ending: Ending) -> tuple[str, str] | None:
     return "overfitted", (
         f"The loss on held-out images rose from {best.scores['loss']:.3f} in epoch {best.epoch:g} to "
         f"{ending.last.scores['loss']:.3f}.{kept} Train for fewer epochs or at a lower learning rate, add data, or "
-        "freeze more (`--freeze_language_model`, `--lora_r 8`)."
+        "freeze more (`--freeze-language-model`, `--lora-r 8`)."
     )
 
 
@@ -191,7 +191,7 @@ def disagreement(ending: Ending) -> str | None:
         f"Loss and CIDEr disagree: the loss is lowest in epoch {by_loss.epoch:g} (CIDEr "
         f"{by_loss.scores['cider']:.1f}), CIDEr "
         f"highest in epoch {by_cider.epoch:g} ({by_cider.scores['cider']:.1f}). CIDEr hardly counts words that all "
-        "captions share, and is noisy on few images. `--metric_for_best_model` sets the score that counts."
+        "captions share, and is noisy on few images. `--metric-for-best-model` sets the score that counts."
     )
 
 

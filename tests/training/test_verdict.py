@@ -39,7 +39,7 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
         (ending(), "learned", "scores higher on held-out images than copied captions"),
         (ending((3.0, 1.5, 2.5), saved=2), "learned", "rose after epoch 2"),
         (ending(after=["a drawing of a cat"] * 6), "collapsed", "Lower the learning rate"),
-        (ending(after=NAMES), "did not change", "--learning_rate"),
+        (ending(after=NAMES), "did not change", "--learning-rate"),
         (ending(own=20.0), "below copying", "nearest training image"),
         (ending(own=1.0, nearest=0.0), "below copying", "most common caption"),
         (ending((1.5, 2.0, 2.5)), "overfitted", "fewer epochs"),

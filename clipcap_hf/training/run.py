@@ -197,6 +197,7 @@ def _add_baselines(ending: verdict.Ending, data, tokenizer: str):
     captions = {"captioner": ending.after}
     if data.train_captions:
         ending.shared_words = verdict.shared_words(data.train_captions)
+        ending.mean_words = verdict.mean_words([text for texts in data.train_captions for text in texts])
         captions[MOST_COMMON] = [most_common_caption(data.train_captions)] * len(references)
     if data.train_embeds is not None and "clip_embeds" in data.evaluation.column_names:
         embeds = torch.from_numpy(np.asarray(data.evaluation["clip_embeds"], dtype=np.float32))

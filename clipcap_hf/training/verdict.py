@@ -14,6 +14,7 @@ RISE = 1.1  # a last loss this many times the best one is a rise
 SAME_IMAGE = 0.9999
 SHARED_START = 0.9  # of the training captions, for words that make a style
 SAME_STYLE_SHARE = 0.8
+OTHER_LENGTH = 1.5  # times as many words, or as few, are another style
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Ending:
         before_rows (`list[int]`): Rows of the images that were captioned before training.
         loss_before (`float`, *optional*): Loss on held-out images before training.
         shared_words (`str`): The words that the training captions start with, if these are the same.
+        mean_words (`float`): Mean number of words in the training captions.
         overlap (`int`): Held-out images that are the same as a training image.
         notes (`list[str]`): What could not be computed, and why.
     """
@@ -56,6 +58,7 @@ class Ending:
     before_rows: list[int] = field(default_factory=list)
     loss_before: float | None = None
     shared_words: str = ""
+    mean_words: float = 0.0
     overlap: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -129,15 +132,32 @@ def _below_copying(ending: Ending) -> tuple[str, str] | None:
 
 
 def _half_in_style(ending: Ending) -> tuple[str, str] | None:
-    if not ending.shared_words:
-        return None
+    reason = None
     followed = sum(caption.startswith(ending.shared_words) for caption in ending.after)
-    if followed >= SAME_STYLE_SHARE * len(ending.after):
+    if followed < SAME_STYLE_SHARE * len(ending.after):
+        reason = (
+            f"{followed} of the {len(ending.after)} captions start with {ending.shared_words!r}, as the training "
+            "captions do."
+        )
+    words = mean_words(ending.after)
+    if ending.mean_words and not 1 / OTHER_LENGTH < words / ending.mean_words < OTHER_LENGTH:
+        reason = (
+            reason or f"Captions have {words:.1f} words on average, but the training captions {ending.mean_words:.1f}."
+        )
+    if reason is None:
         return None
-    return "partly learned", (
-        f"{followed} of the {len(ending.after)} captions start with {ending.shared_words!r}, as the training captions "
-        "do. Add images, raise the epochs (`--epochs`, 2 times as many), or raise the learning rate."
+    advice = (
+        "Add images, raise the epochs (`--epochs`, 2 times as many), or raise the learning rate (`--learning-rate`)."
     )
+    return (
+        "partly learned",
+        f"It scores higher than copied captions do, but not all captions are in the new style. {reason} {advice}",
+    )
+
+
+def mean_words(captions: Sequence[str]) -> float:
+    """Return the mean number of words; languages without spaces have one word per caption."""
+    return sum(len(caption.split()) for caption in captions) / max(1, len(captions))
 
 
 def shared_words(captions: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@ from .model.processing_clipcap import ClipCapProcessor
 from .pictures import draw_captions
 from .training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images
 from .training.collator import CaptioningCollator
+from .training.progress import TableCallback
 from .training.trainer import ClipCapTrainer
 
 
@@ -207,7 +208,7 @@ def train(
 
     Batches are small because at this size the number of steps matters most.
     """
-    from transformers import Seq2SeqTrainingArguments
+    from transformers import PrinterCallback, Seq2SeqTrainingArguments
 
     with tempfile.TemporaryDirectory() as nothing_is_saved_here:
         arguments = Seq2SeqTrainingArguments(
@@ -221,6 +222,7 @@ def train(
             logging_strategy="epoch",
             save_strategy="no",
             report_to="none",
+            disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=torch.accelerator.is_available(),
             seed=seed,
@@ -233,6 +235,8 @@ def train(
             data_collator=CaptioningCollator(processor, sample_captions=False, embeds_noise=embeds_noise),
             processing_class=processor,
         )
+        trainer.remove_callback(PrinterCallback)  # it prints dictionaries
+        trainer.add_callback(TableCallback())
         trainer.train()
     model.config.use_cache = True  # Trainer switches the cache off in the saved config
     model.eval()

@@ -1,7 +1,7 @@
 """Train a captioner: `clipcap train` as a script to copy and change.
 
-python examples/train.py --data emoji --model emoji-mini --output_dir emoji-captioner \
-    --num_train_epochs 1
+python examples/train.py --data emoji --model emoji-mini --out emoji-captioner \
+    --epochs 1
 
 trains the embedded captioner further on the embedded data. For your own captioner and data: `--vision
 openai/clip-vit-base-patch32 --text openai-community/gpt2 --data my-images`. For all options see `--help` and

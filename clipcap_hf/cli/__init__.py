@@ -8,9 +8,10 @@ import sys
 from .. import __version__
 from . import benchmark, caption, completion, convert, demo, embed, evaluate, export, reproduce, serve, train
 from .output import escape, make_streams_safe
+from .parser import Parser, one_spelling
 
 
-# Each has `add_parser(commands)`, and postpones slow imports until it runs.
+# Each has `add_parser(commands)`, and postpones slow imports until it runs; a default `check` comes before them.
 COMMANDS = (demo, caption, train, embed, evaluate, reproduce, serve, convert, export, benchmark, completion)
 LONGEST_MESSAGE = 2000
 
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     make_streams_safe()
     try:
+        if hasattr(arguments, "check"):
+            arguments.check(arguments)  # what can be found out before anything slow is imported
         if getattr(arguments, "loads_models", True):
             _import_package()
         status = arguments.run(arguments)
@@ -42,23 +45,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    arguments, unknown = build_parser().parse_known_args(argv)
-    if unknown:  # reported by the command's own parser, which prints its usage
-        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    words = one_spelling(sys.argv[1:] if argv is None else list(argv))
+    arguments, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        arguments.parser.unknown(unknown)  # of the command, which prints its usage
     return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands, without slow imports."""
-    parser = argparse.ArgumentParser(prog="clipcap", description="Image captioning with ClipCap.")
+    parser = Parser(
+        prog="clipcap", usage="clipcap [--version] COMMAND [OPTION ...]", description="Image captioning with ClipCap."
+    )
     parser.add_argument("--version", action="version", version=f"clipcap {__version__}")
     parser.add_argument("--debug", action="store_true", help="on an error, print the traceback")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="clipcap")
     for command in COMMANDS:
         command.add_parser(commands)
     for leaf in leaves(parser):
         leaf.set_defaults(parser=leaf)
-        if leaf.prefix_chars == "-":  # `train` passes its options to another parser
+        if "--debug" not in leaf._option_string_actions:  # `train` has the Trainer's
             leaf.add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help="on an error, print the traceback"
             )
@@ -94,6 +100,8 @@ def _message(error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError):  # its own text advises unsafe loading
         text = "a file of weights is damaged or holds more than tensors; it was not loaded"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which has not been imported here
+        text = "out of memory on the accelerator: use a smaller --batch-size or --dtype bfloat16"
     elif isinstance(error, MemoryError):
         text = f"out of memory {text}".strip()
     elif not isinstance(error, (ValueError, OSError, ImportError)):

@@ -7,6 +7,7 @@ import sys
 
 
 MOST_BEAMS = 1000  # memory and time grow with the number of beams
+DTYPES = ("float32", "bfloat16", "float16")
 #: The names of `clipcap_hf.data.READERS`, whose import takes seconds.
 DATA_FORMATS = (
     "karpathy",
@@ -28,13 +29,48 @@ def positive(text: str) -> int:
     return value
 
 
-def add_device_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
+def add_model_argument(parser: argparse.ArgumentParser, default: str | None = None, **kwargs):
+    what = "captioner: a folder, a Hub id, emoji-mini (knows drawings of emoji only) or photo-mini (for photos)"
+    default_text = f" (default: {default})" if default else ""
+    parser.add_argument("--model", default=default, metavar="NAME", help=what + default_text, **kwargs)
+
+
+def add_beams_argument(parser, default: int, reranks: bool = False):
+    """Add `--beams`; a command that can re-rank leaves it None, since re-ranking has another default."""
+    parser.add_argument(
+        "--beams",
+        type=beams,
+        default=None if reranks else default,
+        metavar="N",
+        help=f"beam search with N beams; 1 is greedy (default: {default}{'; 10 with --rerank' if reranks else ''})",
+    )
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser, batch_size: int = 32, dtype: str = "as stored"):
+    parser.add_argument(
+        "--batch-size", type=positive, default=batch_size, metavar="N", help="images per batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that read images (default: by the number of images)",
+    )
+    add_device_arguments(parser, dtype)
+
+
+def add_device_arguments(
+    parser: argparse.ArgumentParser, default: str = "as stored", default_dtype: str | None = None
+):
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)"
+    )
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="type of weights and arithmetic (default: as stored); 16 bits are several times as fast on GPUs, and "
-        "bfloat16 on CPUs with AMX",
+        choices=DTYPES,
+        default=default_dtype,
+        help=f"type of the arithmetic (default: {default}); 16 bits are several times as fast on GPUs, and bfloat16 "
+        "on CPUs with AMX",
     )
 
 
@@ -73,9 +109,11 @@ def check_rerank(arguments) -> bool:
 
 
 def load_reranker(arguments, model, processor):
+    from ..assets import resolve
     from ..model.reranking_clipcap import CaptionReranker
 
-    return CaptionReranker.from_pretrained(model, processor, arguments.text_tower, arguments.rerank_weight)
+    text_tower = None if arguments.text_tower is None else resolve(arguments.text_tower)
+    return CaptionReranker.from_pretrained(model, processor, text_tower, arguments.rerank_weight)
 
 
 def not_negative(text: str) -> int:
@@ -144,12 +182,15 @@ def pick_device(name: str | None):
     return device
 
 
-def add_data_arguments(parser: argparse.ArgumentParser):
+def add_data_arguments(parser):
     data = parser.add_argument_group("data")
+    data.add_argument("data", nargs="?", metavar="DATA", help=argparse.SUPPRESS)  # as it was called at first
     data.add_argument(
-        "data", nargs="?", metavar="DATA", help="annotation file, folder, shards or Hub id, depending on --data-format"
+        "--data",
+        dest="data_option",
+        metavar="DATA",
+        help="annotation file, folder, shards or Hub id, depending on --data-format",
     )
-    data.add_argument("--data", dest="data_option", metavar="DATA", help="the same, as an option")
     data.add_argument(
         "--data-format",
         choices=DATA_FORMATS,
@@ -158,14 +199,15 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     )
     data.add_argument("--images", metavar="DIR", help="image folder (default: the folder of DATA)")
     data.add_argument("--split", metavar="NAME", help="use one split (default: all)")
-    data.add_argument(
+    more = parser.add_more_arguments("more about the data")
+    more.add_argument(
         "--missing",
         choices=["error", "skip"],
         help="what to do with listed images that do not exist (default: skip for conceptual, else error)",
     )
     for name, what in (("image", "images"), ("caption", "captions"), ("id", "image ids")):
-        data.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {what}, if DATA has named columns")
-    data.add_argument(
+        more.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {what}, if DATA has named columns")
+    more.add_argument(
         "--streaming", action="store_true", help="read a Hub data set while using it, without storing it"
     )
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ..extras import install_hint
 from ..files import write_text
-from .arguments import not_negative, pick_device, positive
+from .arguments import add_beams_argument, add_device_arguments, not_negative, pick_device, positive
 
 
 def add_parser(commands):
     benchmark = commands.add_parser(
         "benchmark",
+        usage="clipcap benchmark [OPTION ...]",
         help="measure how fast this machine captions",
         description="Captions at real sizes with random weights, stage by stage and as a whole, compared with a naive "
         "way (one image at a time, no cache) and the lower bound set by memory bandwidth or matmul speed. Prints a "
@@ -35,9 +36,7 @@ def add_parser(commands):
         ("new-tokens", [10, 20], "lengths of the captions"),
     ):
         benchmark.add_argument(f"--{name}", type=positive, nargs="+", default=default, metavar="N", help=what)
-    benchmark.add_argument(
-        "--beams", type=positive, default=5, metavar="N", help="beams of beam search (default: %(default)s)"
-    )
+    add_beams_argument(benchmark, default=5)
     benchmark.add_argument("--repeats", type=positive, default=3, metavar="N", help="rounds (default: %(default)s)")
     benchmark.add_argument(
         "--files",
@@ -47,10 +46,7 @@ def add_parser(commands):
         help="JPEG files to caption; 0 for none (default: %(default)s)",
     )
     benchmark.add_argument("--no-scale", action="store_true", help="do not measure how cost grows")
-    benchmark.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    benchmark.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights and arithmetic"
-    )
+    add_device_arguments(benchmark, default="float32", default_dtype="float32")
     benchmark.add_argument(
         "--compile", metavar="MODE", help="decode with a static cache and torch.compile: reduce-overhead, default"
     )

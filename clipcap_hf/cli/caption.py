@@ -4,13 +4,14 @@ import argparse
 import sys
 
 from .arguments import (
-    add_device_arguments,
+    add_beams_argument,
+    add_model_argument,
     add_rerank_arguments,
+    add_speed_arguments,
     beams,
     check_rerank,
     load_captioner,
     load_reranker,
-    not_negative,
     positive,
 )
 from .output import escape, json_line
@@ -20,21 +21,15 @@ def add_parser(commands):
     caption = commands.add_parser(
         "caption",
         help="caption image files",
+        usage="clipcap caption PATH [PATH ...] [OPTION ...]",
         description="Prints a line for each image, in order: the path, a tab, the caption; or writes them to a file "
         "with --out. Control characters are escaped. Files that cannot be read are listed on standard error, and the "
         "exit status is then 1. Under torchrun the processes divide the images, and the first prints for all.",
     )
     caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
-    caption.add_argument(
-        "--model",
-        default="emoji-mini",
-        help="a folder, a Hub id, emoji-mini, the embedded captioner of emoji drawings, or photo-mini, one for photos "
-        "(default: %(default)s)",
-    )
+    add_model_argument(caption, default="emoji-mini")
     decoding = caption.add_argument_group("captions")
-    decoding.add_argument(
-        "--beams", type=beams, metavar="N", help="beam search with N beams (default: greedy; 10 with --rerank)"
-    )
+    add_beams_argument(decoding, default=1, reranks=True)
     decoding.add_argument("--captions", type=beams, default=1, metavar="N", help="give the N best captions per image")
     add_rerank_arguments(decoding)
     decoding.add_argument("--prompt", help="text that every caption continues")
@@ -63,18 +58,8 @@ def add_parser(commands):
         help="skip images that --out or --sidecar already have, for example after an interruption",
     )
     output.add_argument("--overwrite", action="store_true", help="replace existing --out and --sidecar files")
-    speed = caption.add_argument_group("speed")
-    speed.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: %(default)s)"
-    )
-    speed.add_argument(
-        "--workers",
-        type=not_negative,
-        metavar="N",
-        help="processes that read images (default: by the number of images)",
-    )
-    add_device_arguments(speed)
-    caption.set_defaults(run=run)
+    add_speed_arguments(caption.add_argument_group("speed"))
+    caption.set_defaults(run=run, check=check)
 
 
 def _number_of_tokens(text: str) -> int:
@@ -87,7 +72,6 @@ def run(arguments) -> int:
     from ..files import find_images
     from ..processes import process_state
 
-    _check(arguments)
     paths, errors = find_images(arguments.paths)
     writes = process_state().is_main_process  # under torchrun one process writes for all
     for error in errors if writes else ():
@@ -109,7 +93,8 @@ def run(arguments) -> int:
     return int(failed > 0 and writes)
 
 
-def _check(arguments):
+def check(arguments):
+    """Refuse options that do not go together."""
     check_rerank(arguments)
     keeps = arguments.out is not None or arguments.sidecar
     if (arguments.skip_existing or arguments.overwrite) and not keeps:

@@ -24,6 +24,7 @@ complete -o default -F _clipcap clipcap
 def add_parser(commands):
     completion = commands.add_parser(
         "completion",
+        usage="clipcap completion",
         help="print a script that completes commands and options in the shell",
         description='Prints a script for bash and zsh: eval "$(clipcap completion)".',
     )

@@ -7,7 +7,11 @@ def add_parser(commands):
     convert = commands.add_parser("convert", help="convert files of the official ClipCap code")
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
 
-    official = kinds.add_parser("official", help="a checkpoint (.pt) to a captioner")
+    official = kinds.add_parser(
+        "official",
+        help="a checkpoint (.pt) to a captioner",
+        usage="clipcap convert official STATE.pt --out DIR [OPTION ...]",
+    )
     official.add_argument("checkpoint", metavar="STATE.pt")
     official.add_argument("--out", required=True, metavar="DIR", help="folder for the captioner; must not exist")
     official.add_argument("--vision", help="the CLIP it was trained with, by Hub id, folder or open_clip name")
@@ -21,28 +25,43 @@ def add_parser(commands):
     )
     official.set_defaults(run=_run_official)
 
-    embeddings = kinds.add_parser("embeddings", help="CLIP embeddings (.pkl) to a datasets folder")
+    embeddings = kinds.add_parser(
+        "embeddings",
+        help="CLIP embeddings (.pkl) to a datasets folder",
+        usage="clipcap convert embeddings EMBEDDINGS.pkl --out DIR",
+    )
     embeddings.add_argument("pickle", metavar="EMBEDDINGS.pkl")
     embeddings.add_argument("--out", required=True, metavar="DIR", help="folder for the data set; must not exist")
     embeddings.set_defaults(run=_run_embeddings)
 
 
 def _run_official(arguments) -> int:
+    import os
     import tempfile
 
     from .. import ClipCapProcessor
+    from ..assets import resolve
     from ..convert import convert_official_checkpoint
     from ..files import check_file
+    from ..model.donors_clipcap import donor_folder
+    from ..sources import is_captioner, text_source
 
     check_file(arguments.checkpoint, "checkpoint")  # before anything is requested from the Hub
     out = Path(arguments.out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another folder")
-    processor = ClipCapProcessor.from_vision_text_pretrained(arguments.vision, arguments.text)
+    text = text_source(arguments.text)
+    if not isinstance(text.model, str):
+        raise ValueError(f"--text {arguments.text} is a captioner; give the language model of the official checkpoint")
+    vision = None if arguments.vision is None else os.path.expanduser(resolve(arguments.vision))
+    if vision is not None and is_captioner(vision):
+        raise ValueError(f"--vision {arguments.vision} is a captioner; give the CLIP of the official checkpoint")
+    processor = ClipCapProcessor.from_vision_text_pretrained(vision, text.tokenizer, text_kwargs=text.tokenizer_kwargs)
     model = convert_official_checkpoint(
         arguments.checkpoint,
-        text_config=arguments.text,
-        vision=arguments.vision,
+        text_config=donor_folder(text.model),
+        text_kwargs=text.model_kwargs,
+        vision=vision,
         normalize_clip_embeds=arguments.normalize_clip_embeds,
         image_token_id=processor.image_token_id,
     )

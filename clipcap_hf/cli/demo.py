@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from .arguments import positive
+from .output import show_runs
 
 
 def add_parser(commands):
     demo = commands.add_parser(
         "demo",
+        usage="clipcap demo [OPTION ...]",
         help="train a captioner of emoji from scratch, offline, in minutes",
         description="Encodes the embedded emoji drawings with the embedded image tower, trains a captioner from "
         "scratch, scores it on two held-out splits next to baselines, and saves it with a picture of its captions.",
@@ -26,11 +28,9 @@ def add_parser(commands):
 
 
 def run(arguments) -> int:
-    from transformers.utils import logging
-
     from ..demo import run_demo, summary
 
-    logging.set_verbosity_error()
+    show_runs()
     kwargs = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     report = run_demo(arguments.out, language=arguments.language, seed=arguments.seed, **kwargs)
     print(summary(Path(arguments.out), report))

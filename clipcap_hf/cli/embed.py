@@ -1,48 +1,39 @@
 """Encode the images of a data set once: `clipcap embed`."""
 
-from .arguments import add_data_arguments, load_captioner, load_data, not_negative, pick_device, positive
+from .arguments import add_data_arguments, add_speed_arguments, load_captioner, load_data, pick_device, positive
 
 
 def add_parser(commands):
     embed = commands.add_parser(
         "embed",
+        usage="clipcap embed --data DATA --out DIR (--model NAME | --vision NAME) [OPTION ...]",
         help="encode the images of a data set once, for training without the vision tower",
         description="Write the CLIP embeddings of captioned images to a folder that `datasets.load_from_disk` and "
         "`clipcap train` can read. After an interruption, run the same command again to continue. Under torchrun, the "
         "processes share the images. Images that cannot be read are listed in failed.jsonl.",
     )
-    add_data_arguments(embed)
     embed.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     tower = embed.add_mutually_exclusive_group(required=True)
-    tower.add_argument("--model", help="a captioner with a vision tower: a folder, a Hub id or emoji-mini")
+    tower.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a captioner with a vision tower: a folder, a Hub id, emoji-mini or photo-mini",
+    )
     tower.add_argument(
         "--vision",
         metavar="NAME",
         help="a CLIP: a Hub id or folder of transformers, or of open_clip, as ViT-B-32/openai",
     )
+    add_data_arguments(embed)
     embed.add_argument(
         "--vision-feature",
         choices=["pooled", "patches"],
         help="kind of embedding to store for each image (default: the kind that the captioner reads, else pooled)",
     )
-    embed.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: %(default)s)"
-    )
-    embed.add_argument(
-        "--workers",
-        type=not_negative,
-        metavar="N",
-        help="processes that read images (default: by the number of cores)",
-    )
-    embed.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="data type in which the tower computes (default: 16 bits on GPUs and on CPUs with AMX)",
-    )
+    add_speed_arguments(embed, dtype="16 bits on GPUs and on CPUs with AMX")
     embed.add_argument(
         "--shard-size", type=positive, default=4096, metavar="N", help="images per file (default: %(default)s)"
     )
-    embed.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     embed.set_defaults(run=run)
 
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .arguments import (
-    add_device_arguments,
+    add_beams_argument,
+    add_model_argument,
     add_rerank_arguments,
+    add_speed_arguments,
     check_rerank,
     load_captioner,
     load_reranker,
-    not_negative,
     positive,
 )
 
@@ -21,35 +22,38 @@ def add_parser(commands):
     evaluate = commands.add_parser(
         "evaluate",
         help="score a captioner, or a file of captions, on your own images or a benchmark",
+        usage="clipcap evaluate (--model NAME | --results FILE) (--data DATA | --benchmark NAME) [OPTION ...]",
         description="Captions the images of a benchmark, or your own, and scores the captions against what people "
         "wrote; or scores an existing results file. Writes results.json (for the leaderboards), scores.json (with "
         "everything that made the numbers) and index.html (the worst, median and best images). An interrupted run "
         "goes on where it stopped; torchrun spreads it over processes.",
     )
-    _add_source_arguments(evaluate.add_argument_group("what is scored"))
-    _add_decoding_arguments(evaluate.add_argument_group("captions of a model"))
-    _add_scoring_arguments(evaluate.add_argument_group("scores"))
+    _add_source_arguments(evaluate)
+    _add_decoding_arguments(evaluate)
+    _add_scoring_arguments(evaluate)
     output = evaluate.add_argument_group("output")
     output.add_argument(
         "--out", default="clipcap-evaluation", metavar="DIR", help="folder for the files (default: %(default)s)"
     )
-    output.add_argument(
+    more = evaluate.add_more_arguments("more about the output")
+    more.add_argument(
         "--overwrite",
         action="store_true",
         help="also replace files in --out that clipcap evaluate did not write (never those it reads)",
     )
-    output.add_argument(
+    more.add_argument(
         "--update-card",
         nargs="?",
         const="",
         metavar="DIR",
         help="write the scores into the model card in this folder (default: the model's)",
     )
-    evaluate.set_defaults(run=run)
+    evaluate.set_defaults(run=run, check=check)
 
 
-def _add_source_arguments(what):
-    what.add_argument("--model", help="a captioner: a folder, a Hub id, emoji-mini or photo-mini")
+def _add_source_arguments(evaluate):
+    what = evaluate.add_argument_group("what is scored")
+    add_model_argument(what)
     what.add_argument(
         "--results", metavar="FILE", help='existing captions: [{"image_id": 42, "caption": "a cat"}, ...]'
     )
@@ -66,6 +70,14 @@ def _add_source_arguments(what):
         "folder, an annotation file, shards or a Hub id",
     )
     what.add_argument(
+        "--split",
+        nargs="+",
+        metavar="NAME",
+        help="of the benchmark (default: those that papers report), or of your own --data",
+    )
+    what.add_argument("--limit", type=positive, metavar="N", help="caption the first N images only, for a quick look")
+    what = evaluate.add_more_arguments("more about what is scored")
+    what.add_argument(
         "--data-format",
         metavar="FORMAT",
         help="form of your own --data: imagefolder, karpathy, coco, stair, nocaps, official, conceptual, webdataset "
@@ -77,39 +89,25 @@ def _add_source_arguments(what):
     )
     for name, whose in (("image", "images"), ("caption", "captions"), ("id", "image ids")):
         what.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {whose} in your own --data")
-    what.add_argument(
-        "--split",
-        nargs="+",
-        metavar="NAME",
-        help="of the benchmark (default: those that papers report), or of your own --data",
-    )
     what.add_argument("--references", metavar="FILE", help="references in COCO's annotation format")
     what.add_argument(
         "--allow-subset", action="store_true", help="score a part where images or captions are missing, and say so"
     )
-    what.add_argument("--limit", type=positive, metavar="N", help="caption the first N images only, for a quick look")
 
 
-def _add_decoding_arguments(decoding):
-    decoding.add_argument(
-        "--beams", type=positive, metavar="N", help="beam search with N beams (default: 5; 10 with --rerank)"
-    )
-    decoding.add_argument(
-        "--official-beam-search", action="store_true", help="use the rule of the official ClipCap code"
-    )
-    add_rerank_arguments(decoding)
-    decoding.add_argument("--prompt", help="a beginning that every caption continues")
-    decoding.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
-    decoding.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
-    )
-    decoding.add_argument(
-        "--workers", type=not_negative, metavar="N", help="processes that read images (default: by their number)"
-    )
-    add_device_arguments(decoding)
+def _add_decoding_arguments(evaluate):
+    decoding = evaluate.add_argument_group("captions of a model")
+    add_beams_argument(decoding, default=5, reranks=True)
+    more = evaluate.add_more_arguments("more about the captions")
+    add_rerank_arguments(more)
+    more.add_argument("--official-beam-search", action="store_true", help="use the rule of the official ClipCap code")
+    decoding.add_argument("--prompt", help="text that every caption continues")
+    more.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption, in tokens")
+    add_speed_arguments(decoding)
 
 
-def _add_scoring_arguments(scoring):
+def _add_scoring_arguments(evaluate):
+    scoring = evaluate.add_argument_group("scores")
     scoring.add_argument(
         "--metrics",
         nargs="+",
@@ -123,6 +121,7 @@ def _add_scoring_arguments(scoring):
         help="ptb, the standard for English, needs Java; python needs nothing and is not exact (default: the "
         "benchmark's; for your own images ptb if it is installed, else python)",
     )
+    scoring = evaluate.add_more_arguments("more about the scores")
     scoring.add_argument(
         "--empty-references", choices=["error", "drop", "keep"], help="references without text (default: error)"
     )
@@ -131,10 +130,12 @@ def _add_scoring_arguments(scoring):
 
 
 def run(arguments) -> int:
+    from ..assets import resolve
     from ..evaluation import get_benchmark
     from ..metrics import JavaError
 
-    _check(arguments)
+    if arguments.clip_model is not None:
+        arguments.clip_model = os.path.expanduser(resolve(arguments.clip_model))
     benchmark = get_benchmark(arguments.benchmark) if arguments.benchmark else None
     folders = _folders(arguments, benchmark)
     card = _card_folder(arguments)
@@ -151,7 +152,8 @@ def run(arguments) -> int:
     return 0
 
 
-def _check(arguments):
+def check(arguments):
+    """Refuse options that do not go together, or that lack others."""
     if (arguments.model is None) == (arguments.results is None):
         raise ValueError("give --model, whose captions are scored, or --results, a file of captions")
     if arguments.model and arguments.references:

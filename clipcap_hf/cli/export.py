@@ -1,5 +1,9 @@
 """The command `clipcap export`."""
 
+import argparse
+
+from .arguments import add_model_argument
+
 
 def add_parser(commands):
     export = commands.add_parser("export", help="write a captioner for other runtimes")
@@ -7,13 +11,22 @@ def add_parser(commands):
     onnx = kinds.add_parser(
         "onnx",
         help="two ONNX graphs, for onnxruntime",
+        usage="clipcap export onnx --model NAME --out DIR [OPTION ...]",
         description="Writes encoder.onnx (pixels to prefix), decoder.onnx (one decoding step of the language model, "
         "with its cache) and everything else that clipcap_hf.export.OnnxCaptioner needs.",
     )
-    onnx.add_argument("model", metavar="MODEL", help="a folder, a Hub id or emoji-mini")
+    onnx.add_argument("folder", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)  # as it was called at first
+    add_model_argument(onnx)
     onnx.add_argument("--out", required=True, metavar="DIR", help="folder for the files; must not exist")
     onnx.add_argument("--int8", action="store_true", help="quantise the matrix products to 8 bits")
-    onnx.set_defaults(run=run)
+    onnx.set_defaults(run=run, check=check)
+
+
+def check(arguments):
+    """Find the captioner's name, which stands with `--model` or alone."""
+    if (arguments.model is None) == (arguments.folder is None):
+        arguments.parser.error("give the captioner once: --model NAME")
+    arguments.model = arguments.model or arguments.folder
 
 
 def run(arguments) -> int:

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import logging
 import re
 import sys
 
@@ -16,6 +17,25 @@ def make_streams_safe():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="clipcap")
+
+
+def show_runs(verbose: bool = False):
+    """Show what a training run says.
+
+    Args:
+        verbose (`bool`): Also show the messages, load reports and progress bars of transformers and datasets.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("clipcap_hf").setLevel(logging.INFO)
+    if verbose:
+        return
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
 
 
 def _keep_bytes(error: UnicodeError):

@@ -1,6 +1,6 @@
 """Caption images in the browser: `clipcap serve`."""
 
-from .arguments import add_device_arguments, load_captioner, positive
+from .arguments import add_device_arguments, add_model_argument, load_captioner, positive
 
 
 # What the packaged captioners were trained on; nothing is known about others.
@@ -15,12 +15,13 @@ _MAX_EXAMPLES = 12
 def add_parser(commands):
     serve = commands.add_parser(
         "serve",
+        usage="clipcap serve [OPTION ...]",
         help="caption images in the browser",
         description="Serve a page on this machine that captions the images you drop on it. It shows captions, their "
         "probabilities and the tokens nearest to each prefix vector, and lets you choose how to decode. Press Ctrl-C "
         "to stop.",
     )
-    serve.add_argument("--model", default="emoji-mini", help="a folder, a Hub id, emoji-mini or photo-mini")
+    add_model_argument(serve, default="emoji-mini")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     serve.add_argument("--port", type=positive, help="port (default: the first free one from 7860)")
     serve.add_argument(

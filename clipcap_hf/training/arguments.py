@@ -324,7 +324,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         if self.output_dir is None:
-            raise ValueError("Pass `output_dir`, the folder for the captioner and its checkpoints.")
+            raise ValueError("Pass `output_dir` (--out), the folder for the captioner and its checkpoints.")
         self._check_ranges()
         if self.recipe not in RECIPES:
             raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, but is {self.recipe!r}.")

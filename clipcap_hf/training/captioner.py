@@ -1,19 +1,30 @@
 """Load the captioner that a run starts from: an existing one, or a new one with the paper's default sizes."""
 
 import logging
-from pathlib import Path
+import os
 
 from transformers import AutoConfig
 
 from ..assets import resolve
+from ..model.lora_clipcap import add_lora
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
+from ..sources import check_folder, text_source, vision_source
 from .arguments import DataArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CAPTIONER = "emoji-mini"
+ONLY_FOR_NEW = (
+    "vision_feature",
+    "mapping_type",
+    "prefix_length",
+    "clip_length",
+    "clip_embed_dim",
+    "normalize_clip_embeds",
+    "config_overrides",
+)
 
 
 def load_captioner(
@@ -30,8 +41,16 @@ def load_captioner(
     return _existing_captioner(model_args)
 
 
+def check_names(model_args: ModelArguments, data_args: DataArguments):
+    """Refuse names of files and folders that do not exist, before anything is loaded."""
+    for values, names in ((model_args, ("model", "vision", "text")), (data_args, ("data", "eval_data", "images"))):
+        for name in names:
+            check_folder(getattr(values, name), f"`{name}`")
+
+
 def _existing_captioner(model_args: ModelArguments):
-    name = resolve(model_args.model or DEFAULT_CAPTIONER)
+    _check_no_new_parts(model_args)
+    name = os.path.expanduser(resolve(model_args.model or DEFAULT_CAPTIONER))
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clipcap":
         raise ValueError(
@@ -39,21 +58,48 @@ def _existing_captioner(model_args: ModelArguments):
             "new one."
         )
     model = ClipCapForConditionalGeneration.from_pretrained(name)
+    _choose_what_is_trained(model, model_args)
+    return model, ClipCapProcessor.from_pretrained(name)
+
+
+def _check_no_new_parts(model_args: ModelArguments):
+    defaults = ModelArguments()
+    for name in ONLY_FOR_NEW:
+        if getattr(model_args, name) != getattr(defaults, name):
+            raise ValueError(
+                f"`{name}` is for a new captioner, but this run trains an existing one further: pass `vision` and "
+                f"`text`, or leave `{name}` out."
+            )
+
+
+def _choose_what_is_trained(model: ClipCapForConditionalGeneration, model_args: ModelArguments):
     if model_args.freeze_language_model is not None:
         model.config.freeze_language_model = model_args.freeze_language_model
         model.language_model.requires_grad_(True)
-        model._freeze()
-    return model, ClipCapProcessor.from_pretrained(name)
+    if not model_args.freeze_vision and model.vision_tower is not None:
+        model.config.freeze_vision = False
+        model.vision_tower.requires_grad_(True)
+    if model_args.lora_r is not None:
+        if model.config.lora is not None:
+            raise ValueError(
+                "`lora_r`: this captioner has LoRA adapters already, which are trained further: leave it out."
+            )
+        model.config.lora = {"r": model_args.lora_r}
+        add_lora(model.language_model, model.config.lora)
+    model._freeze()
 
 
 def _new_captioner(model_args: ModelArguments, data_args: DataArguments):
     prefix_length = model_args.prefix_length or (40 if model_args.mapping_type == "transformer" else 10)
-    vision, image_processor = _vision_of_captioner(model_args.vision)
+    vision, image_processor = (None, None) if model_args.vision is None else vision_source(model_args.vision)
+    text = text_source(model_args.text)
     model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
-        vision, model_args.text, **_config(model_args, data_args, prefix_length)
+        vision, text.model, text_kwargs=text.model_kwargs, **_config(model_args, data_args, prefix_length)
     )
     vision_name = vision if isinstance(vision, str) else None
-    processor = ClipCapProcessor.from_vision_text_pretrained(vision_name, model_args.text, prefix_length)
+    processor = ClipCapProcessor.from_vision_text_pretrained(
+        vision_name, text.tokenizer, prefix_length, text_kwargs=text.tokenizer_kwargs
+    )
     if image_processor is not None:
         processor.image_processor = image_processor
     return model, processor
@@ -74,16 +120,3 @@ def _config(model_args: ModelArguments, data_args: DataArguments, prefix_length:
         "save_frozen": model_args.save_frozen,
         **model_args.overrides(),
     }
-
-
-def _vision_of_captioner(name: str | None):
-    """Return the tower and the image processor of a captioner, or the name itself for other models."""
-    if name is None:
-        return None, None
-    name = resolve(name)
-    if not (Path(name) / "config.json").is_file() or AutoConfig.from_pretrained(name).model_type != "clipcap":
-        return name, None
-    vision_tower = ClipCapForConditionalGeneration.from_pretrained(name).vision_tower
-    if vision_tower is None:
-        raise ValueError(f"`vision`: the captioner {name} works on embeddings alone and has no tower.")
-    return vision_tower, ClipCapProcessor.from_pretrained(name).image_processor

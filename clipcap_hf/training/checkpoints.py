@@ -41,7 +41,8 @@ def checkpoint_to_resume(args: "CaptioningArguments") -> str | None:
     held = os.path.basename(last) if last else "config.json"
     if last is not None or os.path.exists(os.path.join(args.output_dir, held)):
         raise ValueError(
-            f"{args.output_dir} already holds {held}: pass `resume` to continue from it, or another `output_dir`."
+            f"{args.output_dir} already holds {held}: pass `resume` (--resume) to continue that run, or "
+            "another `output_dir` (--out)."
         )
     return None
 

@@ -1,7 +1,7 @@
 """Evaluate on held-out images: scores for `Trainer`, captions before and after, sample files."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,21 +21,26 @@ BEFORE_FILE = "captions_before.json"
 MOST_BEFORE = 64  # images captioned before training: an untrained captioner writes long captions
 
 
-def caption_metrics(
-    processor: ClipCapProcessor, references: list[list[str]], tokenizer: str = "python"
-) -> Callable[..., dict[str, float]]:
-    """Return `compute_metrics` for `Trainer`: CIDEr, BLEU-4 and ROUGE-L (times 100), and words."""
+class CaptionMetrics:
+    """`compute_metrics` for `Trainer`: CIDEr, BLEU-4 and ROUGE-L (times 100), and words.
 
-    def compute(prediction) -> dict[str, float]:
-        captions = decode_captions(processor, prediction.predictions)
-        if len(captions) != len(references):
-            raise ValueError(f"There are {len(captions)} captions for {len(references)} images.")
+    `captions` keeps those of the last evaluation.
+    """
+
+    def __init__(self, processor: ClipCapProcessor, references: list[list[str]], tokenizer: str = "python"):
+        self.processor = processor
+        self.references = references
+        self.tokenizer = tokenizer
+        self.captions: list[str] = []
+
+    def __call__(self, prediction) -> dict[str, float]:
+        captions = self.captions = decode_captions(self.processor, prediction.predictions)
+        if len(captions) != len(self.references):
+            raise ValueError(f"There are {len(captions)} captions for {len(self.references)} images.")
         return {
-            **score(captions, references, tokenizer),
+            **score(captions, self.references, self.tokenizer),
             "words": round(float(np.mean([len(caption.split()) for caption in captions])), 2),
         }
-
-    return compute
 
 
 def score(captions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str) -> dict[str, float]:

@@ -125,7 +125,14 @@ def _load_split(data_args: DataArguments, source: str, split: str, streaming: bo
             kwargs["streaming"] = True
     elif streaming:
         raise ValueError(f"`streaming` works with imagefolder, webdataset and hub; {kind} is a single file.")
-    return load_captions(kind, source, images=data_args.images, split=split, missing=data_args.missing, **kwargs)
+    try:
+        return load_captions(kind, source, images=data_args.images, split=split, missing=data_args.missing, **kwargs)
+    except OSError as error:
+        if kind != "hub" or Path(source).exists():
+            raise
+        raise OSError(
+            f"{_argument(what)}: there is no file or folder {source} here, nor on the Hub ({error})."
+        ) from error
 
 
 def _guess_format(source: str) -> str:

@@ -18,16 +18,17 @@ from ..processes import keep_freed_memory, leave_at_exit
 from . import verdict
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
 from .baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images
-from .captioner import load_captioner
+from .captioner import check_names, load_captioner
 from .checkpoints import check_writable, checkpoint_to_resume, remove_leftovers, save_whole
 from .collator import CaptioningCollator
-from .held_out import MOST_BEFORE, HeldOut, caption_metrics, look, look_before, score, write_samples
+from .held_out import MOST_BEFORE, CaptionMetrics, HeldOut, look, look_before, score, write_samples
 from .loading import load_data
 from .preparing import prepare
 from .progress import TableCallback
 from .recipe import warn_of_warmup
 from .rows import EpochRows, spread_rows
 from .self_critical import CiderReward
+from .trackers import CaptionsInTrackers
 from .trainer import ClipCapTrainer
 
 
@@ -55,18 +56,21 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         keep_freed_memory()
     checkpoint = checkpoint_to_resume(args)
     set_seed(args.seed)
+    check_names(model_args, data_args)
+    train, evaluation = load_data(data_args, args.seed)
     model, processor = load_captioner(model_args, data_args)
     check_writable(args.output_dir, model)
     if args.process_index == 0:
         remove_leftovers(args.output_dir)
         _say_what_is_trained(model)
-    train, evaluation = load_data(data_args, args.seed)
     data = prepare(train, evaluation, model, processor, model_args, data_args, args)
     if model_args.warm_start and checkpoint is None:
         _warm_start(model, processor, data.train, model_args.warm_start, args.seed)
 
     trainer = _trainer(model, processor, data, data_args, args)
     before = look_before(trainer) if data.evaluation is not None else HeldOut([], {})
+    if before.captions:
+        trainer.add_callback(CaptionsInTrackers(trainer, data.evaluation, before.captions))
     set_seed(args.seed)  # so that training does not depend on earlier random draws
     result = trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = True  # Trainer switches the cache off in the saved configuration
@@ -118,7 +122,7 @@ def _trainer(model, processor: ClipCapProcessor, data, data_args: DataArguments,
         eval_dataset=_without_images(data.evaluation),
         data_collator=collator,
         processing_class=processor,
-        compute_metrics=caption_metrics(processor, list(data.evaluation["captions"]), args.eval_tokenizer)
+        compute_metrics=CaptionMetrics(processor, list(data.evaluation["captions"]), args.eval_tokenizer)
         if captions_images
         else None,
         callbacks=_callbacks(args),
@@ -192,6 +196,8 @@ def _add_baselines(ending: verdict.Ending, data, tokenizer: str):
     ending.before_rows = list(spread_rows(len(references), MOST_BEFORE)) if ending.before else []
     captions = {"captioner": ending.after}
     if data.train_captions:
+        ending.shared_words = verdict.shared_words(data.train_captions)
+        ending.mean_words = verdict.mean_words([text for texts in data.train_captions for text in texts])
         captions[MOST_COMMON] = [most_common_caption(data.train_captions)] * len(references)
     if data.train_embeds is not None and "clip_embeds" in data.evaluation.column_names:
         embeds = torch.from_numpy(np.asarray(data.evaluation["clip_embeds"], dtype=np.float32))

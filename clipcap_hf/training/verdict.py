@@ -12,6 +12,9 @@ FEW_HELD_OUT = 5
 SAME_CAPTION_SHARE = 0.5
 RISE = 1.1  # a last loss this many times the best one is a rise
 SAME_IMAGE = 0.9999
+SHARED_START = 0.9  # of the training captions, for words that make a style
+SAME_STYLE_SHARE = 0.8
+OTHER_LENGTH = 1.5  # times as many words, or as few, are another style
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Ending:
         after (`list[str]`): Captions of all these images after training.
         before_rows (`list[int]`): Rows of the images that were captioned before training.
         loss_before (`float`, *optional*): Loss on held-out images before training.
+        shared_words (`str`): The words that the training captions start with, if these are the same.
+        mean_words (`float`): Mean number of words in the training captions.
         overlap (`int`): Held-out images that are the same as a training image.
         notes (`list[str]`): What could not be computed, and why.
     """
@@ -52,6 +57,8 @@ class Ending:
     after: list[str] = field(default_factory=list)
     before_rows: list[int] = field(default_factory=list)
     loss_before: float | None = None
+    shared_words: str = ""
+    mean_words: float = 0.0
     overlap: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -74,8 +81,11 @@ def verdict(ending: Ending) -> tuple[str, str]:
     if len(ending.after) < FEW_HELD_OUT:
         return "not judged", f"Only {len(ending.after)} images are held out, too few to judge. Add images."
     if len({texts[0] for texts in ending.references}) == 1:
-        return "not judged", "All held-out images have the same caption. Add captions that tell images apart."
-    for judge in (_collapsed, _unchanged, _below_copying, _overfitted):
+        return "not judged", (
+            f"All held-out images have the same caption, {ending.references[0][0][:60]!r}, so the captioner writes it "
+            "for every image. Give images captions that tell them apart."
+        )
+    for judge in (_collapsed, _unchanged, _below_copying, _overfitted, _half_in_style):
         if reason := judge(ending):
             return reason
     rose = _rise(ending)
@@ -104,7 +114,7 @@ def _unchanged(ending: Ending) -> tuple[str, str] | None:
         return None
     return "did not change", (
         f"{same} of {len(pairs)} captions are the same as before training. Raise the learning rate "
-        "(`--learning_rate`, 3 times as high) or the epochs (`--num_train_epochs`), or train more of the captioner."
+        "(`--learning-rate`, 3 times as high) or the epochs (`--epochs`), or train more of the captioner."
     )
 
 
@@ -121,6 +131,47 @@ def _below_copying(ending: Ending) -> tuple[str, str] | None:
     )
 
 
+def _half_in_style(ending: Ending) -> tuple[str, str] | None:
+    reason = None
+    followed = sum(caption.startswith(ending.shared_words) for caption in ending.after)
+    if followed < SAME_STYLE_SHARE * len(ending.after):
+        reason = (
+            f"{followed} of the {len(ending.after)} captions start with {ending.shared_words!r}, as the training "
+            "captions do."
+        )
+    words = mean_words(ending.after)
+    if ending.mean_words and not 1 / OTHER_LENGTH < words / ending.mean_words < OTHER_LENGTH:
+        reason = (
+            reason or f"Captions have {words:.1f} words on average, but the training captions {ending.mean_words:.1f}."
+        )
+    if reason is None:
+        return None
+    advice = (
+        "Add images, raise the epochs (`--epochs`, 2 times as many), or raise the learning rate (`--learning-rate`)."
+    )
+    return (
+        "partly learned",
+        f"It scores higher than copied captions do, but not all captions are in the new style. {reason} {advice}",
+    )
+
+
+def mean_words(captions: Sequence[str]) -> float:
+    """Return the mean number of words; languages without spaces have one word per caption."""
+    return sum(len(caption.split()) for caption in captions) / max(1, len(captions))
+
+
+def shared_words(captions: Sequence[Sequence[str]]) -> str:
+    """Return the words that nearly all captions start with, or an empty string if these are fewer than two."""
+    starts = [texts[0].split() for texts in captions]
+    shared: list[str] = []
+    while True:
+        words = Counter(words[len(shared)] for words in starts if len(words) > len(shared))
+        word, times = words.most_common(1)[0] if words else ("", 0)
+        if times < SHARED_START * len(starts):
+            return " ".join(shared) if len(shared) > 1 else ""
+        shared.append(word)
+
+
 def _overfitted(ending: Ending) -> tuple[str, str] | None:
     saved_last = ending.saved_step >= ending.last.step
     if not _rise(ending) and not (
@@ -135,7 +186,7 @@ def _overfitted(ending: Ending) -> tuple[str, str] | None:
     return "overfitted", (
         f"The loss on held-out images rose from {best.scores['loss']:.3f} in epoch {best.epoch:g} to "
         f"{ending.last.scores['loss']:.3f}.{kept} Train for fewer epochs or at a lower learning rate, add data, or "
-        "freeze more (`--freeze_language_model`, `--lora_r 8`)."
+        "freeze more (`--freeze-language-model`, `--lora-r 8`)."
     )
 
 
@@ -160,7 +211,7 @@ def disagreement(ending: Ending) -> str | None:
         f"Loss and CIDEr disagree: the loss is lowest in epoch {by_loss.epoch:g} (CIDEr "
         f"{by_loss.scores['cider']:.1f}), CIDEr "
         f"highest in epoch {by_cider.epoch:g} ({by_cider.scores['cider']:.1f}). CIDEr hardly counts words that all "
-        "captions share, and is noisy on few images. `--metric_for_best_model` sets the score that counts."
+        "captions share, and is noisy on few images. `--metric-for-best-model` sets the score that counts."
     )
 
 

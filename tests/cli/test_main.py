@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from clipcap_hf import __version__
 from clipcap_hf.cli import COMMANDS, build_parser, caption, leaves, main
 from clipcap_hf.cli.arguments import DATA_FORMATS
@@ -39,6 +40,11 @@ def picture(tmp_path):
         (["--help"], 0, "usage: clipcap "),
         (["--version"], 0, f"clipcap {__version__}"),
         (["embed", "--help"], 0, "usage: clipcap embed"),
+        (["train", "--help"], 0, "usage: clipcap train"),
+        (["train", "--help-all"], 0, "--torch-compile"),
+        (["train", "--data", "d", "--out", "o", "--learnin-rate", "1"], 2, "did you mean --learning-rate?"),
+        (["train", "--data", "d"], 2, "usage: clipcap train"),
+        (["evaluate", "--model", "m"], 1, "give the images that --model captions"),
         (["caption", "a.png", "--beans", "5"], 2, "usage: clipcap caption"),
         (["convert", "official", "a.pt", "--out", "b", "more"], 2, "usage: clipcap convert official"),
         (["caption", "a.png", "--beams", "100000"], 2, "must be at most 1000"),
@@ -99,6 +105,10 @@ def test_every_command_is_a_leaf_with_a_name():
         (RecursionError(), "clipcap: RecursionError:  (--debug prints the traceback)"),
         (pickle.UnpicklingError("use weights_only=False"), "clipcap: a file of weights is damaged or holds more than"),
         (MemoryError(), "clipcap: out of memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. " * 9),
+            "clipcap: out of memory on the accelerator: use a smaller",
+        ),
         (ValueError("mended by a user"), "clipcap: mended by a user"),
         (ValueError("x" * 400_000), f"clipcap: {'x' * 1000} [...] {'x' * 1000}"),
     ],

@@ -3,10 +3,20 @@
 import pytest
 import torch
 from clipcap_hf.training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images
-from clipcap_hf.training.verdict import Ending, Evaluation, disagreement, report, verdict
+from clipcap_hf.training.verdict import (
+    Ending,
+    Evaluation,
+    disagreement,
+    mean_words,
+    report,
+    shared_words,
+    verdict,
+)
 
 
 NAMES = ["red heart", "blue dog", "yellow sun", "white cat", "purple rain", "black hat"]
+
+STYLED = [f"a drawing of {name}" for name in NAMES]
 
 
 def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0, nearest=30.0, ciders=None, **kwargs):
@@ -39,12 +49,23 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
         (ending(), "learned", "scores higher on held-out images than copied captions"),
         (ending((3.0, 1.5, 2.5), saved=2), "learned", "rose after epoch 2"),
         (ending(after=["a drawing of a cat"] * 6), "collapsed", "Lower the learning rate"),
-        (ending(after=NAMES), "did not change", "--learning_rate"),
+        (ending(after=NAMES), "did not change", "--learning-rate"),
         (ending(own=20.0), "below copying", "nearest training image"),
         (ending(own=1.0, nearest=0.0), "below copying", "most common caption"),
         (ending((1.5, 2.0, 2.5)), "overfitted", "fewer epochs"),
         (ending((1.5, 2.0, 2.2, 2.3, 2.5), saved=1), "overfitted", "epoch 1 was kept"),
         (ending(()), "not judged", "check captions of new images"),
+        (
+            ending(after=[*STYLED[:4], *NAMES[4:]], shared_words="a drawing of"),
+            "partly learned",
+            "4 of the 6 captions start",
+        ),
+        (ending(after=STYLED, shared_words="a drawing of", mean_words=5.0), "learned", "copied captions"),
+        (
+            ending(after=STYLED, mean_words=1.5),
+            "partly learned",
+            "5.0 words on average, but the training captions 1.5",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
@@ -52,6 +73,15 @@ def test_each_kind_of_run_is_named_and_told_what_to_do(run, word, advice):
     found, why = verdict(run)
     assert found == word and advice in why
     assert f"Verdict: {word}. " in report(run, ["scores.json"], "out")
+
+
+def test_words_that_nearly_all_captions_start_with():
+    captions = [[f"a drawing of {name}", "another"] for name in NAMES]
+    assert shared_words(captions) == "a drawing of"
+    assert shared_words([*captions, ["a photo"]]) == ""
+    assert shared_words([*captions * 3, ["a photo"]]) == "a drawing of"
+    assert shared_words([["a"], ["a dog"]]) == shared_words([]) == ""
+    assert mean_words(["one", "two words"]) == 1.5 and mean_words([]) == 0
 
 
 def test_one_caption_for_images_that_have_one_is_no_collapse():

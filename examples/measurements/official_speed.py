@@ -1,6 +1,6 @@
 """Measure captioning and training beside the official ClipCap code itself, in turns, in one process.
 
-python examples/benchmark_official.py FOLDER --out official-speed.json
+python examples/measurements/official_speed.py FOLDER --out official-speed.json
 
 FOLDER holds the official repository's `train.py` and `predict.py`, which you fetch yourself. Their classes, decoding
 loops and training loop run as they are. Only what they import is replaced: pretrained GPT-2 by random weights of its

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ..assets import resolve
+from ..model.lora_clipcap import add_lora
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
 from .arguments import DataArguments, ModelArguments
@@ -14,6 +15,16 @@ from .arguments import DataArguments, ModelArguments
 logger = logging.getLogger(__name__)
 
 DEFAULT_CAPTIONER = "emoji-mini"
+OF_NEW_CAPTIONERS = (
+    "vision_feature",
+    "mapping_type",
+    "prefix_length",
+    "clip_length",
+    "clip_embed_dim",
+    "normalize_clip_embeds",
+    "save_frozen",
+    "config_overrides",
+)
 
 
 def load_captioner(
@@ -31,6 +42,12 @@ def load_captioner(
 
 
 def _existing_captioner(model_args: ModelArguments):
+    given = [name for name in OF_NEW_CAPTIONERS if getattr(model_args, name) != getattr(ModelArguments(), name)]
+    if given:
+        raise ValueError(
+            f"An existing captioner keeps its own {', '.join(f'`{name}`' for name in given)}: leave that out, or pass "
+            "`text` for a new captioner."
+        )
     name = resolve(model_args.model or DEFAULT_CAPTIONER)
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clipcap":
@@ -39,11 +56,25 @@ def _existing_captioner(model_args: ModelArguments):
             "new one."
         )
     model = ClipCapForConditionalGeneration.from_pretrained(name)
-    if model_args.freeze_language_model is not None:
-        model.config.freeze_language_model = model_args.freeze_language_model
+    _choose_what_is_trained(model, model_args)
+    return model, ClipCapProcessor.from_pretrained(name)
+
+
+def _choose_what_is_trained(model: ClipCapForConditionalGeneration, model_args: ModelArguments):
+    """Freeze the parts of an existing captioner, or add LoRA adapters to it, as the arguments say."""
+    config = model.config
+    if not model_args.freeze_vision and model.vision_tower is not None:
+        config.freeze_vision = False
+        model.vision_tower.requires_grad_(True)
+    if model_args.lora_r is not None:
+        if config.lora is not None:
+            model.merge_lora()
+        config.lora = {"r": model_args.lora_r}
+        add_lora(model.language_model, config.lora)
+    elif model_args.freeze_language_model is not None:
+        config.freeze_language_model = model_args.freeze_language_model
         model.language_model.requires_grad_(True)
         model._freeze()
-    return model, ClipCapProcessor.from_pretrained(name)
 
 
 def _new_captioner(model_args: ModelArguments, data_args: DataArguments):

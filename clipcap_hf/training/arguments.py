@@ -190,12 +190,11 @@ class DataArguments:
         metadata={"help": "Column of the image ids, for imagefolder and hub: rows of the same id are one image."},
     )
     embeds_column: str = field(default="clip_embeds", metadata={"help": "Column of the embeddings, if any."})
-    references: Literal["random", "all", "first", "together"] | None = field(
-        default=None,
+    references: Literal["random", "all", "first", "together"] = field(
+        default="all",
         metadata={
             "help": "Captions shown per image and epoch: all, a random one, the first, or all together in one row, "
-            "which takes less time (default: together with two captions per image or more and a language model that "
-            "takes 4-dimensional masks; else, and with the paper's recipe, all)."
+            "which takes less time (for several captions per image and language models with 4-dimensional masks)."
         },
     )
     append_eos: bool = field(default=True, metadata={"help": "End captions with the end token."})

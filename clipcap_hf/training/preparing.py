@@ -69,7 +69,8 @@ def prepare(
     tokenizer = processor.tokenizer
     for data, what in ((evaluation, "evaluation"), (train, "training")):
         length = None if data is None else cut_to_context(data, tokenizer, room, data_args.max_caption_length, what)
-    _choose_references(train, model, data_args, args)
+    if data_args.references == "together":
+        _check_together(train, model, data_args, args)
     fit_recipe(args, model, _captions_per_epoch(train, data_args, args))
     if data_args.references == "together":
         _count_images(train, args)
@@ -143,18 +144,10 @@ def _captions_per_epoch(train, data_args: DataArguments, args: CaptioningArgumen
     return len(train)
 
 
-def _choose_references(train, model, data_args: DataArguments, args: CaptioningArguments):
-    """Put all captions of an image into one row by default, where that is possible and saves time."""
-    asked = data_args.references
-    if asked not in (None, "together"):
-        return
-    possible = hasattr(train, "select") and not data_args.text_only and args.objective == "cross_entropy"
-    if asked and not possible:
+def _check_together(train, model, data_args: DataArguments, args: CaptioningArguments):
+    if not hasattr(train, "select") or data_args.text_only or args.objective == "scst":
         raise ValueError("`references together` is for cross entropy on images, not streamed: leave it out.")
-    # The paper shows one caption per row. With a single caption per image there is nothing to share.
-    saves = possible and args.recipe != "paper" and _captions_per_image(train) >= 2
-    data_args.references = "together" if asked or saves else "all"
-    if data_args.references == "together" and not can_pack(model):
+    if not can_pack(model):
         data_args.references = "all"
         logger.warning(
             f"The language model, a `{model.config.text_config.model_type}`, takes no 4-dimensional attention masks, "
@@ -162,13 +155,10 @@ def _choose_references(train, model, data_args: DataArguments, args: CaptioningA
         )
 
 
-def _captions_per_image(train) -> float:
-    return sum(len(as_list(texts)) for texts in train["captions"]) / len(train)
-
-
 def _count_images(train, args: CaptioningArguments):
     """Reduce the batch size, since each row holds all captions of an image, to keep the captions per batch."""
-    args.per_device_train_batch_size = max(1, round(args.per_device_train_batch_size / _captions_per_image(train)))
+    per_image = sum(len(as_list(texts)) for texts in train["captions"]) / len(train)
+    args.per_device_train_batch_size = max(1, round(args.per_device_train_batch_size / per_image))
     logger.info(f"Batches hold {args.per_device_train_batch_size} images with all their captions.")
 
 

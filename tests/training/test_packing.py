@@ -3,10 +3,7 @@
 import pytest
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapTrainer
-from clipcap_hf.training.arguments import CaptioningArguments, DataArguments
 from clipcap_hf.training.packing import IGNORED, ImageWithCaptions, can_pack, pack
-from clipcap_hf.training.preparing import _choose_references
-from datasets import Dataset
 from transformers import BloomConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config, Seq2SeqTrainingArguments
 
 
@@ -17,7 +14,6 @@ LANGUAGE_MODELS = {
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, intermediate_size=48, head_dim=8),
     "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128),
 }
-BLOOM = BloomConfig(vocab_size=290, hidden_size=32, n_layer=2, n_head=4)  # its positions come from a 2-D mask
 PLACEHOLDER, PREFIX_LENGTH = 290, 4
 PROMPTS = {
     "image alone": [PLACEHOLDER] * PREFIX_LENGTH,
@@ -163,39 +159,6 @@ def test_a_step_of_the_trainer_is_the_same(make_model, embeds_processor, tmp_pat
 
 
 def test_language_models_that_cannot(make_model):
+    bloom = BloomConfig(vocab_size=290, hidden_size=32, n_layer=2, n_head=4)  # its positions come from a 2-D mask
     assert can_pack(make_model(None))
-    assert not can_pack(make_model(None, text_config=BLOOM))
-
-
-FIVE, ONE = [["a cat", "a dog", "cats", "dogs", "pets"]] * 3, [["a cat"]] * 3
-
-
-@pytest.mark.parametrize(
-    ("captions", "given", "chosen"),
-    [
-        (FIVE, {}, "together"),
-        (FIVE, {"references": "all"}, "all"),
-        (FIVE, {"references": "random"}, "random"),
-        (FIVE, {"text_config": BLOOM}, "all"),
-        (FIVE, {"references": "together", "text_config": BLOOM}, "all"),
-        (FIVE, {"recipe": "paper"}, "all"),
-        (FIVE, {"objective": "scst"}, "all"),
-        (ONE, {}, "all"),
-        (ONE, {"references": "together"}, "together"),
-    ],
-)
-def test_the_default_is_together_where_it_saves_time(make_model, caplog, captions, given, chosen):
-    model = make_model(None, **{name: value for name, value in given.items() if name == "text_config"})
-    data_args = DataArguments(**{name: value for name, value in given.items() if name == "references"})
-    recipe = {name: value for name, value in given.items() if name in ("recipe", "objective")}
-    args = CaptioningArguments(output_dir="out", use_cpu=True, **recipe)
-    _choose_references(Dataset.from_dict({"captions": captions}), model, data_args, args)
-    assert data_args.references == chosen
-    assert ("takes no 4-dimensional attention masks" in caplog.text) == ("text_config" in given)
-
-
-def test_together_is_refused_where_it_cannot_be(make_model):
-    data_args = DataArguments(references="together")
-    args = CaptioningArguments(output_dir="out", use_cpu=True, objective="scst")
-    with pytest.raises(ValueError, match="`references together` is for cross entropy"):
-        _choose_references(Dataset.from_dict({"captions": FIVE}), make_model(None), data_args, args)
+    assert not can_pack(make_model(None, text_config=bloom))

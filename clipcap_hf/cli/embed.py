@@ -45,8 +45,9 @@ def run(arguments) -> int:
     from ..clip import load_tower
     from ..data.embed import embed
     from ..data.embeddings import embeddings_provenance
-    from ..processes import process_state
+    from ..processes import keep_freed_memory, process_state
 
+    keep_freed_memory()
     data = load_data(arguments)
     if arguments.model is not None:
         model, processor = load_captioner(arguments.model, arguments.device)

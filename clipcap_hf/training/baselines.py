@@ -16,6 +16,12 @@ def most_common_caption(captions: Sequence[Sequence[str]]) -> str:
     return Counter(texts[0] for texts in captions).most_common(1)[0][0]
 
 
+def read_pooled(data, batch_size: int = 256) -> torch.Tensor:
+    """Read the embeddings of a data set (images, clip_embed_dim); those of patches are averaged, batch by batch."""
+    batches = data.select_columns("clip_embeds").with_format("torch").iter(batch_size)
+    return torch.cat([_averaged(batch["clip_embeds"]) for batch in batches])
+
+
 def nearest_images(
     embeds: torch.Tensor, train_embeds: torch.Tensor, batch_size: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,4 +42,8 @@ def nearest_images(
 
 
 def _pooled(embeds: torch.Tensor) -> torch.Tensor:
-    return F.normalize(embeds.float().mean(1) if embeds.ndim == 3 else embeds.float(), dim=-1)
+    return F.normalize(_averaged(embeds), dim=-1)
+
+
+def _averaged(embeds: torch.Tensor) -> torch.Tensor:
+    return embeds.float().mean(1) if embeds.ndim == 3 else embeds.float()

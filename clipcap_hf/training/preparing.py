@@ -5,16 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..clip import load_text_tower
 from ..data import check_embeddings
+from ..data.embeddings import embeds_as_tensors
 from ..data.readable import drop_unreadable, row_name, undecoded
 from ..model.configuration_clipcap import context_length
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
+from .baselines import read_pooled
 from .embed_once import embed_once, pays_to_embed, reads_all_images
 from .loading import cut_to_context
 from .packing import can_pack
@@ -84,11 +85,12 @@ def prepare(
         if reads_all_images(train, data_args, args):
             train = _without_unreadable(train, "training")
     _say_how_much(train)
+    train, evaluation = _fast_to_read(train), _fast_to_read(evaluation)
     data = RunData(train, evaluation, [], None, length, embeds_noise)
     if hasattr(train, "select"):
         data.train_captions = [as_list(texts) for texts in train["captions"]]
         if "clip_embeds" in train.column_names and not data_args.text_only:
-            data.train_embeds = lambda: torch.from_numpy(np.asarray(train["clip_embeds"], dtype=np.float32))
+            data.train_embeds = lambda: read_pooled(train)
     data.train = _rows(train, data_args, args)
     if hasattr(train, "select") and data.train is not train:
         name, image_of = row_name(train), getattr(data.train, "image_of", range(len(train)))
@@ -200,6 +202,11 @@ def _noise(data_args: DataArguments, model) -> float:
     if data_args.embeds_noise and not model.config.normalize_clip_embeds:
         raise ValueError("`embeds_noise` needs a captioner with `normalize_clip_embeds`: pass that too.")
     return data_args.embeds_noise
+
+
+def _fast_to_read(data):
+    embedded = hasattr(data, "select") and "clip_embeds" in data.column_names
+    return embeds_as_tensors(data) if embedded else data
 
 
 def _rows(train, data_args: DataArguments, args: CaptioningArguments):

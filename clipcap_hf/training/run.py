@@ -4,7 +4,6 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import has_length
@@ -17,7 +16,7 @@ from ..pictures import draw_curve
 from ..processes import keep_freed_memory, leave_at_exit
 from . import verdict
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
-from .baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images
+from .baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
 from .captioner import check_names, load_captioner
 from .checkpoints import check_writable, checkpoint_to_resume, remove_leftovers, save_whole
 from .collator import CaptioningCollator
@@ -95,7 +94,7 @@ def _warm_start(model, processor: ClipCapProcessor, train, steps: int, seed: int
     if "clip_embeds" not in (train.column_names or ()):
         raise ValueError("`warm_start` needs embeddings: pass `embed_once`, or data that was embedded.")
     captions = [texts if isinstance(texts, str) else texts[0] for texts in train["captions"]]
-    embeds = torch.from_numpy(np.asarray(train["clip_embeds"], dtype=np.float32))
+    embeds = torch.stack(list(train["clip_embeds"]))
     losses = warm_start_mapper(model, processor, embeds, captions, steps=steps, seed=seed)
     logger.info(f"Warm start of {steps} steps: loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
@@ -200,8 +199,7 @@ def _add_baselines(ending: verdict.Ending, data, tokenizer: str):
         ending.mean_words = verdict.mean_words([text for texts in data.train_captions for text in texts])
         captions[MOST_COMMON] = [most_common_caption(data.train_captions)] * len(references)
     if data.train_embeds is not None and "clip_embeds" in data.evaluation.column_names:
-        embeds = torch.from_numpy(np.asarray(data.evaluation["clip_embeds"], dtype=np.float32))
-        nearest, similarity = nearest_images(embeds, data.train_embeds())
+        nearest, similarity = nearest_images(read_pooled(data.evaluation), data.train_embeds())
         captions[NEAREST] = [data.train_captions[row][0] for row in nearest.tolist()]
         ending.overlap = int((similarity > verdict.SAME_IMAGE).sum())
     else:

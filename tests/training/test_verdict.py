@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from clipcap_hf.training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images
+from clipcap_hf.data.embeddings import embeds_as_tensors
+from clipcap_hf.training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
 from clipcap_hf.training.verdict import (
     Ending,
     Evaluation,
@@ -12,6 +13,7 @@ from clipcap_hf.training.verdict import (
     shared_words,
     verdict,
 )
+from datasets import Array2D, Dataset, Features, List, Value
 
 
 NAMES = ["red heart", "blue dog", "yellow sun", "white cat", "purple rain", "black hat"]
@@ -115,3 +117,16 @@ def test_baselines_copy_captions():
     assert rows.tolist() == [1, 0] and similarity[1] == 1 and similarity[0] < 1
     patches = torch.stack([train, train[[0, 0, 0]]])  # (images, patches, dim)
     assert nearest_images(patches, patches)[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6)])
+def test_embeddings_are_read_as_tensors(shape):
+    embeds = torch.randn(5, *shape)
+    feature = List(Value("float32"), length=6) if len(shape) == 1 else Array2D(shape, "float32")
+    features = Features({"captions": List(Value("string")), "clip_embeds": feature})
+    data = Dataset.from_dict({"captions": [["a", "b"]] * 5, "clip_embeds": embeds.numpy()}, features=features)
+    rows = embeds_as_tensors(data.select([3, 1]))
+    assert isinstance(rows[0]["clip_embeds"], torch.Tensor) and rows[0]["captions"] == ["a", "b"]
+    assert torch.equal(torch.stack([row["clip_embeds"] for row in rows.__getitems__([0, 1])]), embeds[[3, 1]])
+    # Batch by batch, since the patches of thousands of images fill the memory.
+    torch.testing.assert_close(read_pooled(rows, batch_size=1), embeds[[3, 1]].reshape(2, -1, 6).mean(1))

@@ -1,0 +1,153 @@
+"""Measure what to train, at which rate and for how long, on 50, 300 and 3,000 images: the table of the training guide.
+
+    python examples/measure_guide.py --out build/guide
+    python examples/measure_guide.py --out build/guide --photographs embeddings
+
+The first command measures on drawings: the embedded emoji, with captions in a new style ("a drawing of a red heart.").
+The second adds photographs, from the folder that `clipcap embed` wrote for a data set with training and validation
+splits (see `examples/small_parts.py`). Each row of the table is trained by `clipcap train`, from
+
+- an existing captioner: `emoji-mini` for drawings; for photographs, one that is first trained on every other
+  photograph, none of which is used again;
+- a new captioner, with a small GPT-2 that starts from random weights.
+
+Of each run, the checkpoint with the lowest loss on held-out images is scored. Finished runs are kept, so an
+interrupted measurement continues, and other sizes, rates and widths can be added. Writes `table.md`, `results.json`.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+from clipcap_hf import EMOJI_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf.cli import main as clipcap
+from clipcap_hf.data import embed, load_embeddings, load_emoji
+from datasets import DatasetDict
+from small_parts import make_language_model
+
+
+PARTS = {
+    "mapping network": ["--freeze_language_model", "True"],
+    "LoRA": ["--lora_r", "8"],
+    "everything": ["--freeze_language_model", "False"],
+}
+EPOCHS = {50: 30, 300: 12, 3000: 4}
+HELD_OUT = 200
+COMMON = (
+    "--use_cpu --num_samples 0 --disable_tqdm True --save_total_limit 1 "
+    "--eval_strategy steps --eval_steps 0.125 --save_strategy steps --save_steps 0.125"
+).split()
+COLUMNS = ["data", "images", "start", "trained", "rate", "best epoch", "epochs", "loss", "CIDEr", "CPU s"]
+
+
+def drawings(out: Path):
+    """Return embedded drawings with captions in a new style: to train on, and held out."""
+    train, new = load_emoji("train").shuffle(0).select(range(3000)), load_emoji("new_design").shuffle(0)
+    data = DatasetDict({"train": train, "validation": new.select(range(HELD_OUT))})
+    data = data.map(lambda row: {"captions": [f"a drawing of {row['captions'][0]}."]})
+    model, processor = (
+        part.from_pretrained(EMOJI_MINI) for part in (ClipCapForConditionalGeneration, ClipCapProcessor)
+    )
+    return embed(model, data.select_columns(["image", "captions"]), out, processor, progress=False)
+
+
+def train(out: Path, data: Path, start: list[str], *options) -> dict:
+    """Train a captioner, or find the result of an earlier run."""
+    result = out / "result.json"
+    if not result.is_file():
+        begin = time.process_time()
+        command = ["train", "--data", data, "--output_dir", out, *start, *COMMON, *options]
+        if clipcap([str(part) for part in command]):
+            raise SystemExit(f"Failed: clipcap {' '.join(map(str, command))}")
+        state = json.loads((out / "trainer_state.json").read_text())
+        scores = json.loads((out / "scores.json").read_text())
+        best = next(entry for entry in state["log_history"] if entry["step"] == state["best_global_step"])
+        found = {
+            "best epoch": round(best["epoch"], 1),
+            "epochs": round(state["epoch"]),
+            "loss": round(scores["eval_loss"], 3),
+            "CIDEr": round(scores["eval_cider"], 1),
+            "CPU s": round(time.process_time() - begin),
+        }
+        result.write_text(json.dumps(found))
+        for checkpoint in out.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    return json.loads(result.read_text())
+
+
+def photographs(embeddings: str, out: Path):
+    """Return half of the photographs, 200 that are held out, and a captioner trained on the other half."""
+    data = load_embeddings(embeddings)
+    held_out = data["validation"].select(range(HELD_OUT))
+    halves = [data["train"].select(range(first, len(data["train"]), 2)) for first in (0, 1)]
+    text, folder, captioner = out / "photographs-text", out / "photographs-other-half", out / "photographs-captioner"
+    if not folder.is_dir():
+        make_language_model([text for texts in halves[0]["captions"] for text in texts], text, 192, 2, 3000, seed=0)
+        DatasetDict({"train": halves[0], "validation": held_out}).save_to_disk(folder)
+    start = ["--text", text, "--clip_embed_dim", len(held_out[0]["clip_embeds"]), "--prefix_length", 6]
+    train(captioner, folder, start, "--learning_rate", 2e-3, "--num_train_epochs", 3, "--warmup_steps", 0.05)
+    return DatasetDict({"train": halves[1], "validation": held_out}), ["--model", captioner]
+
+
+def rows_of(name: str, data, existing: list[str], out: Path, arguments):
+    """Train each kind of captioner on each number of images at each rate, and yield the rows of the table."""
+    for images in arguments.images:
+        subset = DatasetDict({"train": data["train"].select(range(images)), "validation": data["validation"]})
+        folder = out / f"{name}-{images}"
+        if not folder.is_dir():
+            subset.save_to_disk(folder)
+        width = len(subset["train"][0]["clip_embeds"])
+        cells = [("existing", existing, part) for part in arguments.parts]
+        for hidden in arguments.widths:
+            text = out / f"{name}-{images}-text-{hidden}"
+            if not text.is_dir():
+                captions = [caption for captions in subset["train"]["captions"] for caption in captions]
+                make_language_model(captions, text, hidden, layers=2, vocabulary=3000, seed=0)
+            start = ["--text", text, "--clip_embed_dim", width, "--prefix_length", 6]
+            cells.append((f"new, width {hidden}", start, "everything"))
+        for start, options, part in cells:
+            for rate in arguments.rates:
+                row = {"data": name, "images": images, "start": start, "trained": part, "rate": rate}
+                run = out / "runs" / "-".join(str(value).replace(", ", "-") for value in row.values())
+                chosen = [*PARTS[part], "--learning_rate", rate, "--num_train_epochs", EPOCHS.get(images, 4)]
+                yield {**row, **train(run, folder, options, *chosen)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, table.md and results.json")
+    parser.add_argument("--photographs", help="embeddings of photographs, by clipcap embed (default: none)")
+    parser.add_argument("--images", type=int, nargs="+", default=[50, 300, 3000], help="default: %(default)s")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 3e-3], help="learning rates")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="trained of an existing one")
+    parser.add_argument("--widths", type=int, nargs="*", default=[192], help="widths of new language models")
+    parser.add_argument("--no-drawings", action="store_true", help="photographs only")
+    arguments = parser.parse_args()
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    found = []
+    if not arguments.no_drawings:
+        found.append(("drawings", drawings(out / "drawings"), ["--model", "emoji-mini"]))
+    if arguments.photographs:
+        found.append(("photographs", *photographs(arguments.photographs, out)))
+    table = out / "results.json"
+    rows = json.loads(table.read_text()) if table.is_file() else []
+    for name, data, existing in found:
+        for row in rows_of(name, data, existing, out, arguments):
+            if row not in rows:
+                rows.append(row)
+            table.write_text(json.dumps(rows, indent=1))
+            write_table(rows, out / "table.md")
+
+
+def write_table(rows: list[dict], path: Path):
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .base_clipcap import CaptionerParts
 from .modeling_mapping import pool_patches
 from .modeling_vision import embed_pixels
 
 
-class EmbedsInputs:
+class EmbedsInputs(CaptionerParts):
     """Adds to a captioner and to its base model the prefix of images and its place among the tokens."""
 
     @can_return_tuple

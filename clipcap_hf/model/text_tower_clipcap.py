@@ -24,7 +24,7 @@ from .damage_clipcap import naming
 
 
 # By the type of a complete model or of the tower alone.
-_TEXT_TOWERS = {
+_TEXT_TOWERS: dict[str, Any] = {
     "clip": CLIPTextModelWithProjection,
     "clip_text_model": CLIPTextModelWithProjection,
     "metaclip_2": MetaClip2TextModelWithProjection,

@@ -12,6 +12,21 @@ TESTS = Path(__file__).parent
 LINES = {PACKAGE: 400, TESTS: 500}
 LONGER = {"model/donors_clipcap.py": 420}
 FUNCTION_LINES = 60
+# Where a reader looks for a concept; the first lines of the file name it.
+CONCEPTS = {
+    "prefix": "model/modeling_mapping.py",
+    "mapping network": "model/modeling_mapping.py",
+    "placeholder": "model/processing_clipcap.py",
+    "beam search": "model/beam_search_clipcap.py",
+    "frozen parts": "model/donors_clipcap.py",
+    "model card": "model/model_card_clipcap.py",
+    "embed the images": "data/embed.py",
+    "nocaps": "evaluation/protocol.py",
+    "cider": "metrics/formulas.py",
+    "self-critical": "training/self_critical.py",
+    "resume": "training/checkpoints.py",
+    "onnx": "export.py",
+}
 # What is done in one place, and where; another one is a copy of it.
 IN_ONE_PLACE = {
     "FileLock(": {"files.py"},
@@ -101,6 +116,12 @@ def test_no_file_is_too_long_to_read(folder):
         if lines > (LONGER.get(name, LINES[folder]) if folder == PACKAGE else LINES[folder]):
             too_long[name] = lines
     assert not too_long
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_file_of_a_concept_names_it_first(concept):
+    docstring = ast.get_docstring(ast.parse((PACKAGE / CONCEPTS[concept]).read_text(encoding="utf-8")))
+    assert concept in docstring.partition("\n\n")[0].lower()
 
 
 def test_functions_read_top_down():

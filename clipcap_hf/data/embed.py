@@ -1,4 +1,4 @@
-"""Embed whole data sets with CLIP: each image is encoded once, by any number of processes, and no work is lost."""
+"""Embed the images of whole data sets with CLIP, each once, by any number of processes; no work is lost."""
 
 from __future__ import annotations
 

@@ -79,6 +79,9 @@ def _fields(path: Path, classes: tuple[str, ...]):
 
 
 def _option(name: str, line: ast.AnnAssign, owner: str) -> Option:
+    if isinstance(line.value, ast.Call) and ast.unparse(line.value.func) == "of_recipe":
+        help = f"{_literal(line.value.args[0])} (default: recipe)."
+        return Option(name, owner, ast.unparse(line.annotation), help, None)
     settings: dict[str | None, ast.expr] = {}
     if isinstance(line.value, ast.Call):  # field(default=..., metadata={"help": ...})
         settings = {keyword.arg: keyword.value for keyword in line.value.keywords}

@@ -15,7 +15,7 @@ from ..extras import install_hint
 _SWITCH = {"nargs": "?", "const": True}
 
 
-def _of_recipe(help: str) -> Any:
+def of_recipe(help: str) -> Any:
     """Make a field that is None until `__post_init__` fills in the recipe's value."""
     return field(default=None, metadata={"help": f"{help} (default: recipe)."})
 
@@ -260,14 +260,14 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             "40, learning rate 2e-5 after 5,000 steps of warm-up, no clipping (for 500,000 captions)."
         },
     )
-    num_train_epochs: float = _of_recipe("Passes over the data")
-    per_device_train_batch_size: int = _of_recipe("Captions per step and device")
+    num_train_epochs: float = of_recipe("Passes over the data")
+    per_device_train_batch_size: int = of_recipe("Captions per step and device")
     per_device_eval_batch_size: int = field(default=40, metadata={"help": "Images per step and device in evaluation."})
-    learning_rate: float = _of_recipe("Highest learning rate")
-    warmup_steps: float = _of_recipe("Steps of linear warm-up; below 1, a share of all steps")
+    learning_rate: float = of_recipe("Highest learning rate")
+    warmup_steps: float = of_recipe("Steps of linear warm-up; below 1, a share of all steps")
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    max_grad_norm: float = _of_recipe("Clip gradients to this norm; 0 disables clipping")
-    logging_steps: float = _of_recipe("Steps between log entries; below 1, a share of all steps")
+    max_grad_norm: float = of_recipe("Clip gradients to this norm; 0 disables clipping")
+    logging_steps: float = of_recipe("Steps between log entries; below 1, a share of all steps")
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator reads columns."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Training stops at NaN by itself."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})

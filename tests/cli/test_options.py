@@ -13,10 +13,20 @@ from clipcap_hf.cli.train_options import read_options
 
 
 LEAVES = {leaf.prog.removeprefix("clipcap "): leaf for leaf in leaves(build_parser())}
-WRITES = {"demo", "caption", "train", "embed", "evaluate", "convert official", "convert embeddings", "export onnx"}
+WRITES = {
+    "demo",
+    "caption",
+    "train",
+    "embed",
+    "evaluate",
+    "reproduce",
+    "convert official",
+    "convert embeddings",
+    "export onnx",
+}
 LOADS_A_CAPTIONER = {"caption", "train", "embed", "evaluate", "serve", "export onnx"}
-COMPUTES = {"caption", "train", "embed", "evaluate", "serve", "benchmark"}
-READS_IMAGES = {"caption", "train", "embed", "evaluate"}
+COMPUTES = {"caption", "train", "embed", "evaluate", "reproduce", "serve", "benchmark"}
+READS_IMAGES = {"caption", "train", "embed", "evaluate", "reproduce"}
 
 
 def options(leaf: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -33,7 +43,7 @@ def test_the_same_thing_has_the_same_name(command):
         ("--dtype", COMPUTES),
         ("--batch-size", COMPUTES - {"benchmark"}),
         ("--workers", READS_IMAGES),
-        ("--data", {"train", "embed", "evaluate"}),
+        ("--data", {"train", "embed", "evaluate", "reproduce"}),
         ("--beams", {"caption", "evaluate", "benchmark", "train"}),
         ("--epochs", {"demo", "train"}),
     ):

@@ -1,6 +1,7 @@
 """From a captioner's inputs to what its language model reads: steps 1 to 3 of `modeling_clipcap.py`."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class EmbedsInputs(CaptionerParts):
         """
         if (pixel_values is None) == (clip_embeds is None):
             raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
-        vision_outputs = {}
+        vision_outputs = ModelOutput()
         if clip_embeds is None:
             clip_embeds, vision_outputs = self._embed_pixels(pixel_values, **kwargs)
         else:
@@ -122,18 +123,18 @@ class EmbedsInputs(CaptionerParts):
         return inputs_embeds, prefix, image_outputs
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None = None
-    ) -> torch.BoolTensor:
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Find the placeholders, (batch, sequence), in token ids, or in embeddings if the placeholder has one."""
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        embeddings = self.get_input_embeddings()
-        if self.config.image_token_id >= embeddings.weight.shape[0]:
+            return input_ids.eq(self.config.image_token_id)
+        embeddings: Any = self.get_input_embeddings()
+        if self.config.image_token_id >= embeddings.weight.shape[0]:  # type: ignore[operator]  # it is no longer None
             raise ValueError(
                 "Images need `input_ids` with placeholders: the placeholder of this captioner has no embedding, so "
                 "`inputs_embeds` cannot say where they go. For `generate`, pass both."
             )
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        token = torch.tensor(self.config.image_token_id, device=embeddings.weight.device)
         return (inputs_embeds == embeddings(token)).all(-1)
 
     def _attention_mask(self, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -164,6 +165,6 @@ class EmbedsInputs(CaptionerParts):
         known = {*inspect.signature(language_model.forward).parameters, *TransformersKwargs.__optional_keys__}
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in known]:
             raise TypeError(
-                f"Neither the captioner nor its language model, a `{self.config.text_config.model_type}`, has the "
+                f"Neither the captioner nor its language model, a `{self.language_model.config.model_type}`, has the "
                 f"argument `{unknown[0]}`: leave it out."
             )

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .model.generation_clipcap import mean_log_probs
 from .model.images_clipcap import stored_images
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
+from .model.modeling_vision import place_pixels
 from .model.processing_clipcap import ClipCapProcessor, load_image
 from .processes import process_state
 
@@ -192,8 +193,7 @@ def caption_pixels(
     if not pixels:
         return []
     inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt").to(model.device)
-    # Convolutional towers are twice as fast with channels last.
-    pixel_values = torch.stack(list(pixels)).to(model.device, memory_format=torch.channels_last)
+    pixel_values = place_pixels(torch.stack(list(pixels)), model.device)
     results = [CaptionedImage() for _ in pixels]
     images = {"pixel_values": pixel_values}
     reranks = generate_kwargs.get("rerank") is not None  # needs the embedding itself, not only the prefix
@@ -288,7 +288,6 @@ def embed_images(
         for start in range(0, len(images), batch_size):
             batch = [load_image(image) for image in images[start : start + batch_size]]
             pixel_values = processor.image_processor(batch, return_tensors="pt")["pixel_values"]
-            pixel_values = pixel_values.to(model.device, memory_format=torch.channels_last)
-            embeds.append(model.get_clip_embeds(pixel_values).float().cpu())
+            embeds.append(model.get_clip_embeds(place_pixels(pixel_values, model.device)).float().cpu())
             bar.update(len(batch))
     return torch.cat(embeds)

@@ -11,6 +11,30 @@ PACKAGE = Path(clipcap_hf.__file__).parent
 TESTS = Path(__file__).parent
 LINES = {PACKAGE: 400, TESTS: 500}
 LONGER = {"model/donors_clipcap.py": 420}
+FUNCTION_LINES = 60
+# Where a reader looks for a concept; the first lines of the file name it.
+CONCEPTS = {
+    "prefix": "model/modeling_mapping.py",
+    "mapping network": "model/modeling_mapping.py",
+    "placeholder": "model/processing_clipcap.py",
+    "beam search": "model/beam_search_clipcap.py",
+    "frozen parts": "model/donors_clipcap.py",
+    "model card": "model/model_card_clipcap.py",
+    "embed the images": "data/embed.py",
+    "nocaps": "evaluation/protocol.py",
+    "cider": "metrics/formulas.py",
+    "self-critical": "training/self_critical.py",
+    "resume": "training/checkpoints.py",
+    "onnx": "export.py",
+}
+# What is done in one place, and where; another one is a copy of it.
+IN_ONE_PLACE = {
+    "FileLock(": {"files.py"},
+    "mkstemp(": {"files.py"},
+    "umask(": {"files.py"},
+    "os.replace(": {"files.py", "data/embeddings.py", "training/checkpoints.py"},  # shards; files of a whole model
+    "torch.channels_last": {"model/modeling_vision.py", "benchmark/measure.py"},
+}
 
 
 def module_name(path: Path) -> str:
@@ -92,3 +116,29 @@ def test_no_file_is_too_long_to_read(folder):
         if lines > (LONGER.get(name, LINES[folder]) if folder == PACKAGE else LINES[folder]):
             too_long[name] = lines
     assert not too_long
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_file_of_a_concept_names_it_first(concept):
+    docstring = ast.get_docstring(ast.parse((PACKAGE / CONCEPTS[concept]).read_text(encoding="utf-8")))
+    assert concept in docstring.partition("\n\n")[0].lower()
+
+
+def test_functions_read_top_down():
+    """Docstrings and signatures do not count."""
+    too_long = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = node.body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                name = f"{path.relative_to(PACKAGE).as_posix()}: {node.name}"
+                if lines > FUNCTION_LINES:
+                    too_long[name] = lines
+    assert not too_long
+
+
+@pytest.mark.parametrize("call", IN_ONE_PLACE)
+def test_what_has_a_helper_is_not_written_again(call):
+    texts = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert {name for name, text in texts.items() if call in text} == IN_ONE_PLACE[call]

@@ -141,7 +141,9 @@ def test_a_moved_module_is_not_installed_again(tmp_path):
         shutil.copy(CLONE / name, clone)
     (package / "__init__.py").write_text('__version__ = "1.2.3"\n')
     (package / "old.py").touch()
+    (package / "py.typed").touch()
     assert install(clone, tmp_path / "first") == {"clipcap_hf/__init__.py", "clipcap_hf/old.py"}
+    assert (tmp_path / "first" / "clipcap_hf" / "py.typed").is_file()  # type checkers read the package's annotations
 
     (package / "folder").mkdir()
     (package / "folder" / "__init__.py").touch()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
-from ..files import check_file
+from ..files import check_file, listed
 from ..model.damage_clipcap import check_archive
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.modeling_vision import load_vision_config, vision_feature_dim
@@ -168,7 +168,7 @@ def _check_is_state_dict(state: Any, path: Path):
             f"{path} is a whole training state ({', '.join(map(str, state))}). Take the weights out of it: "
             f"`torch.save(torch.load(PATH, weights_only=True)[{inner[0]!r}], NEW_PATH)`."
         )
-    raise ValueError(f"{path} is not a state dict: {_some(others)} are not tensors.")
+    raise ValueError(f"{path} is not a state dict: {listed(others, 6)} are not tensors.")
 
 
 def _is_weights(value: Any) -> bool:
@@ -182,7 +182,7 @@ def _split(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> tuple[d
     mapper = {key.removeprefix(_MAPPER): value for key, value in weights.items() if key.startswith(_MAPPER)}
     unknown = [key for key in weights if not key.startswith((_LANGUAGE_MODEL, _MAPPER))]
     if unknown:
-        raise ValueError(f"{path} holds weights that the official code does not have: {_some(unknown)}.")
+        raise ValueError(f"{path} holds weights that the official code does not have: {listed(unknown, 6)}.")
     if not text or not mapper:
         missing = _MAPPER if text else _LANGUAGE_MODEL
         raise ValueError(f"{path} is not an official ClipCap checkpoint: it holds no `{missing}*` weights.")
@@ -196,7 +196,7 @@ def _check_finite(weights: dict[str, torch.Tensor], prefix: str, path: str | os.
     bad = [prefix + key for key, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
-            f"{path} holds NaN or infinity in {_some(bad)}: its training diverged, or the file is damaged."
+            f"{path} holds NaN or infinity in {listed(bad, 6)}: its training diverged, or the file is damaged."
         )
 
 
@@ -215,9 +215,9 @@ def _check_text_config(weights: dict[str, torch.Tensor], text_config: PreTrained
     ]
     if not (unknown or missing or other):
         return type(skeleton)
-    faults = [f"{len(other)} of another shape ({_some(other, 2)})"] if other else []
-    faults += [f"{len(unknown)} unknown ({_some(unknown, 3)})"] if unknown else []
-    faults += [f"{len(missing)} missing ({_some(missing, 3)})"] if missing else []
+    faults = [f"{len(other)} of another shape ({listed(other, 2)})"] if other else []
+    faults += [f"{len(unknown)} unknown ({listed(unknown, 3)})"] if unknown else []
+    faults += [f"{len(missing)} missing ({listed(missing, 3)})"] if missing else []
     embeddings = weights.get("transformer.wte.weight")
     name = None if embeddings is None else _GPT2_BY_WIDTH.get(embeddings.shape[-1])
     hint = f" Its width is that of {name}." if name and other else ""
@@ -282,7 +282,7 @@ def _mapper_config(weights: dict[str, torch.Tensor], hidden_size: int) -> dict[s
         names = [_MAPPER + key for key in weights]
         raise ValueError(
             f"The mapping network has no `{_MAPPER}{error.args[0]}`, so it is not an official one. It has "
-            f"{_some(names)}."
+            f"{listed(names, 6)}."
         ) from None
 
 
@@ -304,7 +304,7 @@ def _rename_mapper(weights: dict[str, torch.Tensor], mapping_type: str) -> dict[
         else:
             unknown.append(_MAPPER + key)
     if unknown:
-        raise ValueError(f"An official `{mapping_type}` mapping network has no weights {_some(unknown)}.")
+        raise ValueError(f"An official `{mapping_type}` mapping network has no weights {listed(unknown, 6)}.")
     return renamed
 
 
@@ -327,10 +327,6 @@ def _stop_as_official(model: ClipCapForConditionalGeneration, stop_token_id: int
     # The language model also processes padding, so the padding id must be in its vocabulary.
     if generation_config.pad_token_id is None or generation_config.pad_token_id >= vocab_size:
         generation_config.pad_token_id = stop_token_id
-
-
-def _some(names: list[str], count: int = 6) -> str:
-    return ", ".join(map(str, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 __all__ = ["convert_official_checkpoint"]

@@ -1,4 +1,4 @@
-"""Embed whole data sets with CLIP: each image is encoded once, by any number of processes, and no work is lost."""
+"""Embed the images of whole data sets with CLIP, each once, by any number of processes; no work is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..files import lock_folder
 from ..model.images_clipcap import load_image
-from ..model.modeling_vision import embed_pixels
+from ..model.modeling_vision import embed_pixels, place_pixels
 from ..processes import default_workers, process_state
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 from .readable import undecoded
@@ -129,9 +129,7 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return float32 embeddings on the CPU: (batch, dim), or (batch, patches, dim) for patches."""
-        # Convolutional towers are twice as fast with channels last.
-        memory_format = torch.channels_last if pixel_values.ndim == 4 else torch.preserve_format
-        pixel_values = pixel_values.to(self.device, self.dtype, memory_format=memory_format)
+        pixel_values = place_pixels(pixel_values, self.device, self.dtype)
         return embed_pixels(self.tower, pixel_values, self.vision_feature)[0].float().cpu()
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks (splits, numbers of images, tokenizers), and the check that a score follows their protocol."""
+"""The benchmarks (COCO, nocaps, ...), their splits and tokenizers, and the check that a score follows a protocol."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """Two beam searches that read each prompt once: the official ClipCap rule, and that of transformers, made faster.
 
 Both have one shape: the loop of `beam_loop_clipcap.py` runs the language model, and a class of beams keeps the
-captions so far and decides, step by step, which of them go on.
+captions so far and decides at each step which of them to extend.
 """
 
 from dataclasses import dataclass
@@ -351,7 +351,7 @@ def _covers(
 
 
 def _num_candidates(generation_config: GenerationConfig) -> int:
-    # So many that, even if all beams could stop at each stop token, there are beams left to go on with.
+    # Enough to continue `num_beams` beams, even if every beam could stop at every stop token.
     return max(2, 1 + len(stop_tokens(generation_config))) * generation_config.num_beams
 
 

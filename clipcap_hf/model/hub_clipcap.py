@@ -1,4 +1,4 @@
-"""Put the code of a captioner beside its weights, so that people without this package can load it."""
+"""Copy the code of a captioner next to its weights, so that people without this package can load it."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _PIPELINES = {
 
 def add_code(folder: str | os.PathLike) -> list[Path]:
     r"""
-    Copy the code of a saved captioner beside its weights.
+    Copy the code of a saved captioner next to its weights.
 
     People without this package can then load the captioner with `trust_remote_code=True`. Where the package is
     imported, its own code is used and no trust is needed.

@@ -215,7 +215,7 @@ class _Part:
         raise TypeError(f"`{argument}` must be the name or folder of a model, or a loaded model, got {given!r}.")
 
     def tokenizer(self):
-        """Load the tokenizer beside a language model that is given by name, if there is one."""
+        """Load the tokenizer of a language model that is given by name; `None` if it has none."""
         return None if self.name is None else load_tokenizer(donor_folder(self.name), self.config, **self.kwargs)
 
     def load(self, load_donor, dtype: torch.dtype | str) -> dict[str, Any]:

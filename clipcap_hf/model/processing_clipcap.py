@@ -1,4 +1,4 @@
-"""The processor: turns prompts with images, videos or embeddings into model inputs."""
+"""The processor: turns prompts with images, videos or embeddings into model inputs, placeholders among them."""
 
 import copy
 import json

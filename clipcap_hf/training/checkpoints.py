@@ -1,4 +1,4 @@
-"""The files of a run: find and save checkpoints, check for space, clean up after killed runs."""
+"""The files of a run: save checkpoints, find the one to resume from, check for space, clean up after killed runs."""
 
 import json
 import logging

@@ -74,7 +74,7 @@ def test_a_run_is_kept_out_while_another_writes(tmp_path, run):
     finally:
         other.kill()
         other.wait()
-    assert len(run()) == 12  # the lock of a killed process is none
+    assert len(run()) == 12  # a killed process holds no lock
     assert not list((tmp_path / "out").glob(".*"))
 
 

@@ -148,5 +148,5 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     os.utime(tmp_path / ".captions-old-0.jsonl", (weeks_ago, weeks_ago))
     with only_process(tmp_path):
         pass
-    # Captions of an interrupted run with other settings are kept for a week: somebody may come back for them.
+    # Captions of an interrupted run with other settings are kept for a week, so that it can be continued.
     assert sorted(contents(tmp_path)) == sorted([*foreign, ".captions-new-0.jsonl"])

@@ -86,7 +86,7 @@ def test_a_killed_run_ends_with_the_same_weights(run_folder):
     ]
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
     assert losses[0] == losses[1] and len(losses[0]) == 6
-    # The mean of the whole run, also of a finished run that is asked to go on.
+    # The mean over the whole run, also if a finished run is resumed.
     whole, killed = (train_loss(run_folder / out) for out in ("whole", "killed"))
     assert whole == killed == pytest.approx(sum(losses[0]) / 6, rel=1e-4)
     assert main(flags(run_folder, "killed", "--resume")) == 0

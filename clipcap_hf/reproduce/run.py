@@ -96,7 +96,9 @@ class _Run:
         found = []
         for trained_on in dict.fromkeys(TABLES[table].trained_on for table in settings.tables):
             for variant in settings.variants:
-                tried = grid(settings.chosen, variant) if settings.grid else [settings.choices]
+                tried = [settings.choices]
+                if settings.grid:
+                    tried = grid(settings.chosen, variant, models=not settings.rehearsal)
                 found += [
                     Captioner(trained_on, variant, seed, choices_of_training(choices, variant))
                     for choices in tried

@@ -250,7 +250,7 @@ class _Run:
     def _convert(self, captioner: Captioner) -> Path:
         folder = self.out / "captioners" / captioner.name
         depends_on = {"weights": _digest(Path(captioner.path)), "choices": dict(captioner.choices)}
-        clip, choices = self.settings.chosen.get("clip"), dict(captioner.choices) | {"lengths": "40/40"}
+        clip, choices = self.settings.chosen.get("clip"), dict(captioner.choices)
         self.ledger.run(
             f"convert-{captioner.name}", depends_on, lambda: stages.convert(captioner, choices, clip, folder), self.say
         )

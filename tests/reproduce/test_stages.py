@@ -70,7 +70,7 @@ def test_all_that_is_missing_is_listed_before_anything_runs(tmp_path):
 def test_a_missing_image_names_the_folder_and_its_publisher(out):
     (image,) = list((out / "data/coco/train2014").iterdir())[:1]
     image.unlink()
-    with pytest.raises(FileNotFoundError, match=f"1 of the 80 images.*{image.name}.*2014 Train images"):
+    with pytest.raises(FileNotFoundError, match=f"1 of the 130 images.*{image.name}.*2014 Train images"):
         run(settings(out))
 
 
@@ -124,9 +124,10 @@ def test_a_file_that_changed_between_two_runs_is_an_error(out):
 # Stages
 
 
-@pytest.fixture
-def finished(out):
-    return out, *run(settings(out, ("coco", "nocaps")))
+@pytest.fixture(scope="module")
+def finished(made):
+    """Run the stages once, in the folder of the data; tests leave it as it is."""
+    return made, *run(settings(made, ("coco", "nocaps")))
 
 
 def test_the_stages_run_in_order_and_are_not_repeated(finished):
@@ -137,7 +138,7 @@ def test_the_stages_run_in_order_and_are_not_repeated(finished):
     again, said = run(settings(out, ("coco", "nocaps")))
     assert said == ["checking the data ..."] and (out / "table.md").read_text() == table
     record = json.loads((out / "record.json").read_text())
-    assert record["data"]["data-coco-train"]["images"] == 80 and record["versions"]["torch"] == torch.__version__
+    assert record["data"]["data-coco-train"]["images"] == 80 and record["versions"]["torch"]
     assert all(cost["sessions"] == 1 for cost in record["stages"].values()) and len(record["reports"]) == 4
 
 
@@ -146,7 +147,7 @@ def test_a_rehearsal_is_marked_everywhere_and_writes_no_card(finished):
     assert len(rows) == 12 and all("rehearsal" in row.reasons[0] for row in rows if row.numbers)
     assert all(row.cells()[4] == "" for row in rows)
     (folder,) = (out / "captioners").iterdir()
-    assert not list(folder.rglob(".eval_results")) and "clipcap reproduce" not in (folder / "README.md").read_text()
+    assert not (folder / ".eval_results").exists() and not (folder / "README.md").exists()
 
 
 def test_nocaps_has_its_domains_and_the_captioner_of_coco(finished):
@@ -180,10 +181,12 @@ def test_the_numbers_are_those_of_clipcap_evaluate(finished):
 def test_a_captioner_that_changed_is_an_error(finished):
     out, _, _ = finished
     (folder,) = (out / "captioners").iterdir()
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**config, "max_new_tokens": 5}))
+    path = folder / "generation_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "max_new_tokens": 5}))
     with pytest.raises(ValueError, match="changed since it was trained"):
         run(settings(out, ("coco", "nocaps")))
+    path.write_text(before)
 
 
 def test_other_settings_in_the_same_folder_are_an_error(finished):
@@ -198,11 +201,17 @@ def test_a_folder_of_something_else_is_refused(out):
         run(settings(out))
 
 
+@pytest.mark.slow
 def test_a_grid_is_on_the_validation_split_alone(out):
-    few = {"normalize": "no"}
-    rows, said = run(settings(out, grid=True, chosen=few, limit=3))
+    rows, said = run(settings(out, grid=True, limit=3))
     grid = json.loads((out / "grid.json").read_text())["rows"]
     assert rows == [] and {row["split"] for row in grid} == {"val"} and not (out / "table.md").exists()
+    assert sorted({row["choices"].split(", ", 2)[2:][0] if row["choices"].count(",") > 1 else "" for row in grid}) == [
+        "",
+        "captions-end=end-token",
+        "epochs=early-stopping",
+        "normalize=yes",
+    ]
     assert not any("evaluate-coco-test" in line for line in said)
 
 
@@ -228,26 +237,23 @@ def test_a_results_file_of_another_split_is_refused(out):
         run(settings(out, rehearse=False, source="results", path=str(out.parent / "results.json"), training={}))
 
 
-def test_a_checkpoint_must_say_what_it_was_trained_on(finished):
-    out, before, _ = finished
-    (folder,) = (out / "captioners").iterdir()
+def test_a_checkpoint_must_say_what_it_was_trained_on(finished, out):
+    trained, before, _ = finished
+    (source,) = (trained / "captioners").iterdir()
+    folder = Path(shutil.copytree(source, out.parent / "captioner"))
     values = {"source": "checkpoint", "path": str(folder), "training": {}}
     known, _ = run(settings(out, variants=("all",), **values))
-    assert (
-        cells(known, "cider")[5].split("(")[1:]
-        == next(
-            row.cells()[5].split("(")[1:] for row in before if (row.claim.table, row.claim.metric) == ("coco", "cider")
-        )
-        or known[0].numbers
-    )  # the same captions, so the same numbers
+    for row in before:  # the same captions, so the same numbers
+        if row.claim.table == "coco" and row.numbers:
+            assert next(each.numbers for each in known if each.claim == row.claim) == row.numbers
     assert not any("nobody says" in reason for row in known for reason in row.reasons)
     with pytest.raises(ValueError, match="trained on coco, and --trained-on nocaps"):
         run(settings(out, trained_on="nocaps", **values))
     (folder / "reproduction.json").unlink()
-    unknown, _ = run(settings(out, **values))
-    assert "nobody says" in "; ".join(unknown[0].reasons)
     nocaps, _ = run(settings(out, ("nocaps",), trained_on="nocaps", **values))
     assert "trained on nocaps, and the claim's saw coco" in "; ".join(nocaps[0].reasons)
+    unknown, _ = run(settings(out, **values))
+    assert "nobody says" in "; ".join(unknown[0].reasons)
 
 
 def test_a_checkpoint_that_is_no_captioner_is_refused(out):
@@ -266,13 +272,12 @@ def official_file(path: Path, model):
     return path
 
 
-def test_official_weights_are_converted_and_scored(finished):
-    out, before, _ = finished
-    (folder,) = (out / "captioners").iterdir()
+def test_official_weights_are_converted_and_scored(finished, out):
+    trained, before, _ = finished
+    (folder,) = (trained / "captioners").iterdir()
     official_file(out.parent / "coco_weights.pt", ClipCapForConditionalGeneration.from_pretrained(folder))
     values = {"source": "official-weights", "training": {}}
     rows, said = run(settings(out, ("coco", "nocaps"), path=str(out.parent), variants=("all",), **values))
-    # Without end token in its decoding, the converted captioner differs from the trained one in nothing.
     assert sum(line.startswith("convert-") for line in said) == 1
     assert {row.claim.variant for row in rows if row.numbers} == {"mlp"}
     wrong = shutil.copy(out.parent / "coco_weights.pt", out.parent / "transformer_weights.pt")

@@ -248,6 +248,7 @@ def test_a_rehearsal_is_never_written_into_a_card(tmp_path):
         ({"grid": True, "tables": ("nocaps",)}, "scored with COCO's captioner"),
         ({"grid": True, "tables": ("conceptual-captions",)}, "one split only"),
         ({"trained_on": "coco"}, "training here is recorded"),
+        ({"tables": ("conceptual-captions",), "chosen": {"epochs": "early-stopping"}}, "needs a validation split"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, values, message):

@@ -10,8 +10,12 @@ from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.cli import main
 from clipcap_hf.evaluation import load_evaluation_set, write_results
 from clipcap_hf.reproduce import TABLES, Settings, reproduce
+from clipcap_hf.reproduce.card import write_cards
 from clipcap_hf.reproduce.inputs import PublishedSplit, check_inputs
 from clipcap_hf.reproduce.rehearsal import _emoji, build_data, build_models, rehearsal_settings
+from clipcap_hf.reproduce.stages import Captioner
+from clipcap_hf.reproduce.status import Score
+from clipcap_hf.reproduce.table import build_rows
 from transformers import GPT2Config
 
 
@@ -148,6 +152,28 @@ def test_a_rehearsal_is_marked_everywhere_and_writes_no_card(finished):
     assert all(row.cells()[4] == "" for row in rows)
     (folder,) = (out / "captioners").iterdir()
     assert not (folder / ".eval_results").exists() and not (folder / "README.md").exists()
+
+
+def test_what_counts_goes_into_the_card_and_eval_results(finished, tmp_path):
+    """The report is a rehearsal's; here it stands for one that counts."""
+    out, _, _ = finished
+    (trained,) = (out / "captioners").iterdir()
+    folder = Path(shutil.copytree(trained, tmp_path / trained.name))
+    report = next((out / "evaluations").glob("coco-test-*official-beam-5")) / "scores.json"
+    scores = json.loads(report.read_text())["scores"]
+    real = Settings(("coco",), ("mlp",), out=str(tmp_path), data=str(tmp_path))
+    captioner = Captioner("coco", "mlp", 0)
+    found = [Score("coco", "test", captioner, "official-beam-5", scores, (), str(report))]
+    rows = build_rows(real, found)
+    for _ in range(2):  # again changes nothing
+        assert write_cards(real, found, rows, {captioner.name: folder}) == [folder / "README.md"]
+        card = (folder / "README.md").read_text()
+        assert card.count("## Reproduction of the paper") == 1 and "model-index" in card
+    assert f"| 32.15 | {scores['entire']['bleu_4']:.2f} (" in card and "not reproduced" in card
+    assert (folder / ".eval_results/clipcap-coco-karpathy-test.yaml").is_file()
+    ClipCapForConditionalGeneration.from_pretrained(folder)
+    others = [Score("coco", "test", captioner, "official-beam-5", scores, ("a limit of 6 images",), str(report))]
+    assert write_cards(real, others, rows, {captioner.name: folder}) == []
 
 
 def test_nocaps_has_its_domains_and_the_captioner_of_coco(finished):

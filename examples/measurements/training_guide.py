@@ -1,11 +1,11 @@
 """Measure what to train, at which rate and for how long, on 50, 300 and 3,000 images: the table of the training guide.
 
-    python examples/measure_guide.py --out build/guide
-    python examples/measure_guide.py --out build/guide --photographs embeddings
+    python examples/measurements/training_guide.py --out build/guide
+    python examples/measurements/training_guide.py --out build/guide --photographs embeddings
 
 The first command measures on drawings: the embedded emoji, with captions in a new style ("a drawing of a red heart.").
 The second adds photographs, from the folder that `clipcap embed` wrote for a data set with training and validation
-splits (see `examples/small_parts.py`). Each row of the table is trained by `clipcap train`, from
+splits (see `examples/measurements/small_parts.py`). Each row of the table is trained by `clipcap train`, from
 
 - an existing captioner: `emoji-mini` for drawings; for photographs, one that is first trained on every other
   photograph, none of which is used again;

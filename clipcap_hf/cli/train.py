@@ -165,7 +165,7 @@ def _recipe(path: str, parser) -> dict:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)  # JSON is YAML
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold options and their values.")

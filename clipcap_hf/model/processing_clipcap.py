@@ -11,7 +11,7 @@ from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFea
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_clipcap import IMAGE_TOKEN
+from .configuration_clipcap import IMAGE_TOKEN, check_sizes
 from .damage_clipcap import check_transform, naming
 from .donors_clipcap import donor_folder
 from .image_processing_open_clip import OpenClipImageProcessor
@@ -85,6 +85,7 @@ class ClipCapProcessor(ProcessorMixin):
             raise ValueError(f"`prompt_template` must hold exactly one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
             raise ValueError("ClipCapProcessor needs a tokenizer.")
+        check_sizes("processor", {"prefix_length": prefix_length})
         if image_processor is not None:
             check_transform(image_processor)
         tokenizer = _captioning_tokenizer(tokenizer)

@@ -57,6 +57,7 @@ __all__ = [
     "OpenClipImageProcessor",
     "OpenClipVisionConfig",
     "OpenClipVisionModel",
+    "PillowImageProcessor",
     "add_code",
     "official_beam_search",
     "warm_start_mapper",

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from clipcap_hf import EMOJI_MINI, PHOTO_MINI, ClipCapProcessor, OpenClipImageProcessor, add_code
-from hub_client import run_client
+from hub_client import WITHOUT_PACKAGE, run_client
 from PIL import Image
-from test_remote_code import WITHOUT_PACKAGE
 from transformers import (
     AutoImageProcessor,
     CLIPImageProcessor,
@@ -31,6 +30,8 @@ def pictures():
 
 def assert_same_pixels(image_processor, processor):
     for picture in pictures():
+        if not image_processor.do_convert_rgb:  # ViT's, for example, takes RGB only when it is alone
+            picture = picture.convert("RGB")
         alone = image_processor(picture, return_tensors="pt")["pixel_values"]
         assert torch.equal(alone, processor(images=picture, return_tensors="pt")["pixel_values"]), picture
 

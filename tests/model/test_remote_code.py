@@ -196,6 +196,7 @@ def test_entries_of_earlier_versions_still_load(captioners, picture):
         "ClipCapModel": "modeling_clipcap",
         "ClipCapProcessor": "processing_clipcap",
         "ImageCaptioningPipeline": "pipeline_clipcap",
+        "PillowImageProcessor": "image_processing_pillow",
     }
     for file in (folder / "config.json", folder / "processor_config.json"):
         text = file.read_text()

@@ -30,6 +30,6 @@ class OpenClipImageProcessingTest(common.ImageProcessingTestMixin, unittest.Test
     def test_call_numpy_4_channels(self):
         pass
 
-    @unittest.skip("It equals open_clip's transform to the last bit, which torchvision's resampling of tensors does not.")
-    def (self):
+    @unittest.skip("Equal to open_clip's transform to the last bit, unlike torchvision's resampling of tensors.")
+    def test_new_models_require_torchvision_backend(self):
         pass

@@ -9,6 +9,7 @@ from .baselines import MOST_COMMON, NEAREST
 
 SHOWN = 6
 FEW_HELD_OUT = 5
+UNCERTAIN = 10  # held-out images, below which scores are mostly chance
 SAME_CAPTION_SHARE = 0.5
 RISE = 1.1  # a last loss this many times the best one is a rise
 SAME_IMAGE = 0.9999
@@ -88,8 +89,11 @@ def verdict(ending: Ending) -> tuple[str, str]:
     for judge in (_collapsed, _unchanged, _below_copying, _overfitted, _half_in_style):
         if reason := judge(ending):
             return reason
-    rose = _rise(ending)
-    more = f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs are enough." if rose else ""
+    more = ""
+    if _rise(ending):
+        more += f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs are enough."
+    if len(ending.after) < UNCERTAIN:
+        more += f" With {len(ending.after)} held-out images this is uncertain: look at captions of new images, too."
     return "learned", f"It scores higher on held-out images than copied captions do.{more}"
 
 

@@ -168,12 +168,12 @@ def shared_words(captions: Sequence[Sequence[str]]) -> str:
     """Return the words that nearly all captions start with, or an empty string if these are fewer than two."""
     starts = [texts[0].split() for texts in captions]
     shared: list[str] = []
-    while True:
-        words = Counter(words[len(shared)] for words in starts if len(words) > len(shared))
-        word, times = words.most_common(1)[0] if words else ("", 0)
+    while words := [start[len(shared)] for start in starts if len(start) > len(shared)]:
+        word, times = Counter(words).most_common(1)[0]
         if times < SHARED_START * len(starts):
-            return " ".join(shared) if len(shared) > 1 else ""
+            break
         shared.append(word)
+    return " ".join(shared) if len(shared) > 1 else ""
 
 
 def _overfitted(ending: Ending) -> tuple[str, str] | None:

@@ -49,7 +49,7 @@ class CaptionsInTrackers(TrainerCallback):
     def _to_tensorboard(self, step: int, texts: list[tuple[str, str, str]]):
         callbacks = self.trainer.callback_handler.callbacks
         (writer,) = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
-        lines = ["|before|now|reference|", "|---|---|---|", *("|" + "|".join(row) + "|" for row in texts)]
+        lines = ["|before|now|reference|", "|---|---|---|", *("|" + "|".join(map(_cell, row)) + "|" for row in texts)]
         writer.add_text(TITLE, "\n".join(lines), step)  # Markdown
         for number, image in enumerate(self.images):
             writer.add_image(f"{TITLE}/{number}", np.asarray(image), step, dataformats="HWC")
@@ -78,6 +78,11 @@ SENDERS = {
     "wandb": CaptionsInTrackers._to_wandb,
     "trackio": CaptionsInTrackers._to_trackio,
 }
+
+
+def _cell(text: str) -> str:
+    """Write a caption as a cell of a Markdown table, on one line and without a bar that would end the cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -58,10 +58,10 @@ class CaptionsInTrackers(TrainerCallback):
     def _to_wandb(self, step: int, texts: list[tuple[str, str, str]]):
         import wandb
 
-        images = [[wandb.Image(image)] for image in self.images] or [[] for _ in texts]
-        columns = [*(["image"] if self.images else []), "before", "now", "reference"]
-        table = wandb.Table(columns=columns, data=[[*image, *row] for image, row in zip(images, texts)])
-        wandb.log({TITLE: table, "train/global_step": step})
+        shown = {TITLE: wandb.Table(columns=["before", "now", "reference"], data=[list(row) for row in texts])}
+        if self.images:
+            shown[f"{TITLE}, images"] = [wandb.Image(image, caption=row[1]) for image, row in zip(self.images, texts)]
+        wandb.log({**shown, "train/global_step": step})
 
     def _to_trackio(self, step: int, texts: list[tuple[str, str, str]]):
         import pandas

@@ -136,8 +136,9 @@ def dataclasses_of(arguments: argparse.Namespace) -> tuple:
     if isinstance(flags.get("debug"), bool):
         del flags["debug"]
     recipe = {} if arguments.recipe_file is None else _recipe(arguments.recipe_file, parser)
-    ours = {name: vars(arguments).get(name) or recipe.pop(name, None) for name in ("device", "dtype")}
-    parser.set_defaults(**{**recipe, **_device(ours["device"]), **_precision(ours["dtype"]), **flags})
+    device, dtype = (vars(arguments).get(name) or recipe.get(name) for name in ("device", "dtype"))
+    values = {**recipe, **_device(device), **_precision(dtype), **flags}
+    parser.set_defaults(**{name: value for name, value in values.items() if name in fields})
     return parser.parse_args_into_dataclasses([], look_for_args_file=False)
 
 

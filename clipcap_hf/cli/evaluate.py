@@ -122,8 +122,10 @@ def _add_scoring_arguments(scoring):
 def run(arguments) -> int:
     from ..evaluation import get_benchmark
     from ..metrics import JavaError
+    from ..processes import keep_freed_memory
 
     _check(arguments)
+    keep_freed_memory()
     benchmark = get_benchmark(arguments.benchmark) if arguments.benchmark else None
     folders = _folders(arguments, benchmark)
     card = _card_folder(arguments)

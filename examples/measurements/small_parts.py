@@ -7,7 +7,7 @@ writes `parts/tower`, EfficientNet-Lite2 with its ImageNet weights, and `parts/t
 captions of the training split and a small GPT-2 with random weights. Then
 
     clipcap embed dataset_flickr8k.json --data-format karpathy --images Flicker8k_Dataset \
-        --vision parts/tower --vision-feature patches --out embeddings
+        --vision parts/tower --out embeddings
     clipcap train --vision parts/tower --text parts/text --data embeddings --output_dir captioner ...
 
 embeds the photographs and trains the captioner; `examples/guides/training.md` has the whole command and its scores.

@@ -58,6 +58,7 @@ __all__ = [
     "OpenClipImageProcessor",
     "OpenClipVisionConfig",
     "OpenClipVisionModel",
+    "PillowImageProcessor",
     "add_code",
     "official_beam_search",
     "warm_start_mapper",

@@ -21,6 +21,7 @@ from .model.configuration_clipcap import ClipCapConfig, OpenClipVisionConfig  # 
 from .model.configuration_detector import DetectorVisionConfig  # noqa: E402
 from .model.hub_clipcap import add_code  # noqa: E402
 from .model.image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
+from .model.image_processing_pillow import PillowImageProcessor  # noqa: E402
 from .model.model_card_clipcap import write_model_card  # noqa: E402
 from .model.modeling_clipcap import (  # noqa: E402
     ClipCapCausalLMOutputWithPast,
@@ -40,7 +41,13 @@ from .training.warm_start import warm_start_mapper  # noqa: E402
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig)
 AutoModel.register(OpenClipVisionConfig, OpenClipVisionModel)
-AutoImageProcessor.register(OpenClipVisionConfig, image_processor_classes={"pil": OpenClipImageProcessor})
+# Under both names of backends, for `AutoImageProcessor` asks for torchvision's wherever that is installed.
+for _config, _image_processor in (
+    (OpenClipVisionConfig, OpenClipImageProcessor),
+    (ClipCapConfig, PillowImageProcessor),
+):
+    _classes = dict.fromkeys(("pil", "torchvision"), _image_processor)
+    AutoImageProcessor.register(_config, image_processor_classes=_classes)
 AutoConfig.register(ConseVisionConfig.model_type, ConseVisionConfig)
 AutoModel.register(ConseVisionConfig, ConseVisionModel)
 AutoConfig.register(DetectorVisionConfig.model_type, DetectorVisionConfig)
@@ -71,6 +78,7 @@ __all__ = [
     "OpenClipImageProcessor",
     "OpenClipVisionConfig",
     "OpenClipVisionModel",
+    "PillowImageProcessor",
     "add_code",
     "official_beam_search",
     "warm_start_mapper",

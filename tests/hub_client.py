@@ -11,6 +11,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+# Hides the package, wherever it is installed. Like the package, it declares the operators of a torchvision that was
+# built for another PyTorch; otherwise transformers could import no vision model there.
+WITHOUT_PACKAGE = f"""
+import runpy, sys
+torchvision_names = runpy.run_path({str(ROOT / "clipcap_hf" / "_torchvision.py")!r})
+torchvision_names["ensure_torchvision_imports"]()
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "clipcap_hf":
+            raise ModuleNotFoundError("clipcap_hf is blocked")
+
+sys.meta_path.insert(0, Block())
+try:
+    import clipcap_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package is there")
+"""
+
 
 def weights_hash(state_dict) -> str:
     """Return the SHA-256 of names and bytes of weights."""

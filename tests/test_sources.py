@@ -1,6 +1,5 @@
 """Names of models: embedded captioners, GGUF files and packages stand for the same in every option."""
 
-import json
 import sys
 
 import pytest
@@ -76,23 +75,3 @@ def test_folders_that_do_not_exist_are_not_asked_of_the_hub():
         check_folder("./my-images", "`data`")
     check_folder("me/my-images", "`data`")
     check_folder(None, "`data`")
-
-
-def test_options_of_a_new_captioner_are_not_lost_on_an_existing_one():
-    with pytest.raises(ValueError, match="`prefix_length` is for a new captioner"):
-        load_captioner(ModelArguments(prefix_length=20), DataArguments())
-
-
-def test_lora_and_freezing_of_an_existing_captioner(tmp_path):
-    pytest.importorskip("peft")
-    model, processor = load_captioner(ModelArguments(lora_r=2, freeze_vision=False), DataArguments())
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert any("lora_" in name for name in trained) and any(name.startswith("vision_tower") for name in trained)
-    assert all("lora_" in name for name in trained if name.startswith("language_model"))
-    for parameter in model.language_model.parameters():
-        torch.nn.init.normal_(parameter) if parameter.requires_grad else None
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["lora"]["r"] == 2
-    embeds = torch.randn(2, model.config.clip_embed_dim)
-    again = type(model).from_pretrained(tmp_path)
-    assert torch.equal(model.eval().generate(clip_embeds=embeds), again.eval().generate(clip_embeds=embeds))

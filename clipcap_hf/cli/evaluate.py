@@ -133,7 +133,9 @@ def run(arguments) -> int:
     from ..assets import resolve
     from ..evaluation import get_benchmark
     from ..metrics import JavaError
+    from ..processes import keep_freed_memory
 
+    keep_freed_memory()
     if arguments.clip_model is not None:
         arguments.clip_model = os.path.expanduser(resolve(arguments.clip_model))
     benchmark = get_benchmark(arguments.benchmark) if arguments.benchmark else None

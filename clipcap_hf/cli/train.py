@@ -136,8 +136,9 @@ def dataclasses_of(arguments: argparse.Namespace) -> tuple:
     if isinstance(flags.get("debug"), bool):
         del flags["debug"]
     recipe = {} if arguments.recipe_file is None else _recipe(arguments.recipe_file, parser)
-    ours = {name: vars(arguments).get(name) or recipe.pop(name, None) for name in ("device", "dtype")}
-    parser.set_defaults(**{**recipe, **_device(ours["device"]), **_precision(ours["dtype"]), **flags})
+    device, dtype = (vars(arguments).get(name) or recipe.get(name) for name in ("device", "dtype"))
+    values = {**recipe, **_device(device), **_precision(dtype), **flags}
+    parser.set_defaults(**{name: value for name, value in values.items() if name in fields})
     return parser.parse_args_into_dataclasses([], look_for_args_file=False)
 
 
@@ -165,7 +166,7 @@ def _recipe(path: str, parser) -> dict:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)  # JSON is YAML
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold options and their values.")

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from ..files import check_file, listed
-from ..model.damage_clipcap import check_archive
+from ..model.configuration_clipcap import check_config_sizes
+from ..model.damage_clipcap import check_archive, is_expanded
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.modeling_vision import load_vision_config, vision_feature_dim
 
@@ -97,6 +98,7 @@ def convert_official_checkpoint(
         text_config = (
             GPT2Config() if text_config is None else AutoConfig.from_pretrained(text_config, **text_kwargs or {})
         )
+    check_config_sizes("language model", text_config)
     if text_config.is_encoder_decoder:
         raise ValueError(
             f"`text_config` must be of a causal language model, but `{text_config.model_type}` is an encoder-decoder."
@@ -151,6 +153,8 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged pickle can raise almost anything
         raise ValueError(f"{path} is damaged or cut short: download it again ({error}).") from error
     _check_is_state_dict(state, path)
+    if views := [key for key, value in state.items() if is_expanded(value)]:
+        raise ValueError(f"{path} is damaged: {listed(views)} are larger than what is stored of them.")
     if all(key.startswith("module.") for key in state):  # saved from DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..files import check_file, whole_folder
+from ..model.damage_clipcap import is_expanded
 
 
 def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathLike) -> datasets.Dataset:
@@ -79,6 +80,8 @@ def _read_embeddings(path: Path) -> tuple[torch.Tensor, list[dict]]:
         embeds = torch.stack([torch.as_tensor(row).flatten() for row in embeds])
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2 or not embeds.is_floating_point():
         raise ValueError(f"`clip_embedding` of {path} is not a tensor of the shape (rows, dim).")
+    if is_expanded(embeds):
+        raise ValueError(f"`clip_embedding` of {path} is damaged: it is larger than what is stored of it.")
     if bad := (~embeds.isfinite()).any(1).nonzero().flatten().tolist():
         raise ValueError(f"`clip_embedding` of {path} holds NaN or infinity in rows {bad[:10]}.")
     if not isinstance(records, list) or not records:

@@ -285,9 +285,13 @@ def _read_flickr8k(file: Path) -> Iterator[tuple[str, str]]:
     text = read_text(file)
     lines = text.split("\n")
     if lines[0].strip().lower() == "image,caption":
-        for row in csv.reader(io.StringIO(text.partition("\n")[2], newline="")):
-            if row:
-                yield row[0], ",".join(row[1:])  # captions with commas are not always quoted
+        reader = csv.reader(io.StringIO(text.partition("\n")[2], newline=""))
+        try:
+            for row in reader:
+                if row:
+                    yield row[0], ",".join(row[1:])  # captions with commas are not always quoted
+        except csv.Error as error:
+            raise ValueError(f"Line {reader.line_num + 1} of {file} is not CSV: {error}.") from None
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():

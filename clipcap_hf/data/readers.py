@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .coco import read_coco, read_json
+from .coco import check_image_id, is_name, read_coco, read_json
 from .columns import load_columns
-from .folders import load_flickr8k, load_folder
+from .folders import load_flickr8k, load_folder, read_text
 from .records import CaptionedRecord, ImageFolder, present_records, records_to_dataset
 from .schema import select_split, split_name, warn_of_overlap
 
@@ -133,15 +133,30 @@ def _field(entry: Any, name: str, path: Path, number: int) -> Any:
 
 
 def _read_karpathy(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
-    for number, image in enumerate(_read_json(path, ["images"], "a Karpathy split (dataset_coco.json)")["images"]):
-        filename, split = (_field(image, name, path, number) for name in ("filename", "split"))
-        sentences = _field(image, "sentences", path, number)
+    images = _read_json(path, ["images"], "a Karpathy split (dataset_coco.json)")["images"]
+    for number, image in enumerate(_list(images, f"`images` of {path}")):
+        place = f"Entry {number} of {path}"
+        filename = _text(_field(image, "filename", path, number), f"{place}: filename")
+        split = _text(_field(image, "split", path, number), f"{place}: split")
+        sentences = _list(_field(image, "sentences", path, number), f"{place}: sentences")
         yield CaptionedRecord(
-            image_id=image.get("cocoid", image.get("imgid", filename)),
-            paths=[os.path.join(image.get("filepath", ""), filename), filename],
+            image_id=check_image_id(image.get("cocoid", image.get("imgid", filename)), f"{place}: cocoid or imgid"),
+            paths=[os.path.join(_text(image.get("filepath", ""), f"{place}: filepath"), filename), filename],
             captions=[_field(sentence, "raw", path, number) for sentence in sentences],
             split=split_name(split),
         )
+
+
+def _list(value: Any, place: str) -> list:
+    if not isinstance(value, list):
+        raise ValueError(f"{place} must be a list, not {value!r:.80}.")
+    return value
+
+
+def _text(value: Any, place: str) -> str:
+    if not is_name(value):
+        raise ValueError(f"{place} must be text, not {value!r:.80}.")
+    return value
 
 
 def _read_coco(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
@@ -151,8 +166,8 @@ def _read_coco(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
         if not image.entry:
             strangers += len(image.captions)
             continue
-        paths = _coco_paths(_field(image.entry, "file_name", path, number))
-        yield CaptionedRecord(image.image_id, paths, image.captions, split, image.domain)
+        name = _text(_field(image.entry, "file_name", path, number), f"{path}: image {number}: file_name")
+        yield CaptionedRecord(image.image_id, _coco_paths(name), image.captions, split, image.domain)
     if strangers:
         logger.warning(f"{path}: {strangers} captions belong to images that it does not list; they were left out.")
 
@@ -192,9 +207,13 @@ def _read_conceptual(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecor
     files = _files_by_number(folder.root)
     split = _split_of_name(path)
     # Only line feeds end a row: captions may contain other line separators.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with path.open("rb") as file:
         number = 0
-        for line_number, line in enumerate(file, start=1):
+        for line_number, content in enumerate(file, start=1):
+            try:
+                line = content.decode("utf-8-sig" if line_number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"Line {line_number} of {path} is not UTF-8 ({error.reason}).") from None
             columns = line.rstrip("\r\n").split("\t")
             if line_number == 1 and sorted(column.strip().lower() for column in columns) == ["caption", "url"]:
                 continue
@@ -211,7 +230,7 @@ def _read_conceptual(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecor
 def _check_caption_beside(image: str, caption: str, number: int, path: Path):
     # img2dataset writes the caption next to the image. Numbers that are not rows would silently mix up all captions.
     beside = Path(image).with_suffix(".txt")
-    if beside.is_file() and (found := beside.read_text(encoding="utf-8")).split() != caption.split():
+    if beside.is_file() and (found := read_text(beside)).split() != caption.split():
         raise ValueError(
             f"{beside} has the caption {found!r}, but row {number} of {path} is {caption!r}: are the images named by "
             "their row?"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import listed
+from .coco import is_name
 from .schema import CaptionCleaner, caption_features, check_unique
 
 
@@ -79,6 +80,11 @@ def records_to_dataset(split: str, records: list[CaptionedRecord], source) -> Da
 
     check_unique((record.image_id for record in records), f"{source} ({split})")
     clean = CaptionCleaner(str(source))
+    if unnamed := [record.paths[0] for record in records if not is_name(f"{record.paths[0]}{record.image_id}")]:
+        raise ValueError(
+            f"{source}: the file name {unnamed[0]!r} is not UTF-8, and data sets hold text in UTF-8 only: rename the "
+            "file."
+        )
     uncaptioned = not any(record.captions for record in records)  # images to caption, without references
     rows: dict[str, list] = {"image": [], "captions": [], "image_id": [], "split": [], "domain": []}
     without = []

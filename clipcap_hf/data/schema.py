@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 MAX_CAPTION_LENGTH = 10_000
 _LINE_SEPARATORS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation", "restval": "train", "training": "train"}
+_SPLITS |= dict.fromkeys(("testing", "eval", "evaluation"), "test")
 SPLIT_NAMES = {*_SPLITS, "train", "validation", "test"}
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "json.caption")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 import os
@@ -85,10 +86,12 @@ def _image_fields(file: str, missing: str) -> list[str]:
                 if member.isfile() and field.rpartition(".")[2] in WebDataset.IMAGE_EXTENSIONS:
                     fields[field] = None
                 _check_text(archive, member, field)
-            end = archive.offset
+            # A compressed archive has its own end mark.
+            end = archive.offset if isinstance(archive.fileobj, io.BufferedReader) else None
     except Exception as error:  # decompression raises errors of many kinds
         raise ValueError(f"{file} is not a tar archive, or is damaged: {error}.") from error
-    _check_end(file, end, missing)
+    if end is not None:
+        _check_end(file, end, missing)
     return list(fields)
 
 
@@ -109,8 +112,6 @@ def _check_text(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str):
 def _check_end(file: str, end: int, missing: str):
     """Refuse an archive that was cut between two members, or that has more after its end."""
     with open(file, "rb") as archive:
-        if archive.read(_BLOCK)[257:262] != b"ustar":
-            return  # it is compressed and has its own end mark
         archive.seek(end)
         rest = archive.read(1 << 20)
     if len(rest) >= 2 * _BLOCK and not any(rest):

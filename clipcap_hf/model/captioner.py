@@ -1,10 +1,12 @@
 """The public classes of a captioner, in the one module that checkpoints with code name.
 
 transformers imports the remote code of a local folder once for each module that `auto_map` names. One module for all
-five classes keeps them in one namespace, so that the model's configuration is of the class that the model expects.
+classes keeps them in one namespace, so that the model's configuration is of the class that the model expects.
 """
 
 from .configuration_clipcap import ClipCapConfig
+from .image_processing_open_clip import OpenClipImageProcessor
+from .image_processing_pillow import PillowImageProcessor
 from .modeling_clipcap import ClipCapForConditionalGeneration, ClipCapModel
 from .pipeline_clipcap import ImageCaptioningPipeline
 from .processing_clipcap import ClipCapProcessor
@@ -16,6 +18,8 @@ _PUBLIC_CLASSES = (
     ClipCapForConditionalGeneration,
     ClipCapProcessor,
     ImageCaptioningPipeline,
+    OpenClipImageProcessor,
+    PillowImageProcessor,
 )
 
 if __name__.startswith("transformers_modules."):
@@ -30,4 +34,6 @@ __all__ = [
     "ClipCapModel",
     "ClipCapProcessor",
     "ImageCaptioningPipeline",
+    "OpenClipImageProcessor",
+    "PillowImageProcessor",
 ]

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .damage_clipcap import check_archive
+from .damage_clipcap import check_archive, is_expanded
 
 
 _WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -206,6 +206,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no weights.")
+    if any(map(is_expanded, tensors.values())):
+        raise ValueError(f"{path} is damaged: its tensors are larger than what is stored of them.")
     return tensors
 
 

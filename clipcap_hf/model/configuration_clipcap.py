@@ -77,6 +77,12 @@ def check_sizes(owner: str, sizes: dict[str, Any]):
                 )
 
 
+def check_config_sizes(owner: str, config: PreTrainedConfig):
+    """Refuse a configuration with sizes that no model has, see [`check_sizes`]."""
+    config = config.get_text_config() if owner == "language model" else config
+    check_sizes(owner, {name: getattr(config, name, None) for name in _LARGEST})
+
+
 def clip_embed_dim_of(vision_config: PreTrainedConfig, vision_feature: str = "pooled") -> int:
     """Tell the width of what the tower gives to the mapping network: an embedding, or patch tokens."""
     if vision_config.model_type == "xclip_vision_model":
@@ -296,8 +302,7 @@ class ClipCapConfig(PreTrainedConfig):
         parts = {"captioner": self, "vision tower": self.vision_config, "language model": self.text_config}
         for owner, config in parts.items():
             if config is not None:
-                config = config.get_text_config() if owner == "language model" else config
-                check_sizes(owner, {name: getattr(config, name, None) for name in _LARGEST})
+                check_config_sizes(owner, config)
         for name, largest in (("mapping_mlp_ratio", 1000.0), ("mapping_layer_norm_eps", 1.0)):
             if not (math.isfinite(value := getattr(self, name)) and 0 < value <= largest):
                 raise ValueError(f"`{name}` must be above 0 and at most {largest:g}, got {value}.")

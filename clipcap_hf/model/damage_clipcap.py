@@ -4,17 +4,21 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from .images_clipcap import shorten
 
 
 _DAMAGE = (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+_LARGEST_SIDE = 2**13  # pixels
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def naming(what: str) -> Iterator[None]:
 
 
 def check_archive(path: str | os.PathLike):
-    """Refuse a `.pt` file whose records are damaged, or larger than the file; legacy files have no check sums.
+    """Refuse a `.pt` file whose records are damaged, or larger than the file. Legacy files have no check sums.
 
     torch itself ignores check sums, and takes memory for the sizes that the file names.
 
@@ -41,9 +45,10 @@ def check_archive(path: str | os.PathLike):
         ValueError: If a record is damaged; the message names the file.
     """
     with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return
+        legacy = file.read(2) != b"PK"
     try:
+        if legacy:
+            return _check_storage_sizes(path)
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if sum(record.file_size for record in records) > os.path.getsize(path):  # torch stores uncompressed
@@ -58,12 +63,41 @@ def check_archive(path: str | os.PathLike):
         raise ValueError(f"{path} is damaged or cut short ({shorten(error)}): download it again.") from error
 
 
+def _check_storage_sizes(path: str | os.PathLike):
+    """Read the instructions of a legacy `.pt` file, without following them: it has no larger storage than itself."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"\x80":
+            return  # not a pickle; who reads it will say so
+        file.seek(0)
+        for _ in range(4):  # magic number, version, machine, weights
+            number = 0
+            for instruction, argument, _ in pickletools.genops(file):
+                if isinstance(argument, int) and instruction.name.startswith(("BININT", "INT", "LONG")):
+                    number = argument
+                elif instruction.name == "BINPERSID" and number > os.path.getsize(path):
+                    raise ValueError("it names a storage that is larger than the file")
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor repeats a smaller storage: a few bytes of a file could then ask for all memory."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
 def check_transform(image_processor: Any):
     """Refuse a transform that would silently make infinite, NaN or equal pixels of every image.
 
     Raises:
-        ValueError: If `image_std` or `rescale_factor` is not above 0, or one of them or `image_mean` is not finite.
+        ValueError: If `image_std` or `rescale_factor` is not above 0, if one of them or `image_mean` is not finite, or
+            if the images would be larger than any tower takes.
     """
+    for name in ("size", "crop_size"):
+        sizes = getattr(image_processor, name, None) or {}
+        for side in ("height", "width", "shortest_edge"):
+            value = sizes.get(side) if hasattr(sizes, "get") else getattr(sizes, side, None)
+            if value is not None and not (_is_number(value) and 0 < value <= _LARGEST_SIDE):
+                raise ValueError(
+                    f"`{name}` in the image processor must be 1 to {_LARGEST_SIDE} pixels, got {str(value)[:80]}."
+                )
     for name, used, positive in (
         ("image_mean", "do_normalize", False),
         ("image_std", "do_normalize", True),
@@ -82,4 +116,4 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["check_archive", "check_transform", "naming"]
+__all__ = ["check_archive", "check_transform", "is_expanded", "naming"]

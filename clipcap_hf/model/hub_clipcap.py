@@ -14,6 +14,7 @@ _AUTO_MAP = {
     "AutoModelForMultimodalLM": "captioner.ClipCapForConditionalGeneration",
 }
 _PROCESSOR_AUTO_MAP = {"AutoProcessor": "captioner.ClipCapProcessor"}
+_IMAGE_PROCESSORS = ("OpenClipImageProcessor", "PillowImageProcessor")
 _PIPELINES = {
     "image-captioning": {
         "impl": "captioner.ImageCaptioningPipeline",
@@ -59,6 +60,9 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
     # Code first, references to it last: if this is interrupted, the folder still loads with the package.
     if (processor_file := folder / "processor_config.json").is_file():
         processor = json.loads(processor_file.read_text(encoding="utf-8"))
+        image_processor = processor.get("image_processor") or {}
+        if (kind := image_processor.get("image_processor_type")) in _IMAGE_PROCESSORS:
+            image_processor["auto_map"] = {"AutoImageProcessor": f"captioner.{kind}"}
         _write_json(processor_file, {**processor, "auto_map": _PROCESSOR_AUTO_MAP})
     _write_json(folder / "config.json", {**config, "auto_map": _AUTO_MAP, "custom_pipelines": _PIPELINES})
     return written

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .checkpoints_open_clip import is_open_clip_name, list_open_clip_names
-from .configuration_clipcap import PROJECTED_TOWERS, clip_embed_dim_of
+from .configuration_clipcap import PROJECTED_TOWERS, check_config_sizes, clip_embed_dim_of
 from .damage_clipcap import naming
 from .modeling_conse import ConseVisionModel
 from .modeling_detector import DetectorVisionModel
@@ -99,6 +99,7 @@ def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
     if vision_config.model_type in PROJECTED_TOWERS:
         # A complete CLIP uses its own, not the tower's.
         vision_config.projection_dim = getattr(config, "projection_dim", vision_config.projection_dim)
+    check_config_sizes(f"vision tower {name}", vision_config)
     return vision_config
 
 

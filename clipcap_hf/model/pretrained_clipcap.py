@@ -13,13 +13,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .base_clipcap import CaptionerParts
-from .configuration_clipcap import ClipCapConfig
+from .configuration_clipcap import ClipCapConfig, check_config_sizes
 from .damage_clipcap import naming
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import load_vision_config, load_vision_tower, vision_feature_dim
 from .versions_clipcap import keep_weights
 
+
+MOST_BEAMS = 1000  # memory and time grow with the number of beams
 
 _Captioner = TypeVar("_Captioner", bound="LoadsAndSaves")
 
@@ -265,6 +267,7 @@ def _load_text_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
             raise ValueError(
                 f"{name} is a `{config.model_type}`, which is not a causal language model: choose another one."
             )
+    check_config_sizes(f"language model {name}", config.get_text_config())
     return config
 
 
@@ -285,7 +288,10 @@ def _check_generation_config(name: str | os.PathLike, kwargs: dict[str, Any]):
         return
     try:
         with open(path, encoding="utf-8") as file:
-            GenerationConfig.from_dict(dict(json.load(file)))
+            settings = GenerationConfig.from_dict(dict(json.load(file)))
+        for field in ("num_beams", "num_return_sequences"):
+            if not 1 <= (getattr(settings, field) or 1) <= MOST_BEAMS:
+                raise ValueError(f"`{field}` must be 1 to {MOST_BEAMS}, got {getattr(settings, field)}")
     except Exception as error:  # of any kind: transformers checks the values by using them
         raise ValueError(f"{path} cannot be read as generation settings ({error}): fix it, or delete it.") from error
 

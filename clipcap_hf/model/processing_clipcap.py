@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature
+from transformers import AddedToken, AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_clipcap import IMAGE_TOKEN
+from .configuration_clipcap import IMAGE_TOKEN, check_sizes
 from .damage_clipcap import check_transform, naming
 from .donors_clipcap import donor_folder
-from .image_processing_open_clip import OpenClipImageProcessor
+from .image_processing_pillow import load_saved_image_processor, named_for_pillow
 from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
 from .video_frames import list_videos, read_frames
@@ -85,6 +85,7 @@ class ClipCapProcessor(ProcessorMixin):
             raise ValueError(f"`prompt_template` must hold exactly one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
             raise ValueError("ClipCapProcessor needs a tokenizer.")
+        check_sizes("processor", {"prefix_length": prefix_length})
         if image_processor is not None:
             check_transform(image_processor)
         tokenizer = _captioning_tokenizer(tokenizer)
@@ -297,10 +298,15 @@ class ClipCapProcessor(ProcessorMixin):
         finally:
             del self.get_attributes
 
+    def to_dict(self) -> dict[str, Any]:
+        settings = super().to_dict()
+        if getattr(self.image_processor, "backend", None) == "pil":
+            settings["image_processor"] = named_for_pillow(settings["image_processor"])
+        return settings
+
     @property
     def model_input_names(self) -> list[str]:
-        image_names = ["pixel_values"] if self.image_processor is not None else ["clip_embeds"]
-        return ["input_ids", "attention_mask", *image_names]
+        return ["input_ids", "attention_mask", "pixel_values" if self.image_processor is not None else "clip_embeds"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -320,15 +326,9 @@ class ClipCapProcessor(ProcessorMixin):
                 "the model's folder with `processor.save_pretrained(...)` or `processor.push_to_hub(...)`, or pass "
                 "`processor=` to the pipeline."
             ) from error
-        image_processor = None
-        image_processor_dict = (processor_dict or {}).get("image_processor", {})
-        if (image_processor_dict or {}).get("image_processor_type") == "OpenClipImageProcessor":
-            # Not by `AutoImageProcessor`: the class may be unregistered where this file runs as remote code.
-            image_processor = OpenClipImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        elif image_processor_dict is not None:
-            name = pretrained_model_name_or_path
-            image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **kwargs)
-        return [image_processor, tokenizer]
+        if (settings := (processor_dict or {}).get("image_processor", {})) is None:
+            return [None, tokenizer]
+        return [load_saved_image_processor(pretrained_model_name_or_path, settings, backend, **kwargs), tokenizer]
 
     @classmethod
     def from_vision_text_pretrained(

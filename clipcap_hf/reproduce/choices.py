@@ -112,12 +112,17 @@ def lengths_of(choices: Mapping[str, str]) -> tuple[int, int]:
     return int(prefix), int(clip)
 
 
-def grid(chosen: Mapping[str, str], variant: str) -> list[dict[str, str]]:
-    """List the choices to compare: those made, and each alternative that needs another training, one at a time."""
+def grid(chosen: Mapping[str, str], variant: str, models: bool = True) -> list[dict[str, str]]:
+    """List the choices to compare: those made, and each alternative that needs another training, one at a time.
+
+    Without `models`, those of the CLIP and of the language model stay: a rehearsal has no others.
+    """
     base = complete(chosen)
     tried = [base]
     for choice in CHOICES.values():
         if not choice.trains or (choice.name == "lengths" and variant != "transformer"):
+            continue
+        if choice.name in ("clip", "language-model") and not models:
             continue
         others = (choice.default, *choice.alternatives)
         tried += [{**base, choice.name: value} for value in others if value != base[choice.name]]

@@ -17,7 +17,7 @@ from ..metrics import check_requirements
 from ..processes import process_state
 from . import stages
 from .card import write_cards
-from .choices import REPORTED_DECODINGS, grid
+from .choices import DECODINGS, REPORTED_DECODINGS, grid
 from .claims import TABLES
 from .grid import write_grid
 from .inputs import PublishedSplit, check_inputs
@@ -61,6 +61,8 @@ class _Run:
         captioners = self._captioners()
         self._check_requirements()
         with lock_folder(self.out) if process_state().is_main_process else nullcontext():
+            if process_state().is_main_process:
+                self._remove_leftovers()
             self._check_data()
             scores = [score for captioner in captioners for score in self._scores_of(captioner)]
             if not process_state().is_main_process:
@@ -75,6 +77,11 @@ class _Run:
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "stages").is_dir():
             if {path.name for path in self.out.iterdir()} - {".lock", "data", "models"}:
                 raise ValueError(f"{self.out} has files of something else: name another folder by --out.")
+
+    def _remove_leftovers(self):
+        """Remove what killed runs left half-written here; each stage does so in its own folder."""
+        for path in (*self.out.glob(".*.tmp"), *(self.out / "stages").glob(".*.tmp")):
+            path.unlink(missing_ok=True)
 
     def _check_requirements(self):
         for table in self.settings.tables:
@@ -96,7 +103,9 @@ class _Run:
         found = []
         for trained_on in dict.fromkeys(TABLES[table].trained_on for table in settings.tables):
             for variant in settings.variants:
-                tried = grid(settings.chosen, variant) if settings.grid else [settings.choices]
+                tried = [settings.choices]
+                if settings.grid:
+                    tried = grid(settings.chosen, variant, models=not settings.rehearsal)
                 found += [
                     Captioner(trained_on, variant, seed, choices_of_training(choices, variant))
                     for choices in tried
@@ -205,7 +214,8 @@ class _Run:
     def _decodings(self, captioner: Captioner) -> list[str | None]:
         if self.settings.source == "results":
             return [None]
-        return list(dict.fromkeys([self.settings.choices["decoding"], *REPORTED_DECODINGS]))
+        others = DECODINGS if self.settings.grid else REPORTED_DECODINGS
+        return list(dict.fromkeys([self.settings.choices["decoding"], *others]))
 
     def _make(self, captioner: Captioner) -> tuple[Path, dict[str, Any]]:
         """Return the captioner's folder (or the results file), and what is known of its training."""
@@ -249,7 +259,7 @@ class _Run:
     def _convert(self, captioner: Captioner) -> Path:
         folder = self.out / "captioners" / captioner.name
         depends_on = {"weights": _digest(Path(captioner.path)), "choices": dict(captioner.choices)}
-        clip, choices = self.settings.chosen.get("clip"), dict(captioner.choices) | {"lengths": "40/40"}
+        clip, choices = self.settings.chosen.get("clip"), dict(captioner.choices)
         self.ledger.run(
             f"convert-{captioner.name}", depends_on, lambda: stages.convert(captioner, choices, clip, folder), self.say
         )

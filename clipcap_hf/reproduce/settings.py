@@ -105,6 +105,10 @@ def _check(settings: Settings):
         raise ValueError(
             "A results file has the captions of one table by one captioner: name both by --table and --variant."
         )
+    if settings.choices["epochs"] == "early-stopping" and settings.source == "train":
+        for name in settings.tables:
+            if TABLES[TABLES[name].trained_on].choose_on is None:
+                raise ValueError(f"--choose epochs=early-stopping needs a validation split, and {name} has none.")
     if settings.grid:
         _check_grid(settings)
 

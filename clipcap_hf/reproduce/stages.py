@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL_TOKENS = 67  # the longest caption of the official decoders
 PAPER_BATCH = 40
+CONVERTING = ".converting-"  # prefix of a folder that is being converted
 MADE_BY = "reproduction.json"  # in a captioner's folder: what it was trained on
 #: The official files: (the table that they were trained on, the variant, is the embedding normalised).
 OFFICIAL_WEIGHTS = {
@@ -244,7 +245,10 @@ def convert(captioner: Captioner, choices: Mapping[str, str], clip: str | None, 
         freeze_language_model=VARIANTS[captioner.variant][1],
         image_token_id=processor.image_token_id,
     )
-    with tempfile.TemporaryDirectory(dir=_existing(out.parent)) as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f"{CONVERTING}*"):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=CONVERTING) as folder:
         model.save_pretrained(Path(folder) / "captioner")
         processor.save_pretrained(Path(folder) / "captioner")
         made_by = {"trained_on": captioner.trained_on, "weights": path.name, "choices": dict(captioner.choices)}
@@ -252,11 +256,6 @@ def convert(captioner: Captioner, choices: Mapping[str, str], clip: str | None, 
         shutil.rmtree(out, ignore_errors=True)
         (Path(folder) / "captioner").rename(out)
     return {"clip": clip, "prefix_length": model.config.prefix_length}
-
-
-def _existing(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # -- evaluate

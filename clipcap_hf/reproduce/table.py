@@ -155,8 +155,10 @@ def why_not(rows: Sequence[Row]) -> list[str]:
 
 def remarks(settings: Settings) -> list[str]:
     """Return the rule and the choices as sentences."""
-    other = differences(settings.choices)
-    made = ", ".join(f"{name}={value}" for name, value in settings.choices.items())
+    trains = settings.source == "train"  # what a captioner that was found was trained with is not a choice
+    choices = settings.choices if trains else {"decoding": settings.choices["decoding"]}
+    other = differences(choices)
+    made = ", ".join(f"{name}={value}" for name, value in choices.items())
     return [
         RULE.format(decoding=settings.choices["decoding"]),
         f"What the paper does not say was chosen as {made}"

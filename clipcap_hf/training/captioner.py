@@ -16,13 +16,14 @@ from .arguments import DataArguments, ModelArguments
 logger = logging.getLogger(__name__)
 
 DEFAULT_CAPTIONER = "emoji-mini"
-ONLY_FOR_NEW = (
+OF_NEW_CAPTIONERS = (
     "vision_feature",
     "mapping_type",
     "prefix_length",
     "clip_length",
     "clip_embed_dim",
     "normalize_clip_embeds",
+    "save_frozen",
     "config_overrides",
 )
 
@@ -49,7 +50,12 @@ def check_names(model_args: ModelArguments, data_args: DataArguments):
 
 
 def _existing_captioner(model_args: ModelArguments):
-    _check_no_new_parts(model_args)
+    given = [name for name in OF_NEW_CAPTIONERS if getattr(model_args, name) != getattr(ModelArguments(), name)]
+    if given:
+        raise ValueError(
+            f"An existing captioner keeps its own {', '.join(f'`{name}`' for name in given)}: leave that out, or pass "
+            "`text` for a new captioner."
+        )
     name = os.path.expanduser(resolve(model_args.model or DEFAULT_CAPTIONER))
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clipcap":
@@ -62,31 +68,21 @@ def _existing_captioner(model_args: ModelArguments):
     return model, ClipCapProcessor.from_pretrained(name)
 
 
-def _check_no_new_parts(model_args: ModelArguments):
-    defaults = ModelArguments()
-    for name in ONLY_FOR_NEW:
-        if getattr(model_args, name) != getattr(defaults, name):
-            raise ValueError(
-                f"`{name}` is for a new captioner, but this run trains an existing one further: pass `vision` and "
-                f"`text`, or leave `{name}` out."
-            )
-
-
 def _choose_what_is_trained(model: ClipCapForConditionalGeneration, model_args: ModelArguments):
-    if model_args.freeze_language_model is not None:
-        model.config.freeze_language_model = model_args.freeze_language_model
-        model.language_model.requires_grad_(True)
+    """Freeze the parts of an existing captioner, or add LoRA adapters to it, as the arguments say."""
+    config = model.config
     if not model_args.freeze_vision and model.vision_tower is not None:
-        model.config.freeze_vision = False
+        config.freeze_vision = False
         model.vision_tower.requires_grad_(True)
     if model_args.lora_r is not None:
-        if model.config.lora is not None:
-            raise ValueError(
-                "`lora_r`: this captioner has LoRA adapters already, which are trained further: leave it out."
-            )
-        model.config.lora = {"r": model_args.lora_r}
-        add_lora(model.language_model, model.config.lora)
-    model._freeze()
+        if config.lora is not None:
+            model.merge_lora()
+        config.lora = {"r": model_args.lora_r}
+        add_lora(model.language_model, config.lora)
+    elif model_args.freeze_language_model is not None:
+        config.freeze_language_model = model_args.freeze_language_model
+        model.language_model.requires_grad_(True)
+        model._freeze()
 
 
 def _new_captioner(model_args: ModelArguments, data_args: DataArguments):

@@ -49,7 +49,7 @@ class CaptionsInTrackers(TrainerCallback):
     def _to_tensorboard(self, step: int, texts: list[tuple[str, str, str]]):
         callbacks = self.trainer.callback_handler.callbacks
         (writer,) = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
-        lines = ["|before|now|reference|", "|---|---|---|", *("|" + "|".join(row) + "|" for row in texts)]
+        lines = ["|before|now|reference|", "|---|---|---|", *("|" + "|".join(map(_cell, row)) + "|" for row in texts)]
         writer.add_text(TITLE, "\n".join(lines), step)  # Markdown
         for number, image in enumerate(self.images):
             writer.add_image(f"{TITLE}/{number}", np.asarray(image), step, dataformats="HWC")
@@ -58,10 +58,10 @@ class CaptionsInTrackers(TrainerCallback):
     def _to_wandb(self, step: int, texts: list[tuple[str, str, str]]):
         import wandb
 
-        images = [[wandb.Image(image)] for image in self.images] or [[] for _ in texts]
-        columns = [*(["image"] if self.images else []), "before", "now", "reference"]
-        table = wandb.Table(columns=columns, data=[[*image, *row] for image, row in zip(images, texts)])
-        wandb.log({TITLE: table, "train/global_step": step})
+        shown = {TITLE: wandb.Table(columns=["before", "now", "reference"], data=[list(row) for row in texts])}
+        if self.images:
+            shown[f"{TITLE}, images"] = [wandb.Image(image, caption=row[1]) for image, row in zip(self.images, texts)]
+        wandb.log({**shown, "train/global_step": step})
 
     def _to_trackio(self, step: int, texts: list[tuple[str, str, str]]):
         import pandas
@@ -78,6 +78,11 @@ SENDERS = {
     "wandb": CaptionsInTrackers._to_wandb,
     "trackio": CaptionsInTrackers._to_trackio,
 }
+
+
+def _cell(text: str) -> str:
+    """Write a caption as a cell of a Markdown table, on one line and without a bar that would end the cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ from .baselines import MOST_COMMON, NEAREST
 
 SHOWN = 6
 FEW_HELD_OUT = 5
+UNCERTAIN = 10  # held-out images, below which scores are mostly chance
 SAME_CAPTION_SHARE = 0.5
 RISE = 1.1  # a last loss this many times the best one is a rise
 SAME_IMAGE = 0.9999
@@ -88,8 +89,11 @@ def verdict(ending: Ending) -> tuple[str, str]:
     for judge in (_collapsed, _unchanged, _below_copying, _overfitted, _half_in_style):
         if reason := judge(ending):
             return reason
-    rose = _rise(ending)
-    more = f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs are enough." if rose else ""
+    more = ""
+    if _rise(ending):
+        more += f" The loss rose after epoch {ending.saved.epoch:g}, so fewer epochs are enough."
+    if len(ending.after) < UNCERTAIN:
+        more += f" With {len(ending.after)} held-out images this is uncertain: look at captions of new images, too."
     return "learned", f"It scores higher on held-out images than copied captions do.{more}"
 
 
@@ -164,12 +168,12 @@ def shared_words(captions: Sequence[Sequence[str]]) -> str:
     """Return the words that nearly all captions start with, or an empty string if these are fewer than two."""
     starts = [texts[0].split() for texts in captions]
     shared: list[str] = []
-    while True:
-        words = Counter(words[len(shared)] for words in starts if len(words) > len(shared))
-        word, times = words.most_common(1)[0] if words else ("", 0)
+    while words := [start[len(shared)] for start in starts if len(start) > len(shared)]:
+        word, times = Counter(words).most_common(1)[0]
         if times < SHARED_START * len(starts):
-            return " ".join(shared) if len(shared) > 1 else ""
+            break
         shared.append(word)
+    return " ".join(shared) if len(shared) > 1 else ""
 
 
 def _overfitted(ending: Ending) -> tuple[str, str] | None:

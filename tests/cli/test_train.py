@@ -141,11 +141,15 @@ def test_bad_recipes(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("output_dir: out\nreferences: rnd\n")
     assert main(["train", str(tmp_path / "c.yaml")]) == 1
     assert "c.yaml: `references` must be one of random, all, first, together, but is 'rnd'" in capsys.readouterr().err
-    assert main(["train"]) == 1
+    (tmp_path / "d.yaml").write_text("data: emoji\n")
+    assert main(["train", str(tmp_path / "d.yaml")]) == 1
     assert "Pass `output_dir`" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["train"])
+    assert "the following arguments are required: --data, --out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert "--early_stopping_patience" in capsys.readouterr().out
+    assert "--early-stopping-patience" in capsys.readouterr().out
 
 
 # -- runs

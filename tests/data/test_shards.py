@@ -66,3 +66,39 @@ def test_an_archive_cut_between_members_is_refused(tmp_path, caplog, members):
         load_captions("webdataset", tmp_path)
     assert len(list(load_captions("webdataset", tmp_path, split="train", missing="skip"))) == members // 2
     assert "The rest is read" in caplog.text
+
+
+def test_damaged_headers_are_not_the_end_of_an_archive(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", [(f"{index:04d}", ("jpg", "txt")) for index in range(8)])
+    with tarfile.open(shard) as tar:
+        offsets = [member.offset for member in tar.getmembers()]
+    whole = shard.read_bytes()
+    for number, offset in enumerate(offsets):
+        shard.write_bytes(whole[: offset + 100] + b"\xff" + whole[offset + 101 :])
+        with pytest.raises(ValueError, match="0.tar is not a tar archive, or is damaged"):
+            load_captions("webdataset", tmp_path)
+        shard.write_bytes(whole[:offset] + bytes(512) + whole[offset + 512 :])
+        with pytest.raises(ValueError, match="0.tar is (not a tar archive, or is )?damaged"):
+            load_captions("webdataset", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("0000.txt", b"caf\xe9", "0.tar is not a tar archive, or is damaged: '0000.txt'.*utf-8"),
+        ("0000.json", b'{"caption": "a', "0.tar is not a tar archive, or is damaged: '0000.json': Unterminated"),
+    ],
+)
+def test_text_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(ValueError, match=message):
+        load_captions("webdataset", tmp_path)
+
+
+def test_a_pointer_in_place_of_a_shard(tmp_path):
+    (tmp_path / "0.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match="0.tar is a Git LFS pointer.*git lfs pull"):
+        load_captions("webdataset", tmp_path)

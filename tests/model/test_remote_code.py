@@ -6,33 +6,12 @@ from pathlib import Path
 
 import pytest
 from clipcap_hf import ClipCapConfig, ClipCapForConditionalGeneration, add_code
-from hub_client import ROOT, WEIGHTS_HASH, run_client, weights_hash
+from hub_client import WEIGHTS_HASH, WITHOUT_PACKAGE, run_client, weights_hash
 from hub_server import TOKEN, HubServer
 from PIL import Image
 from transformers import AutoModelForImageTextToText, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-
-# Hides the package, wherever it is installed. Like the package, it declares the operators of a torchvision that was
-# built for another PyTorch; otherwise transformers could import no vision model there.
-WITHOUT_PACKAGE = f"""
-import runpy, sys
-torchvision_names = runpy.run_path({str(ROOT / "clipcap_hf" / "_torchvision.py")!r})
-torchvision_names["ensure_torchvision_imports"]()
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "clipcap_hf":
-            raise ModuleNotFoundError("clipcap_hf is blocked")
-
-sys.meta_path.insert(0, Block())
-try:
-    import clipcap_hf
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("the package is there")
-"""
 
 LOAD = (
     WEIGHTS_HASH
@@ -217,6 +196,7 @@ def test_entries_of_earlier_versions_still_load(captioners, picture):
         "ClipCapModel": "modeling_clipcap",
         "ClipCapProcessor": "processing_clipcap",
         "ImageCaptioningPipeline": "pipeline_clipcap",
+        "PillowImageProcessor": "image_processing_pillow",
     }
     for file in (folder / "config.json", folder / "processor_config.json"):
         text = file.read_text()

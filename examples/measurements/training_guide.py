@@ -1,11 +1,11 @@
 """Measure what to train, at which rate and for how long, on 50, 300 and 3,000 images: the table of the training guide.
 
-    python examples/measure_guide.py --out build/guide
-    python examples/measure_guide.py --out build/guide --photographs embeddings
+    python examples/measurements/training_guide.py --out build/guide
+    python examples/measurements/training_guide.py --out build/guide --photographs embeddings
 
 The first command measures on drawings: the embedded emoji, with captions in a new style ("a drawing of a red heart.").
 The second adds photographs, from the folder that `clipcap embed` wrote for a data set with training and validation
-splits (see `examples/small_parts.py`). Each row of the table is trained by `clipcap train`, from
+splits (see `examples/measurements/small_parts.py`). Each row of the table is trained by `clipcap train`, from
 
 - an existing captioner: `emoji-mini` for drawings; for photographs, one that is first trained on every other
   photograph, none of which is used again;
@@ -39,7 +39,7 @@ COMMON = (
     "--use_cpu --num_samples 0 --disable_tqdm True --save_total_limit 1 "
     "--eval_strategy steps --eval_steps 0.125 --save_strategy steps --save_steps 0.125"
 ).split()
-COLUMNS = ["data", "images", "start", "trained", "rate", "best epoch", "epochs", "loss", "CIDEr", "CPU s"]
+GROUP = ("data", "images", "start", "trained")
 
 
 def drawings(out: Path):
@@ -121,7 +121,7 @@ def main():
     parser.add_argument("--photographs", help="embeddings of photographs, by clipcap embed (default: none)")
     parser.add_argument("--images", type=int, nargs="+", default=[50, 300, 3000], help="default: %(default)s")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 3e-3], help="learning rates")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="trained of an existing one")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), help="trained of an existing one")
     parser.add_argument("--widths", type=int, nargs="*", default=[192], help="widths of new language models")
     parser.add_argument("--no-drawings", action="store_true", help="photographs only")
     arguments = parser.parse_args()
@@ -144,8 +144,20 @@ def main():
 
 
 def write_table(rows: list[dict], path: Path):
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
+    """Write a line per kind of captioner: loss and CIDEr at each rate, and the epoch of the best rate by loss."""
+    rates = sorted({row["rate"] for row in rows})
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
+    lines = ["| " + " | ".join([*GROUP, *(f"{rate:g}" for rate in rates), "best epoch", "CPU s"]) + " |"]
+    lines.append("|" + "---|" * (len(GROUP) + len(rates) + 2))
+    for group, runs in groups.items():
+        best = min(runs, key=lambda run: run["loss"])
+        cells = {run["rate"]: f"{run['loss']:.2f} / {run['CIDEr']:.0f}" for run in runs}
+        cells[best["rate"]] = f"**{cells[best['rate']]}**"
+        found = [cells.get(rate, "") for rate in rates]
+        ends = [f"{best['best epoch']:g} of {best['epochs']}", str(best["CPU s"])]
+        lines.append("| " + " | ".join([*map(str, group), *found, *ends]) + " |")
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,78 @@
+"""A vision tower's own image processor, computed by Pillow wherever a captioner's folder is loaded."""
+
+from typing import Any
+
+import transformers
+from transformers import AutoImageProcessor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .image_processing_open_clip import OpenClipImageProcessor
+
+
+_TOWERS_TYPE = "towers_image_processor_type"
+
+
+class PillowImageProcessor(PilBackend):
+    r"""
+    What `AutoImageProcessor` finds in a captioner's folder, and loads as the vision tower's own image processor.
+
+    CLIP was trained with Pillow's resampling. By its own name, `AutoImageProcessor` would compute the tower's image
+    processor by torchvision, whose pixels differ by up to 2/255 from those of [`ClipCapProcessor`].
+
+    Example:
+
+    ```python
+    >>> from clipcap_hf import EMOJI_MINI
+    >>> from transformers import AutoImageProcessor
+
+    >>> type(AutoImageProcessor.from_pretrained(EMOJI_MINI)).__name__
+    'CLIPImageProcessorPil'
+
+    ```
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, backend: str = "pil", **kwargs):
+        r"""
+        Load the vision tower's own image processor.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder of a captioner.
+            backend (`str`): `"pil"`, or `"torchvision"` for speed, at the price of other pixels.
+            args, kwargs: As in transformers.
+
+        Raises:
+            ValueError: If this transformers does not have the tower's image processor.
+        """
+        settings, kwargs = cls.get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        name = settings.pop(_TOWERS_TYPE)
+        if (found := _class_named(name, backend)) is None:
+            raise ValueError(f"transformers {transformers.__version__} has no image processor {name}: update it.")
+        return found.from_dict({**settings, "image_processor_type": name}, **kwargs)
+
+
+def load_saved_image_processor(name: str, settings: dict[str, Any], backend: str, **kwargs) -> BaseImageProcessor:
+    """Load the image processor of a captioner's folder, whose processor has these `settings` for it."""
+    kind = settings.get("image_processor_type")
+    # Ours not by `AutoImageProcessor`: the classes may be unregistered where this file runs as remote code.
+    if kind == OpenClipImageProcessor.__name__:
+        return OpenClipImageProcessor.from_pretrained(name, **kwargs)
+    if kind == PillowImageProcessor.__name__:
+        return PillowImageProcessor.from_pretrained(name, backend=backend, **kwargs)
+    return AutoImageProcessor.from_pretrained(name, backend=backend, **kwargs)  # earlier versions saved its own name
+
+
+def named_for_pillow(settings: dict[str, Any]) -> dict[str, Any]:
+    """Name [`PillowImageProcessor`] in an image processor's settings, so that every reader computes by Pillow."""
+    name = settings["image_processor_type"]
+    if _class_named(name, "pil") is None:  # of open_clip, or of a tower with code of its own
+        return settings
+    return {**settings, "image_processor_type": PillowImageProcessor.__name__, _TOWERS_TYPE: name}
+
+
+def _class_named(name: str, backend: str) -> type[BaseImageProcessor] | None:
+    return getattr(transformers, f"{name}Pil" if backend == "pil" else name, None)
+
+
+__all__ = ["PillowImageProcessor"]

@@ -195,7 +195,7 @@ def caption_pixels(
     inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt").to(model.device)
     pixel_values = place_pixels(torch.stack(list(pixels)), model.device)
     results = [CaptionedImage() for _ in pixels]
-    images = {"pixel_values": pixel_values}
+    images: dict[str, Any] = {"pixel_values": pixel_values}
     reranks = generate_kwargs.get("rerank") is not None  # needs the embedding itself, not only the prefix
     if explain or not reranks:
         with torch.no_grad():

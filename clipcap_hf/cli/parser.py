@@ -28,7 +28,7 @@ def one_spelling(words: list[str]) -> list[str]:
 
     ```
     """
-    spelled = []
+    spelled: list[str] = []
     for place, word in enumerate(words):
         if word == "--":  # only names of files follow
             return spelled + words[place:]

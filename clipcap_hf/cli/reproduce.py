@@ -16,7 +16,23 @@ def add_parser(commands):
         "each benchmark's protocol, and writes the table 'Claimed | Verified | Status' as Markdown, JSON and HTML. "
         "Run the same command again after an interruption; torchrun divides every stage over processes.",
     )
-    what = reproduce.add_argument_group("what is reproduced")
+    _add_table_arguments(reproduce.add_argument_group("what is reproduced"))
+    how = reproduce.add_argument_group("what the paper does not say")
+    how.add_argument(
+        "--choose",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="decoding, clip, lengths, normalize, epochs, language-model, captions-end (see the guide)",
+    )
+    how.add_argument("--grid", action="store_true", help="compare the alternatives, on the validation split alone")
+    _add_rehearsal_arguments(reproduce.add_argument_group("before the real run"))
+    _add_run_arguments(reproduce.add_argument_group("device and output"))
+    reproduce.set_defaults(run=run)
+
+
+def _add_table_arguments(what):
     what.add_argument(
         "--table",
         nargs="+",
@@ -44,17 +60,9 @@ def add_parser(commands):
     )
     what.add_argument("--results", metavar="FILE", help="score an existing results file of one table and variant")
     what.add_argument("--seeds", type=positive, default=1, metavar="N", help="captioners to train (default: 1)")
-    how = reproduce.add_argument_group("what the paper does not say")
-    how.add_argument(
-        "--choose",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="decoding, clip, lengths, normalize, epochs, language-model, captions-end (see the guide)",
-    )
-    how.add_argument("--grid", action="store_true", help="compare the alternatives, on the validation split alone")
-    first = reproduce.add_argument_group("before the real run")
+
+
+def _add_rehearsal_arguments(first):
     first.add_argument(
         "--rehearse",
         nargs="?",
@@ -68,7 +76,9 @@ def add_parser(commands):
     first.add_argument(
         "--allow-subset", action="store_true", help="score a part where images are missing, which is no reproduction"
     )
-    where = reproduce.add_argument_group("device and output")
+
+
+def _add_run_arguments(where):
     add_device_arguments(where)
     where.add_argument("--compile", action="store_true", help="compile the model for training")
     where.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at once (default: 32)")
@@ -83,7 +93,6 @@ def add_parser(commands):
     where.add_argument(
         "--out", default="clipcap-reproduction", metavar="DIR", help="folder for everything (default: %(default)s)"
     )
-    reproduce.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -60,9 +60,9 @@ def _add_options(parser: Parser):
             add_device_arguments(group, "float32")
             _add_option(group, options.pop("dataloader_num_workers"), "processes that read images (default: 0)")
     for title, owner in MORE.items():
-        group = parser.add_more_arguments(title)
+        more = parser.add_more_arguments(title)
         for field in [field for field, option in options.items() if owner in ("", option.owner)]:
-            _add_option(group, options.pop(field))
+            _add_option(more, options.pop(field))
 
 
 def _add_option(group, option: Option, text: str | None = None):

@@ -61,7 +61,9 @@ def read_options() -> dict[str, Option]:
     """Return all options by field name: those of this package first, then those of transformers alone."""
     own = Path(__file__).parents[1] / "training" / "arguments.py"
     options = {option.field: option for option in _fields(own, OWN_CLASSES)}
-    folder = Path(next(iter(importlib.util.find_spec("transformers").submodule_search_locations)))
+    spec = importlib.util.find_spec("transformers")  # found without importing it, which takes seconds
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
     for file, owner in TRAINER_FILES.items():
         for option in _fields(folder / file, (owner,)):
             options.setdefault(option.field, option)
@@ -72,22 +74,22 @@ def _fields(path: Path, classes: tuple[str, ...]):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name in classes:
             for line in node.body:
-                if isinstance(line, ast.AnnAssign):
-                    yield _option(line, node.name)
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    yield _option(line.target.id, line, node.name)
 
 
-def _option(line: ast.AnnAssign, owner: str) -> Option:
+def _option(name: str, line: ast.AnnAssign, owner: str) -> Option:
     if isinstance(line.value, ast.Call) and ast.unparse(line.value.func) == "of_recipe":
         help = f"{_literal(line.value.args[0])} (default: recipe)."
-        return Option(line.target.id, owner, ast.unparse(line.annotation), help, None)
-    settings = {}
+        return Option(name, owner, ast.unparse(line.annotation), help, None)
+    settings: dict[str | None, ast.expr] = {}
     if isinstance(line.value, ast.Call):  # field(default=..., metadata={"help": ...})
         settings = {keyword.arg: keyword.value for keyword in line.value.keywords}
     metadata = settings.get("metadata")
     pairs = zip(metadata.keys, metadata.values) if isinstance(metadata, ast.Dict) else ()
     texts = [_literal(value) for key, value in pairs if key is not None and _literal(key) == "help"]
     default = _literal(settings.get("default", None if settings else line.value))
-    return Option(line.target.id, owner, ast.unparse(line.annotation), (texts or [""])[0] or "", default)
+    return Option(name, owner, ast.unparse(line.annotation), (texts or [""])[0] or "", default)
 
 
 def _literal(node) -> Any:

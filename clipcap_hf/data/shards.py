@@ -101,7 +101,8 @@ def _check_text(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str):
     if not (member.isfile() and (is_json or field.endswith("txt"))):
         return
     try:
-        text = archive.extractfile(member).read().decode("utf-8")
+        with archive.extractfile(member) as file:  # type: ignore[union-attr]  # not None, since the member is a file
+            text = file.read().decode("utf-8")
         if is_json:
             json.loads(text)
     except (ValueError, RecursionError) as error:

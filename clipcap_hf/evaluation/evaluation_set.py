@@ -61,7 +61,8 @@ class EvaluationSet:
     @cached_property
     def image_digests(self) -> list[str]:
         """SHA-256 of each image, of the files' bytes where there are files."""
-        return [image_digest(self.stored_images[place]) for place in range(len(self))]
+        images: Any = self.stored_images
+        return [image_digest(images[place]) for place in range(len(self))]
 
 
 @dataclass

@@ -22,6 +22,7 @@ class CaptionerParts(PreTrainedModel):
     _donor_hashes: dict[str, str]  # of the parts that are known to equal their donors
 
     get_image_features: Callable[..., BaseModelOutputWithPooling]
+    get_clip_embeds: Callable[[torch.Tensor], torch.Tensor]
     get_placeholder_mask: Callable[..., torch.Tensor]
     _check_placeholders: Callable[[torch.Tensor, torch.Tensor], None]
     _load_donor: ClassVar[Callable[..., PreTrainedModel]]

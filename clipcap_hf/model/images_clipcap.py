@@ -86,9 +86,9 @@ def stored_images(images: Any) -> Any:
     """
     if not type(images).__module__.startswith("datasets."):
         return images
-    rows = images if hasattr(images, "cast_column") else getattr(images, "source", None)
+    rows: Any = images if hasattr(images, "cast_column") else getattr(images, "source", None)
     name = getattr(images, "column_name", "image")
-    feature = (getattr(rows, "features", None) or {}).get(name)
+    feature: Any = (getattr(rows, "features", None) or {}).get(name)
     if getattr(feature, "_type", None) != "Image" or getattr(rows, "format", {"type": None})["type"] is not None:
         return images
     rows = rows.cast_column(name, type(feature)(decode=False))

@@ -1,6 +1,7 @@
 """From a captioner's inputs to what its language model reads: steps 1 to 3 of `modeling_clipcap.py`."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,11 +9,12 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .base_clipcap import CaptionerParts
 from .modeling_mapping import pool_patches
 from .modeling_vision import embed_pixels
 
 
-class EmbedsInputs:
+class EmbedsInputs(CaptionerParts):
     """Adds to a captioner and to its base model the prefix of images and its place among the tokens."""
 
     @can_return_tuple
@@ -36,7 +38,7 @@ class EmbedsInputs:
         """
         if (pixel_values is None) == (clip_embeds is None):
             raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
-        vision_outputs = {}
+        vision_outputs = ModelOutput()
         if clip_embeds is None:
             clip_embeds, vision_outputs = self._embed_pixels(pixel_values, **kwargs)
         else:
@@ -121,18 +123,18 @@ class EmbedsInputs:
         return inputs_embeds, prefix, image_outputs
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None = None
-    ) -> torch.BoolTensor:
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Find the placeholders, (batch, sequence), in token ids, or in embeddings if the placeholder has one."""
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        embeddings = self.get_input_embeddings()
-        if self.config.image_token_id >= embeddings.weight.shape[0]:
+            return input_ids.eq(self.config.image_token_id)
+        embeddings: Any = self.get_input_embeddings()
+        if self.config.image_token_id >= embeddings.weight.shape[0]:  # type: ignore[operator]  # it is no longer None
             raise ValueError(
                 "Images need `input_ids` with placeholders: the placeholder of this captioner has no embedding, so "
                 "`inputs_embeds` cannot say where they go. For `generate`, pass both."
             )
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        token = torch.tensor(self.config.image_token_id, device=embeddings.weight.device)
         return (inputs_embeds == embeddings(token)).all(-1)
 
     def _attention_mask(self, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -163,6 +165,6 @@ class EmbedsInputs:
         known = {*inspect.signature(language_model.forward).parameters, *TransformersKwargs.__optional_keys__}
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in known]:
             raise TypeError(
-                f"Neither the captioner nor its language model, a `{self.config.text_config.model_type}`, has the "
+                f"Neither the captioner nor its language model, a `{self.language_model.config.model_type}`, has the "
                 f"argument `{unknown[0]}`: leave it out."
             )

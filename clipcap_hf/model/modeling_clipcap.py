@@ -92,7 +92,7 @@ class ClipCapPreTrainedModel(LoadsAndSaves, FreezesParts, EmbedsInputs, PreTrain
 
     config: ClipCapConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["ClipCapMappingLayer"]
     _skip_keys_device_placement = [CACHE]
@@ -183,16 +183,16 @@ class ClipCapModel(ClipCapPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        clip_embeds: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        clip_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        prefix_index: torch.LongTensor | None = None,
+        prefix_index: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | ClipCapModelOutputWithPast:
@@ -210,12 +210,12 @@ class ClipCapModel(ClipCapPreTrainedModel):
         body = self.language_model.base_model
         cache = one_cache(cache, past_key_values)
         self._check_arguments(body, kwargs)
-        inputs_embeds, prefix, image_outputs = self._embed_inputs(
+        embeds, prefix, image_outputs = self._embed_inputs(
             input_ids, inputs_embeds, pixel_values, clip_embeds, mm_encoder_outputs, prefix_index
         )
         outputs = body(
-            inputs_embeds=inputs_embeds,
-            attention_mask=self._attention_mask(attention_mask, inputs_embeds.dtype),
+            inputs_embeds=embeds,
+            attention_mask=self._attention_mask(attention_mask, embeds.dtype),
             position_ids=position_ids,
             use_cache=use_cache,
             return_dict=True,
@@ -297,18 +297,18 @@ class ClipCapForConditionalGeneration(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        clip_embeds: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        clip_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        prefix_index: torch.LongTensor | None = None,
+        prefix_index: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | ClipCapCausalLMOutputWithPast:
@@ -347,12 +347,12 @@ class ClipCapForConditionalGeneration(
         cache = one_cache(cache, past_key_values)
         shift_labels = kwargs.pop("shift_labels", None)  # labels that the trainer has shifted, for parallel sequences
         self._check_arguments(self.language_model, kwargs)
-        inputs_embeds, prefix, image_outputs = self._embed_inputs(
+        embeds, prefix, image_outputs = self._embed_inputs(
             input_ids, inputs_embeds, pixel_values, clip_embeds, mm_encoder_outputs, prefix_index
         )
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=self._attention_mask(attention_mask, inputs_embeds.dtype),
+            inputs_embeds=embeds,
+            attention_mask=self._attention_mask(attention_mask, embeds.dtype),
             position_ids=position_ids,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
@@ -367,8 +367,8 @@ class ClipCapForConditionalGeneration(
             labels = labels[:, kept]
             if shift_labels is not None:
                 kwargs["shift_labels"] = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
-            vocab_size = self.config.text_config.get_text_config().vocab_size
+            labels = labels.masked_fill(labels.eq(self.config.image_token_id), -100)
+            vocab_size = self.config.language_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
         return ClipCapCausalLMOutputWithPast(

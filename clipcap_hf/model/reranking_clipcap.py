@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .beam_search_clipcap import CannotSearchFast, scored_beam_search
 from .donors_clipcap import PACKAGE, weights_hash
-from .generation_clipcap import may_search_fast, setting
+from .generation_clipcap import GeneratesCaptions, may_search_fast, setting
 from .modeling_vision import embed_pixels, load_vision_tower
 from .text_tower_clipcap import TextTower, load_text_tower
 
@@ -59,7 +58,7 @@ class CaptionReranker:
     @classmethod
     def from_pretrained(
         cls,
-        model: PreTrainedModel,
+        model: GeneratesCaptions,
         processor,
         text_tower: str | os.PathLike | None = None,
         weight: float | None = None,
@@ -112,7 +111,7 @@ class CaptionReranker:
         return torch.einsum("id,icd->ic", F.normalize(image_embeds.to(texts), dim=-1), texts)
 
     @torch.no_grad()
-    def generate(self, model: PreTrainedModel, generation_config, kwargs: dict[str, Any]):
+    def generate(self, model: GeneratesCaptions, generation_config, kwargs: dict[str, Any]):
         """Do the work of `model.generate(..., rerank=self)`."""
         wanted = _check_search(model, generation_config, kwargs)
         image_embeds, kwargs = _embed_images(model, kwargs)
@@ -133,7 +132,7 @@ class CaptionReranker:
         return outputs if wants_all else outputs.sequences
 
 
-def as_reranker(rerank: Any, model: PreTrainedModel, processor) -> "CaptionReranker | None":
+def as_reranker(rerank: Any, model: GeneratesCaptions, processor) -> "CaptionReranker | None":
     """Turn what users pass as `rerank=` (`True`, the name of a CLIP, a [`CaptionReranker`]) into a re-ranker."""
     if rerank is None or rerank is False:
         return None
@@ -142,7 +141,7 @@ def as_reranker(rerank: Any, model: PreTrainedModel, processor) -> "CaptionReran
     return rerank
 
 
-def has_text_tower(model: PreTrainedModel) -> bool:
+def has_text_tower(model: GeneratesCaptions) -> bool:
     """Whether a text tower is saved with the captioner."""
     return _saved_text_tower(model.name_or_path, getattr(model.config, "_commit_hash", None)) is not None
 
@@ -156,7 +155,9 @@ def _check_weight(weight: float) -> float:
 # -- which text tower
 
 
-def _find_text_tower(model: PreTrainedModel, processor, name: str | os.PathLike | None, hub_kwargs: dict) -> TextTower:
+def _find_text_tower(
+    model: GeneratesCaptions, processor, name: str | os.PathLike | None, hub_kwargs: dict
+) -> TextTower:
     if name is not None:
         name = os.path.expanduser(os.fspath(name))
         if _saved_text_tower(name, None) is not None:
@@ -202,8 +203,8 @@ def _load_saved(name: str, processor, hub_kwargs: dict) -> TextTower:
     """Load the text tower that is saved with a captioner; without a tokenizer of its own it shares the captioner's."""
     if os.path.isdir(name):
         folder = str(Path(name) / TEXT_TOWER)
-        own = (Path(folder) / "tokenizer_config.json").is_file()
-        return load_text_tower(folder, tokenizer=None if own else processor.tokenizer)
+        has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+        return load_text_tower(folder, tokenizer=None if has_tokenizer else processor.tokenizer)
     own = cached_file(
         name, "tokenizer_config.json", subfolder=TEXT_TOWER, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
@@ -219,11 +220,11 @@ def _load_named(name: str, hub_kwargs: dict) -> TextTower:
         raise ValueError(f"Could not load a text tower to re-rank with from {name}: {error}") from error
 
 
-def _label(model: PreTrainedModel) -> str:
+def _label(model: GeneratesCaptions) -> str:
     return model.name_or_path or "this captioner"
 
 
-def _check_same_space(model: PreTrainedModel, tower: TextTower):
+def _check_same_space(model: GeneratesCaptions, tower: TextTower):
     """Refuse the text tower of another CLIP: its cosines with these images would mean nothing."""
     width = tower(["a"]).shape[-1]
     own = _embed_dim(model)
@@ -248,7 +249,7 @@ def _check_same_space(model: PreTrainedModel, tower: TextTower):
         )
 
 
-def _embed_dim(model: PreTrainedModel) -> int | None:
+def _embed_dim(model: GeneratesCaptions) -> int | None:
     """Width of the pooled image embedding, which texts are compared with; `None` if only the tower knows it."""
     if model.config.vision_feature == "pooled":
         return model.config.clip_embed_dim
@@ -261,7 +262,7 @@ def _embed_dim(model: PreTrainedModel) -> int | None:
 # -- the search
 
 
-def _check_search(model: PreTrainedModel, generation_config, kwargs: dict[str, Any]) -> int:
+def _check_search(model: GeneratesCaptions, generation_config, kwargs: dict[str, Any]) -> int:
     """Check that there will be several captions to choose from, and return how many are wanted."""
 
     def of(name: str) -> Any:
@@ -283,7 +284,7 @@ def _check_search(model: PreTrainedModel, generation_config, kwargs: dict[str, A
     return wanted
 
 
-def _embed_images(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+def _embed_images(model: GeneratesCaptions, kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     """Embed the images once, for the mapping network as well as for the comparison with texts."""
     kwargs = dict(kwargs)
     pixels, clip_embeds = kwargs.get("pixel_values"), kwargs.get("clip_embeds")
@@ -301,7 +302,7 @@ def _embed_images(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[torch
     return embed_pixels(model.vision_tower, pixels, "pooled")[0], kwargs
 
 
-def _search_all_beams(model: PreTrainedModel, generation_config, kwargs: dict[str, Any]):
+def _search_all_beams(model: GeneratesCaptions, generation_config, kwargs: dict[str, Any]):
     kwargs = {**kwargs, "num_return_sequences": setting(model, "num_beams", generation_config, kwargs)}
     plain = not setting(model, "return_dict_in_generate", generation_config, kwargs)
     if plain and may_search_fast(model, generation_config, kwargs):

@@ -24,7 +24,7 @@ from .damage_clipcap import naming
 
 
 # By the type of a complete model or of the tower alone.
-_TEXT_TOWERS = {
+_TEXT_TOWERS: dict[str, Any] = {
     "clip": CLIPTextModelWithProjection,
     "clip_text_model": CLIPTextModelWithProjection,
     "metaclip_2": MetaClip2TextModelWithProjection,
@@ -133,7 +133,10 @@ def _load_config(name: str, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _load_open_clip_text_tower(name: str) -> TextTower:
-    import open_clip
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(f"{name} needs open_clip for its text tower: `pip install open_clip_torch`.") from error
 
     if name.startswith("hf-hub:") or Path(name).is_dir():
         model_name, settings = name if name.startswith("hf-hub:") else f"local-dir:{name}", {}

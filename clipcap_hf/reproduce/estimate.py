@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -214,14 +215,14 @@ def _seconds_to_score() -> float:
     """Measure the seconds per text of scoring, tokenizing included; without Java by what runs without it."""
     try:
         check_requirements(["bleu", "meteor"], "ptb")
-        metrics, tokenizer = ("bleu", "meteor", "rouge_l", "cider"), "ptb"
+        metrics, tokenizer = ["bleu", "meteor", "rouge_l", "cider"], "ptb"
     except JavaError:
-        metrics, tokenizer = ("bleu", "rouge_l", "cider"), "python"
+        metrics, tokenizer = ["bleu", "rouge_l", "cider"], "python"
     words = "a man in the red hat rides an old bicycle on some wet street near two dogs and it rains".split()
     captions = [" ".join(words[(3 * row + place) % len(words)] for place in range(10)) for row in range(SCORED)]
     references = [[captions[(row + place) % SCORED] for place in range(5)] for row in range(SCORED)]
     taken = [
-        _seconds(lambda n=n: score_captions(captions[:n], references[:n], metrics, tokenizer), torch.device("cpu"))
+        _seconds(partial(score_captions, captions[:n], references[:n], metrics, tokenizer), torch.device("cpu"))
         for n in (SCORED // 10, SCORED)
     ]
     return max(taken[1] - taken[0], 1e-9) / ((SCORED - SCORED // 10) * 6)

@@ -43,15 +43,16 @@ class Ledger:
         if state.is_main_process:
             say(f"{name} ...")
             self._write(name, "begun", {"depends_on": depends_on, "sessions": begun.get("sessions", 0) + 1})
-        started, energy = time.monotonic(), joules()
+        started, energy_before = time.monotonic(), joules()
         result = work()
         if state.is_main_process:
             cost: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
-            if energy is not None:
-                cost["joules"] = round(joules() - energy)
+            energy = joules()
+            if energy is not None and energy_before is not None:
+                cost["joules"] = round(energy - energy_before)
             self._write(name, "done", {"result": result, **cost})
         state.wait_for_everyone()
-        return self._read(name, "done")["result"]
+        return (self._read(name, "done") or {})["result"]
 
     def is_done(self, name: str) -> bool:
         """Tell whether a stage has left its result."""
@@ -59,10 +60,10 @@ class Ledger:
 
     def costs(self) -> dict[str, dict[str, Any]]:
         """Return the seconds of each finished stage; with several sessions they are those of the last one."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("*.done.json")):
             name = path.name.removesuffix(".done.json")
-            done, begun = self._read(name, "done"), self._read(name, "begun")
+            done, begun = self._read(name, "done") or {}, self._read(name, "begun") or {}
             found[name] = {key: done[key] for key in ("seconds", "joules") if key in done}
             found[name]["sessions"] = begun["sessions"]
         return found

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _emoji() -> Pictures:
         # COCO has five captions per image.
         names = (row["captions"] * len(PHRASES))[: len(PHRASES)]
         captions = [_sentence(phrase, name) for phrase, name in zip(PHRASES, names)]
-        yield (lambda path, image=row["image"]: _existing(path).write_bytes(_jpeg(image))), captions
+        yield partial(_write_jpeg, row["image"]), captions
 
 
 def _sentence(phrase: str, name: str) -> str:
@@ -99,12 +100,8 @@ def _sentence(phrase: str, name: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _jpeg(image) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+def _write_jpeg(image, path: Path):
+    image.convert("RGB").save(_existing(path), "JPEG", quality=90)
 
 
 def _flickr8k(root: str) -> Pictures:
@@ -114,7 +111,11 @@ def _flickr8k(root: str) -> Pictures:
     for row in load_captions(kind, annotations, images=images, split="train").cast_column(
         "image", Image(decode=False)
     ):
-        yield (lambda path, source=row["image"]["path"]: shutil.copyfile(source, _existing(path))), row["captions"]
+        yield partial(_copy, row["image"]["path"]), row["captions"]
+
+
+def _copy(source: str, path: Path):
+    shutil.copyfile(source, _existing(path))
 
 
 def _existing(path: Path) -> Path:
@@ -134,7 +135,8 @@ def build_data(root: Path, pictures: Pictures):
 
 
 def _build_coco(root: Path, pictures: Pictures):
-    images, sentence_id = [], 0
+    images: list[dict[str, Any]] = []
+    sentence_id = 0
     for split, count in COCO.items():
         folder = "train2014" if split == "train" else "val2014"
         for _ in range(count):
@@ -173,7 +175,8 @@ def _build_conceptual(root: Path, folder: str, name: str, count: int, pictures: 
 
 
 def _build_nocaps(root: Path, pictures: Pictures):
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(NOCAPS * len(DOMAINS)):
         save, captions = next(pictures)
         name = f"{number:016x}.jpg"

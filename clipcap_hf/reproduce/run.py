@@ -175,7 +175,8 @@ class _Run:
             self.data[key] = self.ledger.run(key, prints[key], lambda key=key: prints[key], self._quietly)
 
     def _split(self, table: str) -> str:
-        return TABLES[table].choose_on if self.settings.grid else TABLES[table].split
+        choose_on = TABLES[table].choose_on if self.settings.grid else None
+        return choose_on or TABLES[table].split
 
     def _training_splits(self, table: str) -> list[str]:
         """Training reads the validation split for its loss, unless the claims are about that one."""

@@ -263,11 +263,12 @@ def convert(captioner: Captioner, choices: Mapping[str, str], clip: str | None, 
 
 def decoding_arguments(decoding: str) -> dict[str, Any]:
     """Return the arguments of `generate()`; the stop token and the length are the captioner's own."""
-    return {
+    arguments: dict[str, dict[str, Any]] = {
         "greedy": {"num_beams": 1, "do_sample": False},
         "beam-5": {"num_beams": 5, "do_sample": False},
         "official-beam-5": {"num_beams": 5, "custom_generate": official_beam_search},
-    }[decoding]
+    }
+    return arguments[decoding]
 
 
 def evaluate(

@@ -116,6 +116,8 @@ class Number:
 
     def reproduces(self, claim: Claim) -> bool:
         """Whether it is as close to the claim as the rule wants."""
+        if claim.claimed is None:
+            return False
         allowed = TOLERANCES.get(claim.metric, OTHER_TOLERANCE)
         if self.deviation is not None and self.seeds >= SEEDS_FOR_DEVIATION:
             allowed = max(allowed, 2 * self.deviation)

@@ -44,7 +44,7 @@ class Row:
             return f"not a reproduction, see below ({self._all_numbers()})"
         if self.claim.claimed is None:
             return "no claim of the paper"
-        if self.verified.reproduces(self.claim):
+        if self.verified is not None and self.verified.reproduces(self.claim):
             return "reproduced"
         return f"not reproduced (tried: {', '.join(self.numbers)})"
 

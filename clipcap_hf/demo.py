@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -88,7 +89,12 @@ def run_demo(
 def embed_splits(model: ClipCapForConditionalGeneration, processor: ClipCapProcessor, data) -> dict[str, torch.Tensor]:
     """Embed the training and test splits: normalised, (images, clip_embed_dim)."""
     return {
-        split: F.normalize(embed_images(model, processor, data[split]["image"], desc=f"Encoding {split}"), dim=-1)
+        split: F.normalize(
+            embed_images(
+                model, processor, data[split]["image"], progress=sys.stderr.isatty(), desc=f"Encoding {split}"
+            ),
+            dim=-1,
+        )
         for split in ("train", *TEST_SPLITS)
     }
 
@@ -104,7 +110,9 @@ def caption_and_score(
     """Caption each test split, and score the captions next to the baselines."""
     captions, scores = {}, {}
     for split in TEST_SPLITS:
-        captions[split] = caption_embeds(model, processor, embeds[split], num_beams=num_beams)
+        captions[split] = caption_embeds(
+            model, processor, embeds[split], num_beams=num_beams, progress=sys.stderr.isatty()
+        )
         references, train_captions = list(data[split]["captions"]), data["train"]["captions"]
         scores[split] = score_beside_baselines(
             captions[split], embeds[split], references, embeds["train"], train_captions, language

@@ -30,5 +30,5 @@ def test_notebook(tmp_path):
     assert captions[0] == "image,caption" and len(captions) == 1 + len(list(tmp_path.glob("new-images/*.png")))
     assert "\n".join(captions[:8]) in result.stdout
     scores = json.loads((tmp_path / "my-scores" / "scores.json").read_text(encoding="utf-8"))
-    assert scores["scores"]["cider"] >= 0
+    assert scores["scores"]["entire"]["cider"] >= 0
     assert (tmp_path / "my-captioner" / "samples.png").is_file() and (tmp_path / "my-scores" / "index.html").is_file()

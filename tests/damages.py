@@ -237,6 +237,8 @@ def _loop(root: Path, options) -> int:
         for fault in wrong:
             failures[fault] += 1
             print(f"{number} {case.name}, {how}: {fault}\n{outcome.out[-300:]}{outcome.err[-1500:]}", flush=True)
+        if number % 100 == 99:
+            print(f"{number + 1} cases, {sum(failures.values())} failures", file=sys.stderr, flush=True)
         if wrong and options.keep:
             shutil.copytree(root / "case", f"{options.keep}/{number}", dirs_exist_ok=True)
     print(f"{options.cases} cases in {time.monotonic() - start:.0f} s: {sum(failures.values())} failures")

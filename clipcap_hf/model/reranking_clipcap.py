@@ -142,11 +142,6 @@ def as_reranker(rerank: Any, model: PreTrainedModel, processor) -> "CaptionReran
     return rerank
 
 
-def has_text_tower(model: PreTrainedModel) -> bool:
-    """Whether a text tower is saved with the captioner."""
-    return _saved_text_tower(model.name_or_path, getattr(model.config, "_commit_hash", None)) is not None
-
-
 def _check_weight(weight: float) -> float:
     if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
         raise ValueError(f"The weight of re-ranking must be a number of at least 0, got {weight!r}.")
@@ -317,4 +312,4 @@ def _search_all_beams(model: PreTrainedModel, generation_config, kwargs: dict[st
     return outputs
 
 
-__all__ = ["DEFAULT_BEAMS", "CaptionReranker", "as_reranker", "has_text_tower"]
+__all__ = ["DEFAULT_BEAMS", "CaptionReranker", "as_reranker"]

@@ -141,11 +141,6 @@ def as_reranker(rerank: Any, model: GeneratesCaptions, processor) -> "CaptionRer
     return rerank
 
 
-def has_text_tower(model: GeneratesCaptions) -> bool:
-    """Whether a text tower is saved with the captioner."""
-    return _saved_text_tower(model.name_or_path, getattr(model.config, "_commit_hash", None)) is not None
-
-
 def _check_weight(weight: float) -> float:
     if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
         raise ValueError(f"The weight of re-ranking must be a number of at least 0, got {weight!r}.")
@@ -318,4 +313,4 @@ def _search_all_beams(model: GeneratesCaptions, generation_config, kwargs: dict[
     return outputs
 
 
-__all__ = ["DEFAULT_BEAMS", "CaptionReranker", "as_reranker", "has_text_tower"]
+__all__ = ["DEFAULT_BEAMS", "CaptionReranker", "as_reranker"]

@@ -4,11 +4,18 @@ import json
 
 import pytest
 import torch
-from clipcap_hf import CaptionReranker, ClipCapForConditionalGeneration, ClipCapProcessor, official_beam_search
+from clipcap_hf import (
+    EMOJI_MINI,
+    CaptionReranker,
+    ClipCapForConditionalGeneration,
+    ClipCapProcessor,
+    official_beam_search,
+)
 from clipcap_hf.captioning import caption_embeds, caption_images
 from clipcap_hf.cli import main
 from clipcap_hf.cli.output import escape
 from clipcap_hf.clip import load_text_tower
+from clipcap_hf.data import load_emoji
 from clipcap_hf.evaluation import EvaluationSet, caption_benchmark
 from clipcap_hf.model.bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from tokenizers.processors import TemplateProcessing
@@ -278,6 +285,19 @@ def test_a_bag_of_tokens_counts_each_token_once(model_folder, captions):
         ids = sorted({*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id})
         expected = tower.vectors.weight[ids].sum(0)
         torch.testing.assert_close(found, F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_emoji_mini_names_more_drawings_with_its_text_tower():
+    model = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI).eval()
+    processor = ClipCapProcessor.from_pretrained(EMOJI_MINI)
+    reranker = CaptionReranker.from_pretrained(model, processor)
+    assert reranker.weight == 15
+    data = load_emoji("validation")
+    right = []
+    for rerank in (None, reranker):
+        found = caption_images(model, processor, data["image"], progress=False, num_beams=10, rerank=rerank)
+        right.append(sum(one.captions[0] == names[0] for one, names in zip(found, data["captions"])))
+    assert right[1] - right[0] >= 15, right  # 94 and 118 of 190
 
 
 def test_wrong_text_towers_are_refused(captioner, save_clip, tmp_path, make_model, processor, model_folder):

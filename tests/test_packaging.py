@@ -56,8 +56,7 @@ installed_modules = cache(packages_distributions)  # reads every package's list 
 
 def distributions(module: str) -> set[str]:
     """Return the packages that a module may come from; one that is not installed is assumed to have its name."""
-    names = installed_modules().get(module, [{"pynvml": "nvidia-ml-py"}.get(module, module)])
-    return {normalized(name) for name in names}
+    return {normalized(name) for name in installed_modules().get(module, [module])}
 
 
 def test_imports_are_declared(setup_cfg):

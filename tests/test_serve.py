@@ -183,7 +183,7 @@ def server():
         pytest.fail(process.communicate()[1])
     yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 0, "Ctrl-C ends it"
+    assert process.wait(timeout=60) == 0, "Ctrl-C ends it"
 
 
 def status(url: str) -> int:

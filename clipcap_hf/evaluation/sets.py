@@ -107,6 +107,8 @@ def load_own_images(
     path = str(path) if "://" in str(path) else str(Path(path).expanduser())
     rows = load_captions(kind, path, images=images, split=split, missing=missing, **columns)
     if isinstance(rows, dict):
+        if not rows:
+            raise ValueError(f"{path} lists no images with captions.")
         if len(rows) > 1:
             raise ValueError(f"{path} has the splits {', '.join(rows)}: name the one to score by --split.")
         rows = next(iter(rows.values()))

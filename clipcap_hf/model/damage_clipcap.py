@@ -87,8 +87,8 @@ def check_transform(image_processor: Any):
     """Refuse a transform that would silently make infinite, NaN or equal pixels of every image.
 
     Raises:
-        ValueError: If `image_std` or `rescale_factor` is not above 0, if one of them or `image_mean` is not finite, or
-            if the images would be larger than any tower takes.
+        ValueError: If `image_std` is not above 0, if `rescale_factor` is 0, if one of them or `image_mean` is not
+            finite, or if the images would be larger than any tower takes.
     """
     for name in ("size", "crop_size"):
         sizes = getattr(image_processor, name, None) or {}
@@ -98,17 +98,16 @@ def check_transform(image_processor: Any):
                 raise ValueError(
                     f"`{name}` in the image processor must be 1 to {_LARGEST_SIDE} pixels, got {str(value)[:80]}."
                 )
-    for name, used, positive in (
-        ("image_mean", "do_normalize", False),
-        ("image_std", "do_normalize", True),
-        ("rescale_factor", "do_rescale", True),
+    for name, used, kind, allowed in (
+        ("image_mean", "do_normalize", "finite numbers", lambda number: True),
+        ("image_std", "do_normalize", "positive numbers", lambda number: number > 0),
+        ("rescale_factor", "do_rescale", "a number other than 0", lambda number: number != 0),
     ):
         value = getattr(image_processor, name, None)
         if value is None or not getattr(image_processor, used, True):
             continue
         numbers = value if isinstance(value, (list, tuple)) else [value]
-        if not all(_is_number(number) and (number > 0 or not positive) for number in numbers):
-            kind = "positive numbers" if positive else "finite numbers"
+        if not all(_is_number(number) and allowed(number) for number in numbers):
             raise ValueError(f"`{name}` must be {kind} in the image processor, got {str(value)[:80]}.")
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -184,10 +183,9 @@ class Donor:
             model = load_donor(self.part, self.name, dtype, **known, **self.kwargs, **self.hub_kwargs)
         except OSError as error:
             raise self._missing(error) from error
-        except SafetensorError as error:
+        except ValueError as error:
             raise ValueError(
-                f"The weights in {self.name}, which this checkpoint leaves out, are incomplete or damaged ({error}): "
-                "copy or download them again."
+                f"The {self.label}, which this checkpoint leaves out, cannot be loaded: {error}"
             ) from error
         weights = model.state_dict()
         found = self.identity(weights)

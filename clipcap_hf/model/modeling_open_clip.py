@@ -160,7 +160,11 @@ class OpenClipVisionModel(PreTrainedModel):
         """
         dtype = kwargs.pop("dtype", None)
         model_cfg, _, weights = load_open_clip_checkpoint(name, with_weights=True, **kwargs)
-        model = cls(_vision_config(model_cfg))
+        config = _vision_config(model_cfg)
+        try:
+            model = cls(config)
+        except ValueError as error:
+            raise ValueError(f"The configuration of {name} is damaged or unknown: {error}") from error
         visual = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
         try:
             model.visual.load_state_dict(visual)

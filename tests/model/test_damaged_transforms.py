@@ -20,8 +20,8 @@ BAD = [
     ({"image_std": [0.2, float("inf"), 0.2]}, "`image_std` must be positive numbers"),
     ({"image_std": [0.2, "x", 0.2]}, "`image_std` must be positive numbers"),
     ({"image_mean": [float("nan"), 0, 0]}, "`image_mean` must be finite numbers"),
-    ({"rescale_factor": 0}, "`rescale_factor` must be positive numbers"),
-    ({"rescale_factor": float("inf")}, "`rescale_factor` must be positive numbers"),
+    ({"rescale_factor": 0}, "`rescale_factor` must be a number other than 0"),
+    ({"rescale_factor": float("inf")}, "`rescale_factor` must be a number other than 0"),
 ]
 
 

@@ -53,25 +53,24 @@ def test_every_stage_of_every_table_runs_in_minutes(tmp_path):
 def test_ten_kills_at_random_instants_end_with_the_same_table(tmp_path):
     few = ["--table", "coco", "nocaps", "--variant", "mlp", "--tokenizer", "python"]
     started = time.monotonic()
-    finish(tmp_path / "whole", *few)
-    whole = time.monotonic() - started
-
-    rng, kills = random.Random(0), 0
-    for _ in range(10 * KILLS):
-        process = start(tmp_path / "killed", *few)
-        try:  # each session may get anywhere between its first import and its end
-            process.communicate(timeout=rng.uniform(0.3, 1) * whole)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
-        if kills == KILLS:
+    process = start(tmp_path / "whole", *few)
+    for line in process.stderr:
+        if line.rstrip().endswith(" ..."):  # the first stage begins
             break
-        # A finished run begins again, so that later kills still hit work.
-        if process.returncode == 0:
-            for path in (tmp_path / "killed").glob("stages/evaluate-*.done.json"):
-                path.unlink()
-    assert kills == KILLS
+    imports = time.monotonic() - started
+    assert process.communicate(timeout=3000) and process.returncode == 0
+    work = time.monotonic() - started - imports
+
+    rng, stages = random.Random(0), []
+    for _ in range(KILLS):  # each session gets about a tenth of the work done, so that kills hit every stage
+        process = start(tmp_path / "killed", *few)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=imports + rng.uniform(0.02, 0.12) * work)
+        os.kill(process.pid, signal.SIGKILL)
+        said = process.communicate()[1]
+        stages += [line for line in said.splitlines() if line.endswith(" ...")][-1:]
+    print(*stages, sep="\n")
+    assert len(set(stages)) >= 3
     finish(tmp_path / "killed", *few)
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob("*.tmp"))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .assets import resolve
 from .model.donors_clipcap import donor_folder
@@ -67,7 +67,10 @@ def text_source(name: str) -> TextSource:
 
 def is_captioner(name: str) -> bool:
     """Tell whether a folder holds a captioner. Nothing is asked of the Hub."""
-    return (Path(name) / "config.json").is_file() and AutoConfig.from_pretrained(name).model_type == "clipcap"
+    if not (Path(name) / "config.json").is_file():
+        return False
+    settings, _ = PreTrainedConfig.get_config_dict(name)
+    return settings.get("model_type") == "clipcap"
 
 
 def check_folder(name: str | None, option: str):

@@ -151,7 +151,8 @@ def _losses(case, outcome: Outcome, folder: Path, out: Path) -> list[str]:
     told = sum(map(int, re.findall(r"(\d+) [^\n]*?(?:left out|cannot be read|could not be)", outcome.err)))
     if rows + told < IMAGES:
         return [f"silent loss: {rows} of {IMAGES} rows, {told} named"]
-    if rows < IMAGES and case.file not in outcome.err + _failed(out) and case.kind != "tar":
+    named = case.file in outcome.err + _failed(out) or re.search(r"left out, the first is \S", outcome.err)
+    if rows < IMAGES and not named and case.kind != "tar":
         return ["what is left out is not named"]
     return []
 

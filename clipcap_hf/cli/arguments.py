@@ -137,11 +137,11 @@ def reading_workers(workers: int | None, images: int) -> int:
 
 def load_captioner(name: str, device: str | None, dtype: str | None = None):
     """Return the model, ready to caption, and the processor. Code in the model's folder never runs."""
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     from .. import ClipCapForConditionalGeneration, ClipCapProcessor
     from ..assets import resolve
+    from ..model.damage_clipcap import load_config
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -152,7 +152,7 @@ def load_captioner(name: str, device: str | None, dtype: str | None = None):
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"{name}: no such folder; --model takes a folder, a Hub id, emoji-mini or photo-mini")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = load_config(name, trust_remote_code=False)
     except OSError as error:
         raise OSError(f"Could not load the captioner {name!r}: {error}") from error
     if config.model_type != "clipcap":

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig
 
 from .images_clipcap import shorten
 
@@ -34,6 +36,23 @@ def naming(what: str) -> Iterator[None]:
         # Without an unpickler's text, which may advise to run what is in the file.
         reason = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else shorten(error)
         raise ValueError(f"{what} are incomplete or damaged ({reason}): copy or download them again.") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # how transformers refers to a report that it has printed
+            raise
+        raise ValueError(f"{what} have other shapes than config.json says: copy or download both again.") from error
+
+
+def load_config(name: str, **kwargs) -> PreTrainedConfig:
+    """Load a configuration as `AutoConfig` does; the error of an unknown type of model is short and has its name."""
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except ValueError as error:
+        if "does not recognize this architecture" not in str(error):
+            raise
+        raise ValueError(
+            f"config.json of {name} has a `model_type` that transformers {transformers.__version__} does not know: it "
+            "is damaged, or for a newer release."
+        ) from error
 
 
 def check_archive(path: str | os.PathLike):
@@ -115,4 +134,4 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["check_archive", "check_transform", "is_expanded", "naming"]
+__all__ = ["check_archive", "check_transform", "is_expanded", "load_config", "naming"]

@@ -5,7 +5,6 @@ import importlib.util
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -16,7 +15,7 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig, check_language_model, context_length
-from .damage_clipcap import naming
+from .damage_clipcap import load_config, naming
 
 
 def load_tokenizer(folder: str, config: PreTrainedConfig, **kwargs) -> PreTrainedTokenizerBase | None:
@@ -106,7 +105,7 @@ def load_language_model(name: str, dtype: torch.dtype | str, **kwargs) -> PreTra
         return _load_gguf(name, dtype, **kwargs)
     config = kwargs.pop("config", None)
     if config is None:
-        config = AutoConfig.from_pretrained(name, **kwargs)
+        config = load_config(name, **kwargs)
     check_language_model(config)
     with naming(f"The weights in {name}"):
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **kwargs)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     CLIPVisionModelWithProjection,
     MetaClip2VisionModelWithProjection,
@@ -17,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoints_open_clip import is_open_clip_name, list_open_clip_names
 from .configuration_clipcap import PROJECTED_TOWERS, check_config_sizes, clip_embed_dim_of
-from .damage_clipcap import naming
+from .damage_clipcap import load_config, naming
 from .modeling_conse import ConseVisionModel
 from .modeling_detector import DetectorVisionModel
 from .modeling_open_clip import OpenClipVisionModel, clip_vision_obstacle, load_open_clip_config
@@ -87,7 +86,7 @@ def load_vision_config(name: str, **kwargs) -> PreTrainedConfig:
     if is_open_clip_name(name):
         return load_open_clip_config(name, **_hub_kwargs(kwargs))
     try:
-        config = AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+        config = load_config(name, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         if name in _POPULAR_TOWERS:
             raise ValueError(f"Could not load the vision tower {name!r}: {error}") from error

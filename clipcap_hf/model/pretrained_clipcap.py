@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .base_clipcap import CaptionerParts
 from .configuration_clipcap import ClipCapConfig, check_config_sizes
-from .damage_clipcap import naming
+from .damage_clipcap import load_config, naming
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import load_vision_config, load_vision_tower, vision_feature_dim
@@ -259,7 +259,7 @@ def _check_fields(config_kwargs: dict):
 def _load_text_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
     try:
         # Unless told otherwise, transformers asks on standard input whether to run a repository's code.
-        config = AutoConfig.from_pretrained(donor_folder(name), **{"trust_remote_code": False, **kwargs})
+        config = load_config(donor_folder(name), **{"trust_remote_code": False, **kwargs})
     except OSError as error:
         raise OSError(f"Could not load the language model {name!r}: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:

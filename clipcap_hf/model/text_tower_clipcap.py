@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     CLIPTextModelWithProjection,
     MetaClip2TextModelWithProjection,
@@ -20,7 +19,7 @@ from transformers import (
 
 from .bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from .checkpoints_open_clip import is_open_clip_name
-from .damage_clipcap import naming
+from .damage_clipcap import load_config, naming
 
 
 # By the type of a complete model or of the tower alone.
@@ -129,7 +128,7 @@ def _load_config(name: str, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
     found, _ = PreTrainedConfig.get_config_dict(name, **hub_kwargs)
     if found.get("model_type") == BagOfTokensTextConfig.model_type:  # transformers does not know it
         return BagOfTokensTextConfig.from_dict(found)
-    return AutoConfig.from_pretrained(name, **hub_kwargs)
+    return load_config(name, **hub_kwargs)
 
 
 def _load_open_clip_text_tower(name: str) -> TextTower:

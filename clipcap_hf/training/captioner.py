@@ -3,9 +3,8 @@
 import logging
 import os
 
-from transformers import AutoConfig
-
 from ..assets import resolve
+from ..model.damage_clipcap import load_config
 from ..model.lora_clipcap import add_lora
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
@@ -57,7 +56,7 @@ def _existing_captioner(model_args: ModelArguments):
             "`text` for a new captioner."
         )
     name = os.path.expanduser(resolve(model_args.model or DEFAULT_CAPTIONER))
-    config = AutoConfig.from_pretrained(name)
+    config = load_config(name)
     if config.model_type != "clipcap":
         raise ValueError(
             f"`model`: {name} is a {config.model_type} model, not a captioner. Pass it as `text` or `vision` of a "

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration
+from clipcap_hf.model.modeling_vision import load_vision_tower
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
 def change_weights(folder, change):
@@ -114,3 +115,20 @@ def test_sizes_and_types_that_no_model_has(model_folder, part, changes, message)
     (model_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         load(model_folder)
+
+
+def test_damaged_configurations_of_towers_are_named(tmp_path):
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    for damage, message in (
+        ({"model_type": "clip_v~sion_model"}, "has a `model_type` that transformers .* does not know"),
+        ({"intermediate_size": 48}, "have other shapes than config.json says"),
+    ):
+        path.write_text(json.dumps({**whole, **damage}))
+        with pytest.raises(ValueError, match=message) as error:
+            load_vision_tower(str(tmp_path))
+        assert str(tmp_path) in str(error.value) and len(str(error.value)) < 500

@@ -36,8 +36,11 @@ def naming(what: str) -> Iterator[None]:
         # Without an unpickler's text, which may advise to run what is in the file.
         reason = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else shorten(error)
         raise ValueError(f"{what} are incomplete or damaged ({reason}): copy or download them again.") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):  # how transformers refers to a report that it has printed
+    except Exception as error:
+        if type(error) is Exception:  # all that `tokenizers` raises
+            raise ValueError(f"{what} are incomplete or damaged ({shorten(error)}): copy them again.") from error
+        # How transformers refers to a report of other sizes, which it has printed.
+        if not isinstance(error, RuntimeError) or "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(f"{what} have other shapes than config.json says: copy or download both again.") from error
 
@@ -126,6 +129,10 @@ def check_transform(image_processor: Any):
         if value is None or not getattr(image_processor, used, True):
             continue
         numbers = value if isinstance(value, (list, tuple)) else [value]
+        if len(numbers) not in (1, 3):
+            raise ValueError(
+                f"`{name}` in the image processor must be 3 numbers, for red, green and blue: got {value}."
+            )
         if not all(_is_number(number) and allowed(number) for number in numbers):
             raise ValueError(f"`{name}` must be {kind} in the image processor, got {str(value)[:80]}.")
 

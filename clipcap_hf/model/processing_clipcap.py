@@ -91,6 +91,8 @@ class ClipCapProcessor(ProcessorMixin):
         tokenizer = _captioning_tokenizer(tokenizer)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id not in tokenizer(IMAGE_TOKEN)["input_ids"]:
+            raise ValueError(f"The tokenizer does not read {IMAGE_TOKEN} as one token: tokenizer.json is damaged.")
         self.prefix_length = prefix_length
         self.num_frames = num_frames
         self.prompt_template = prompt_template
@@ -311,8 +313,14 @@ class ClipCapProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a processor as transformers does; errors of damaged files name the folder."""
-        with naming(f"The files of the processor in {pretrained_model_name_or_path}"):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        with naming(f"The files of the processor in {name}"):
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            except (ValueError, TypeError) as error:
+                if name in str(error) or isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
+                    raise
+                raise ValueError(f"The processor in {name} cannot be used: {error}") from error
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from clipcap_hf import ClipCapForConditionalGeneration
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.model.modeling_vision import load_vision_tower
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
@@ -132,3 +132,26 @@ def test_damaged_configurations_of_towers_are_named(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_vision_tower(str(tmp_path))
         assert str(tmp_path) in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "file, old, new, message",
+    [
+        ("tokenizer.json", '"rstrip"', '"Pstrip"', "incomplete or damaged"),
+        ("tokenizer.json", '"special": true', '"special": "x"', "cannot be used"),
+        (
+            "processor_config.json",
+            '"image_processor_type": "',
+            '"image_processor_type": "No',
+            "Unrecognized image processor",
+        ),
+        ("processor_config.json", '"image_std": [', '"image_std": [0.5, ', "must be 3 numbers"),
+    ],
+)
+def test_damaged_processors_are_named(model_folder, file, old, new, message):
+    content = (model_folder / file).read_text(encoding="utf-8")
+    assert old in content
+    (model_folder / file).write_text(content.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        ClipCapProcessor.from_pretrained(model_folder)
+    assert str(model_folder) in str(error.value)

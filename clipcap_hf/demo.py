@@ -227,7 +227,7 @@ def train(
             lr_scheduler_type="cosine",
             warmup_steps=100,
             weight_decay=0.01,
-            logging_strategy="epoch",
+            logging_steps=0.01,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

@@ -12,11 +12,17 @@ from PIL import Image
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-def test_demo_trains_scores_and_saves(tmp_path, language):
+def test_demo_trains_scores_and_saves(tmp_path, language, caplog):
     from transformers import pipeline
 
+    caplog.set_level("INFO", logger="clipcap_hf")
     report = run_demo(tmp_path, language=language, epochs=20, limit=60)
     assert report["train_loss"][-1] < 0.8 * report["train_loss"][0]
+    lines = [record.getMessage() for record in caplog.records]
+    header = next(place for place, line in enumerate(lines) if line.split()[:2] == ["epoch", "step"])
+    assert lines[header - 1].startswith("step 1 of ")
+    losses = [float(line.split()[2]) for line in lines[header + 1 : header + 21]]
+    assert len(losses) == 20 and losses[-1] < losses[0]
     for split in ("new_design", "new_caption"):
         assert set(report["scores"][split]) == {"captioner", "nearest training image", "most common caption"}
     assert report["scores"]["new_caption"]["nearest training image"]["exact_match"] == 0

@@ -26,6 +26,7 @@ class TableCallback(ProgressCallback):
         self.losses: list[float] = []
         self.header_said = False
         self.evaluates = False
+        self.owes_line = False  # for an epoch whose loss is logged after its end
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic()
@@ -48,18 +49,23 @@ class TableCallback(ProgressCallback):
             if not any("loss" in entry for entry in state.log_history[:-1]):
                 self._say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}")
             self.losses.append(logs["loss"])
+            if self.owes_line:
+                self._line(state, {})
         if "eval_loss" in logs:
             self._line(state, logs)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero and not self.evaluates:
-            self._line(state, {})
+            self.owes_line = not self.losses
+            if self.losses:
+                self._line(state, {})
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
 
     def _line(self, state, logs: dict):
+        self.owes_line = False
         values = {name: logs[name] for name in COLUMNS if name in logs}
         if self.losses:
             values["loss"] = sum(self.losses) / len(self.losses)

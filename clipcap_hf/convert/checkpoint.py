@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
-from ..files import check_file, listed
+from ..files import check_file, listed, named
 from ..model.configuration_clipcap import check_config_sizes
 from ..model.damage_clipcap import check_archive, is_expanded
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
@@ -92,20 +92,22 @@ def convert_official_checkpoint(
 
     ```
     """
-    weights = _read_state_dict(Path(path))
-    text_weights, mapper_weights = _split(weights, path)
-    if not isinstance(text_config, PreTrainedConfig):
-        text_config = (
-            GPT2Config() if text_config is None else AutoConfig.from_pretrained(text_config, **text_kwargs or {})
-        )
-    check_config_sizes("language model", text_config)
-    if text_config.is_encoder_decoder:
-        raise ValueError(
-            f"`text_config` must be of a causal language model, but `{text_config.model_type}` is an encoder-decoder."
-        )
-    text_class = _check_text_config(text_weights, text_config)
-    mapper_config = _mapper_config(mapper_weights, text_config.get_text_config().hidden_size)
-    mapper_weights = _rename_mapper(mapper_weights, mapper_config["mapping_type"])
+    with named(path):
+        weights = _read_state_dict(Path(path))
+        text_weights, mapper_weights = _split(weights, path)
+        if not isinstance(text_config, PreTrainedConfig):
+            text_config = (
+                GPT2Config() if text_config is None else AutoConfig.from_pretrained(text_config, **text_kwargs or {})
+            )
+        check_config_sizes("language model", text_config)
+        if text_config.is_encoder_decoder:
+            raise ValueError(
+                f"`text_config` must be of a causal language model, but a `{text_config.model_type}` is an "
+                "encoder-decoder."
+            )
+        text_class = _check_text_config(text_weights, text_config)
+        mapper_config = _mapper_config(mapper_weights, text_config.get_text_config().hidden_size)
+        mapper_weights = _rename_mapper(mapper_weights, mapper_config["mapping_type"])
 
     if vision is not None:
         if isinstance(vision, str):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from ..files import check_file, whole_folder
+from ..files import check_file, named, whole_folder
 from ..model.damage_clipcap import is_expanded
 
 
@@ -42,8 +42,9 @@ def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathL
     path, out_dir = Path(path), Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists.")
-    embeds, records = _read_embeddings(path)
-    ids, captions, rows = _group_by_image(embeds, records)
+    with named(path):
+        embeds, records = _read_embeddings(path)
+        ids, captions, rows = _group_by_image(embeds, records)
     dataset = _to_dataset(ids, captions, embeds[rows].float())
     with whole_folder(out_dir) as scratch:
         dataset.save_to_disk(scratch)

@@ -57,3 +57,14 @@ def test_absurd_sizes_take_no_memory(tmp_path):
     path.write_bytes(whole[: size - 1] + b"\x8e" + (2**45).to_bytes(8, "little") + whole[size + 4 :])
     with pytest.raises(ValueError, match="embeddings.pkl is .*damaged"):
         convert_official_embeddings(path, tmp_path / "out")
+
+
+def test_what_is_wrong_inside_a_file_is_said_with_its_name(tmp_path):
+    weights = {"clip_project.modEl.0.weight": torch.zeros(8, 4)}
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt"):
+        convert_official_checkpoint(tmp_path / "weights.pt")
+    rows = {"clip_embedding": torch.zeros(1, 4), "captions": [{"image_id": 0, "cption": "a", "clip_embedding": 0}]}
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows))
+    with pytest.raises(ValueError, match=r"rows\.pkl: Caption 0 lacks"):
+        convert_official_embeddings(tmp_path / "rows.pkl", tmp_path / "out")

@@ -17,17 +17,6 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
-def named(path: str | os.PathLike) -> Iterator[None]:
-    """Name the file in each `ValueError` about what it holds."""
-    try:
-        yield
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: {error}") from error
-
-
-@contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a scratch file to write; it replaces `path` only once it is complete and on the disk.
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
-from ..files import check_file, listed, named
+from ..files import check_file, listed
 from ..model.configuration_clipcap import check_config_sizes
-from ..model.damage_clipcap import check_archive, is_expanded
+from ..model.damage_clipcap import check_archive, is_expanded, named
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.modeling_vision import load_vision_config, vision_feature_dim
 

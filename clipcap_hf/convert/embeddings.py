@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from ..files import check_file, named, whole_folder
-from ..model.damage_clipcap import is_expanded
+from ..files import check_file, whole_folder
+from ..model.damage_clipcap import is_expanded, named
 
 
 def convert_official_embeddings(path: str | os.PathLike, out_dir: str | os.PathLike) -> datasets.Dataset:

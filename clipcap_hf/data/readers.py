@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+USUAL_SPLITS = ("train", "restval", "validation", "test")
+
 
 def load_captions(
     kind: str,
@@ -114,7 +116,16 @@ def _load_files(
             splits.setdefault(split_name(name or record.split), []).append(record)
     datasets = DatasetDict({name: records_to_dataset(name, records, source) for name, records in splits.items()})
     warn_of_overlap(datasets)
+    if split is not None:
+        _count_unusual_splits(datasets, split, source)
     return select_split(datasets, split, str(source))
+
+
+def _count_unusual_splits(datasets, split: str, source):
+    """Warn of splits that nobody would ask for, such as a misspelt one, whose images would vanish without a word."""
+    for name, rows in datasets.items():
+        if name not in (*USUAL_SPLITS, split, split_name(split)):
+            logger.warning(f"{source}: {len(rows)} images of the split {name!r} were left out; {split!r} is read.")
 
 
 def _read_json(path: Path, keys: Iterable[str], example: str) -> Any:

@@ -45,6 +45,17 @@ def naming(what: str) -> Iterator[None]:
         raise ValueError(f"{what} have other shapes than config.json says: copy or download both again.") from error
 
 
+@contextmanager
+def named(name: str | os.PathLike) -> Iterator[None]:
+    """Name the file or folder in each `ValueError` about what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        if str(name) in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
+
+
 def load_config(name: str, **kwargs) -> PreTrainedConfig:
     """Load a configuration as `AutoConfig` does; the error of an unknown type of model is short and has its name."""
     try:
@@ -141,4 +152,4 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["check_archive", "check_transform", "is_expanded", "load_config", "naming"]
+__all__ = ["check_archive", "check_transform", "is_expanded", "load_config", "named", "naming"]

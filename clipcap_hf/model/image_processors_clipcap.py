@@ -2,7 +2,7 @@
 
 from transformers import AutoImageProcessor
 
-from .damage_clipcap import check_transform, naming
+from .damage_clipcap import check_transform, named, naming
 from .image_processing_open_clip import image_processor_from_open_clip
 from .modeling_open_clip import is_open_clip_name, load_open_clip_checkpoint
 from .modeling_vision import load_vision_config
@@ -14,12 +14,13 @@ def load_image_processor(vision: str, **kwargs) -> tuple:
         _, preprocess_cfg, _ = load_open_clip_checkpoint(vision, with_weights=False, **kwargs)
         return image_processor_from_open_clip(preprocess_cfg), None
     try:
-        with naming(f"The settings of the image processor in {vision}"):
+        with named(vision), naming(f"The settings of the image processor in {vision}"):
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **kwargs)
     except (OSError, ValueError):
         load_vision_config(vision, **kwargs)  # raises a clearer error if the tower does not exist
         raise
-    check_transform(image_processor)
+    with named(vision):
+        check_transform(image_processor)
     try:
         return image_processor, getattr(load_vision_config(vision, **kwargs), "num_frames", None)
     except ValueError:  # a folder may hold just the processor

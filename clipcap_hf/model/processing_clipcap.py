@@ -12,7 +12,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_clipcap import IMAGE_TOKEN, check_sizes
-from .damage_clipcap import check_transform, naming
+from .damage_clipcap import check_transform, named, naming
 from .donors_clipcap import donor_folder
 from .image_processing_pillow import load_saved_image_processor, named_for_pillow
 from .image_processors_clipcap import load_image_processor
@@ -313,13 +313,11 @@ class ClipCapProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a processor as transformers does; errors of damaged files name the folder."""
-        name = str(pretrained_model_name_or_path)
-        with naming(f"The files of the processor in {name}"):
+        name = pretrained_model_name_or_path
+        with named(name), naming(f"The files of the processor in {name}"):
             try:
-                return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-            except (ValueError, TypeError) as error:
-                if name in str(error) or isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
-                    raise
+                return super().from_pretrained(name, *args, **kwargs)
+            except TypeError as error:  # a value of another type in tokenizer.json
                 raise ValueError(f"The processor in {name} cannot be used: {error}") from error
 
     @classmethod

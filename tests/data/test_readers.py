@@ -341,3 +341,16 @@ def test_overlap_is_counted(tmp_path, write, caplog):
     assert "1 images are in both 'train' and 'test'" in caplog.text
     assert warn_of_overlap(data) == {("train", "test"): 1}
     assert warn_of_overlap({"train": data["train"], "other": data["test"].select([1])}) == {}
+
+
+def test_images_of_an_unusual_split_are_counted(write, caplog):
+    for name in "abc":
+        write(f"{name}.jpg")
+    splits = {"a": "train", "b": "trbin", "c": "restval"}
+    images = [
+        karpathy_image(f"{name}.jpg", split, "A shoe.", imgid=i) for i, (name, split) in enumerate(splits.items())
+    ]
+    file = write("dataset.json", {"images": images, "dataset": "coco"})
+    assert len(load_captions("karpathy", file, split="train")) == 2  # restval of COCO is training data
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "1 images of the split 'trbin' were left out" in warning

@@ -177,7 +177,10 @@ def server():
     pytest.importorskip("gradio", reason="needs gradio: pip install 'clipcap-hf[serve]'")
     command = [sys.executable, "-m", "clipcap_hf.cli", "serve", "--max-file-size", "2mb"]
     command += ["--allowed-host", "page.example"]
+    # Background jobs of a shell ignore Ctrl-C, and so would their children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     line = process.stdout.readline()
     if not line:
         pytest.fail(process.communicate()[1])

@@ -14,6 +14,8 @@ sys.path[:_installed] = [entry for entry in sys.path[:_installed] if Path(entry)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The models here are too small for threads, and threads of several processes wait for each other, at the price of all.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import clipcap_hf  # noqa: E402, F401, I001  (first: it lets transformers import torchvision)
 

@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .arguments import (
@@ -131,7 +129,7 @@ def _add_scoring_arguments(evaluate):
 
 def run(arguments) -> int:
     from ..assets import resolve
-    from ..evaluation import get_benchmark
+    from ..evaluation import alone_in, get_benchmark
     from ..metrics import JavaError
     from ..processes import keep_freed_memory
 
@@ -147,7 +145,7 @@ def run(arguments) -> int:
         if arguments.model is not None:
             captioner = load_captioner(arguments.model, arguments.device, arguments.dtype)
         for split, folder in folders.items():
-            with _alone_in(folder):
+            with alone_in(folder):
                 _evaluate(arguments, benchmark, split, captioner, folder, card)
     except JavaError as error:
         raise ValueError(error) from error
@@ -244,19 +242,6 @@ def _installed_tokenizer() -> str:
         )
         return "python"
     return "ptb"
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Work in the folder as the only evaluation; under torchrun the first process stands for all."""
-    from ..evaluation import only_process
-    from ..processes import process_state
-
-    if not process_state().is_main_process:
-        yield
-        return
-    with only_process(folder):
-        yield
 
 
 def _evaluate(arguments, benchmark, split, captioner, folder: Path, card: Path | None):

@@ -12,7 +12,7 @@
 from .captions import caption_benchmark, caption_evaluation_set, remove_progress
 from .coco_files import read_references, read_results, write_results
 from .evaluation_set import EvaluationSet
-from .folder import check_folder, only_process
+from .folder import alone_in, check_folder, only_process
 from .paper import PAPER_ROWS, PaperRow, paper_rows, rows_to_compare
 from .protocol import BENCHMARKS, Benchmark, get_benchmark
 from .record import decoding_record, model_record
@@ -38,6 +38,7 @@ __all__ = [
     "load_evaluation_set",
     "load_own_images",
     "model_record",
+    "alone_in",
     "only_process",
     "paper_rows",
     "plain_summary",

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..files import lock_folder
+from ..processes import process_state
 from .coco_files import read_results
 from .digests import digest
 
@@ -99,6 +100,16 @@ def only_process(folder: str | Path) -> Iterator[None]:
     """
     with lock_folder(folder):
         _remove_leftovers(Path(folder))
+        yield
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Work in the folder as the only evaluation; under torchrun the first process stands for all."""
+    if not process_state().is_main_process:
+        yield
+        return
+    with only_process(folder):
         yield
 
 

@@ -5,12 +5,10 @@ Each does what the command of its name does, by the same functions, and goes on 
 
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,12 @@ from ..clip import load_tower
 from ..convert import convert_official_checkpoint
 from ..data import embed, load_embeddings
 from ..evaluation import (
+    alone_in,
     caption_benchmark,
     check_folder,
     default_metrics,
     evaluate_captions,
     load_evaluation_set,
-    only_process,
     read_results,
     remove_progress,
     write_report,
@@ -36,7 +34,7 @@ from ..files import write_text
 from ..model.beam_search_clipcap import official_beam_search
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
-from ..processes import process_state
+from ..processes import default_workers, process_state
 from ..training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from ..training.run import run_training
 from .choices import CHOICES, differences, lengths_of
@@ -280,7 +278,7 @@ def evaluate(
     inputs = [] if decoding else [source]
     check_folder(out, inputs)
     config, record = None, {"captions_file": source.name}
-    with _alone_in(out):
+    with alone_in(out):
         if decoding is None:
             captions = read_results(source)
         else:
@@ -348,16 +346,4 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def _workers(settings: Settings, images: int) -> int:
-    if settings.workers is not None:
-        return settings.workers
-    return 0 if images < 64 else min(4, os.cpu_count() or 1)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Work in the folder as the only evaluation; under torchrun the first process stands for all."""
-    if not process_state().is_main_process:
-        yield
-        return
-    with only_process(folder):
-        yield
+    return default_workers(images) if settings.workers is None else settings.workers

@@ -64,7 +64,7 @@ def test_what_is_wrong_inside_a_file_is_said_with_its_name(tmp_path):
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt"):
         convert_official_checkpoint(tmp_path / "weights.pt")
-    rows = {"clip_embedding": torch.zeros(1, 4), "captions": [{"image_id": 0, "cption": "a", "clip_embedding": 0}]}
+    rows = {"clip_embedding": torch.zeros(1, 4), "captions": [{"image_id": 0, "cap~ion": "a", "clip_embedding": 0}]}
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows))
     with pytest.raises(ValueError, match=r"rows\.pkl: Caption 0 lacks"):
         convert_official_embeddings(tmp_path / "rows.pkl", tmp_path / "out")

@@ -61,6 +61,7 @@ __all__ = [
     "PillowImageProcessor",
     "add_code",
     "official_beam_search",
+    "prepack_weights",
     "warm_start_mapper",
     "write_model_card",
 ]

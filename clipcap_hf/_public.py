@@ -34,6 +34,7 @@ from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E
 from .model.modeling_detector import DetectorVisionModel  # noqa: E402
 from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
+from .model.prepacking_clipcap import prepack_weights  # noqa: E402
 from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
 from .model.reranking_clipcap import CaptionReranker  # noqa: E402
 from .training.warm_start import warm_start_mapper  # noqa: E402
@@ -81,6 +82,7 @@ __all__ = [
     "PillowImageProcessor",
     "add_code",
     "official_beam_search",
+    "prepack_weights",
     "warm_start_mapper",
     "write_model_card",
 ]

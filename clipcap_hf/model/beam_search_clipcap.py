@@ -1,6 +1,6 @@
 """Two beam searches that read each prompt once: the official ClipCap rule, and that of transformers, made faster.
 
-Both have one shape: the loop of `beam_loop_clipcap.py` runs the language model, and a class of beams keeps the
+Both have one shape: the loop of `search_loop_clipcap.py` runs the language model, and a class of beams keeps the
 captions so far and decides at each step which of them to extend.
 """
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerationMode
 
-from .beam_loop_clipcap import Decoder, one_row_per_image, search
+from .search_loop_clipcap import Decoder, one_row_per_image, search
 from .versions_clipcap import CACHE
 
 

@@ -10,6 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 from .base_clipcap import CaptionerParts
 from .beam_search_clipcap import CannotSearchFast, fast_beam_search, official_beam_search, padding_token, stop_tokens
 from .configuration_clipcap import context_length
+from .greedy_search_clipcap import fast_greedy_search
 from .versions_clipcap import CACHE, READS_IN_CHUNKS
 
 
@@ -204,7 +205,8 @@ class GeneratesCaptions(CaptionerParts, GenerationMixin):
             return self._generate_as_transformers(generation_config, kwargs)
         if (pixel_values := kwargs.pop("pixel_values", None)) is not None:  # encoded once, whichever search it will be
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, return_dict=True)}
-        fast = {**kwargs, "custom_generate": fast_beam_search}
+        beams = setting(self, "num_beams", generation_config, kwargs) or 1
+        fast = {**kwargs, "custom_generate": fast_beam_search if beams > 1 else fast_greedy_search}
         if images := kwargs.get("mm_encoder_outputs"):  # copied, for generate() repeats them in place
             fast["mm_encoder_outputs"] = {name: copy.copy(image) for name, image in images.items()}
         try:
@@ -240,7 +242,7 @@ def _given(name: str, generation_config: GenerationConfig | None, kwargs: dict) 
 
 
 def may_search_fast(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
-    """Whether to try [`fast_beam_search`], judging by the arguments of `generate()`."""
+    """Whether to try the searches of this package, judging by the arguments of `generate()`."""
     # `generate()` hands these to its own searches only.
     if any(
         kwargs.get(name) for name in ("custom_generate", "assistant_model", "streamer", "tokenizer", "synced_gpus")
@@ -249,10 +251,8 @@ def may_search_fast(model: PreTrainedModel, generation_config: GenerationConfig 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)):
         return False  # all processes have to take as many steps
-    wanted = {
-        name: setting(model, name, generation_config, kwargs) for name in ("num_beams", "do_sample", "use_cache")
-    }
-    return (wanted["num_beams"] or 1) > 1 and not wanted["do_sample"] and wanted["use_cache"] is not False
+    samples, caches = (setting(model, name, generation_config, kwargs) for name in ("do_sample", "use_cache"))
+    return not samples and caches is not False
 
 
 def pad_after_stop(sequences: torch.LongTensor, prompt_length: int, generation_config: GenerationConfig):

@@ -39,6 +39,8 @@ class CaptioningCollator:
         captions_together (`bool`): Put all captions of an image into one row, where they share the prefix (see
             [`clipcap_hf.training.packing`]). Losses and gradients are those of a row per caption, in less time. Needs
             a language model that accepts 4-dimensional attention masks.
+        packed (`bool`): Put several images into a row, each seeing only itself, instead of padding every caption to
+            the longest. Losses and gradients stay the same. Needs such a language model too.
 
     Example:
 
@@ -67,6 +69,7 @@ class CaptioningCollator:
         video_column: str = "video",
         return_references: bool = False,
         captions_together: bool = False,
+        packed: bool = False,
     ):
         if append_eos and processor.tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no end token: set one, or pass `append_eos=False`.")
@@ -82,13 +85,14 @@ class CaptioningCollator:
         self.return_references = return_references
         self.return_prompt_length = return_references
         self.captions_together = captions_together
+        self.packed = packed
 
     def for_evaluation(self) -> "CaptioningCollator":
         """Return a collator without randomness: first caption, no noise. Its batches have `prompt_length`."""
         collator = copy.copy(self)
         collator.sample_captions, collator.embeds_noise, collator.return_references = False, 0.0, False
         collator.return_prompt_length = True
-        collator.captions_together = False
+        collator.captions_together = collator.packed = False
         return collator
 
     @property
@@ -99,8 +103,11 @@ class CaptioningCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         generators = [generator_of(feature) for feature in features]
         if self.captions_together:
-            return self._packed(features, generators)
+            captions = [[self._checked(text) for text in self._captions(feature)] for feature in features]
+            return self._packed(features, generators, captions)
         captions = [self._caption(feature, generator) for feature, generator in zip(features, generators)]
+        if self.packed:
+            return self._packed(features, generators, [[caption] for caption in captions])
         prompt_length = self.prompt_length
         batch = self.processor(
             **self._images(features, generators),
@@ -128,12 +135,11 @@ class CaptioningCollator:
         max_length = prompt_length + self.max_caption_length
         return {**padding, "truncation": True, "truncation_side": "right", "max_length": max_length}
 
-    def _packed(self, features: list[dict[str, Any]], generators: list) -> dict[str, Any]:
-        """Make a batch in which all captions of an image share its prefix."""
+    def _packed(self, features: list[dict[str, Any]], generators: list, captions: list[list[str]]) -> dict[str, Any]:
+        """Make a batch in which the given captions of an image share its prefix, and images share rows."""
         inputs = self._images(features, generators)
         if "clip_embeds" not in inputs:
             inputs = {"pixel_values": self.processor(**inputs, return_tensors="pt")["pixel_values"]}
-        captions = [[self._checked(text) for text in self._captions(feature)] for feature in features]
         texts = self._with_end([text for group in captions for text in group])
         prompt_length = self.prompt_length
         length = self._padding(prompt_length)

@@ -1,8 +1,8 @@
-"""Pack all captions of an image into one row, so that the prefix is computed and read only once.
+"""Pack captions into rows: all of an image, so that its prefix is read only once, or those of several images.
 
 The prefix does not depend on the caption, so a row can hold `[prefix, caption 1, ..., caption 5]`: each caption sees
 the prefix and itself, and counts its positions from the end of the prefix. Losses and gradients equal those of five
-rows with one caption each. Several images share a row if that leaves less padding.
+rows with one caption each. Several images share a row, each seeing only itself, which leaves little padding.
 
 Next-token losses are shifted by one, so the first token of each caption needs its own predictor: the last token of the
 prompt is repeated before every caption.

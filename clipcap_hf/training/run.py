@@ -22,6 +22,7 @@ from .checkpoints import check_writable, checkpoint_to_resume, remove_leftovers,
 from .collator import CaptioningCollator
 from .held_out import MOST_BEFORE, CaptionMetrics, HeldOut, look, look_before, score, write_samples
 from .loading import load_data
+from .packing import can_pack
 from .preparing import prepare
 from .progress import TableCallback
 from .recipe import warn_of_warmup
@@ -110,6 +111,7 @@ def _trainer(model, processor: ClipCapProcessor, data, data_args: DataArguments,
         embeds_noise=data.embeds_noise,
         return_references=reward is not None,
         captions_together=data_args.references == "together",
+        packed=args.objective == "cross_entropy" and args.n_gpu <= 1 and not args.torch_compile and can_pack(model),
     )
     captions_images = data.evaluation is not None and args.predict_with_generate
     trainer = ClipCapTrainer(

@@ -1,9 +1,12 @@
 """All captions of an image in one row: the same losses and gradients as one row per caption, with less work."""
 
+from collections import Counter
+
 import pytest
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapTrainer
 from clipcap_hf.training.packing import IGNORED, ImageWithCaptions, can_pack, pack
+from clipcap_hf.training.rows import EpochRows
 from transformers import BloomConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config, Seq2SeqTrainingArguments
 
 
@@ -47,6 +50,10 @@ def one_row_per_caption(images: list[ImageWithCaptions]) -> dict[str, torch.Tens
         batch["attention_mask"][row, :end] = 1
         batch["labels"][row, len(prompt) : end] = torch.tensor(caption)
     return batch
+
+
+def _labels(batch: dict[str, torch.Tensor]) -> list[int]:
+    return batch["labels"][batch["labels"] != IGNORED].tolist()
 
 
 def loss_and_gradients(model, **batch):
@@ -131,6 +138,23 @@ def test_collator(make_model, embeds_processor, template, max_caption_length):
     together = CaptioningCollator(embeds_processor, captions_together=True, **settings)(ROWS)
     assert (together["labels"] != IGNORED).sum() == (apart["labels"] != IGNORED).sum()
     torch.testing.assert_close(model(**together).loss, model(**apart).loss, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("template", ["<image>", "Say: <image> caption:"])
+def test_collator_packs_instead_of_padding(make_model, embeds_processor, template):
+    """With a caption a row, drawn by seed and epoch, packing changes the shape of the batch and not the loss."""
+    model = make_model(None, mapping_type="transformer")
+    embeds_processor.prompt_template = template
+    rows = EpochRows(ROWS, seed=3).__getitems__([0, 1, 2, 0])
+    padded, packed = (CaptioningCollator(embeds_processor, packed=packed)(rows) for packed in (False, True))
+    assert (len(padded["input_ids"]), len(packed["input_ids"])) == (4, 2)
+    assert torch.equal(padded["clip_embeds"], packed["clip_embeds"])
+    assert Counter(_labels(padded)) == Counter(_labels(packed))
+    loss, gradients = loss_and_gradients(model, **padded)
+    found_loss, found = loss_and_gradients(model, **packed)
+    torch.testing.assert_close(found_loss, loss, atol=1e-5, rtol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
 
 
 def test_a_step_of_the_trainer_is_the_same(make_model, embeds_processor, tmp_path):

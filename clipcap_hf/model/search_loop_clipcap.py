@@ -1,10 +1,11 @@
-"""The loop that both beam searches share: it runs the language model on the rows that the beams ask for."""
+"""The loop that all searches here share: it runs the language model on the captions that the search asks for."""
 
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig
 
+from .growing_cache_clipcap import with_growing_layers
 from .versions_clipcap import CACHE
 
 
@@ -18,7 +19,7 @@ class Decoder(Protocol):
     def __call__(self, **kwargs) -> Any: ...
 
 
-class Beams(Protocol):
+class Hypotheses(Protocol):
     @property
     def live_sequences(self) -> torch.Tensor:
         """The captions to extend, with their prompts: (rows, tokens), a row for each row of logits to come."""
@@ -33,20 +34,22 @@ class Beams(Protocol):
         ...
 
 
-def search(model: Decoder, input_ids: torch.Tensor, model_kwargs: dict[str, Any], beams: Beams):
-    """Extend the beams until they say that the search is over."""
+def search(model: Decoder, input_ids: torch.Tensor, model_kwargs: dict[str, Any], hypotheses: Hypotheses):
+    """Extend the hypotheses until they say that the search is over."""
+    model_kwargs[CACHE] = with_growing_layers(model_kwargs.get(CACHE))
     outputs = _read_prompts(model, input_ids, model_kwargs)
     while True:
         _add_token(model_kwargs, outputs)
         # float32 as in transformers; the sequences' device decides where the bookkeeping is done.
         logits = outputs.logits[:, -1].to(input_ids.device, torch.float32)
         del outputs  # the first logits may be large
-        parent_rows = beams.extend(logits)
+        parent_rows = hypotheses.extend(logits)
         if len(parent_rows) == 0:
             break
-        _select_rows(model_kwargs, parent_rows)
+        if not _is_every_row(parent_rows, len(logits)):
+            _select_rows(model_kwargs, parent_rows)
         model_inputs = model.prepare_inputs_for_generation(
-            beams.live_sequences, next_sequence_length=1, **model_kwargs
+            hypotheses.live_sequences, next_sequence_length=1, **model_kwargs
         )
         outputs = model(**model_inputs, return_dict=True)
 
@@ -93,6 +96,10 @@ def _add_token(model_kwargs: dict[str, Any], outputs: Any):
             model_kwargs[name] = torch.cat([values, last], dim=-1)
 
 
+def _is_every_row(rows: torch.Tensor, number: int) -> bool:
+    return len(rows) == number and torch.equal(rows, torch.arange(number, device=rows.device))
+
+
 def _select_rows(model_kwargs: dict[str, Any], rows: torch.Tensor):
     """Make the cache and the other inputs those of the given rows, repeated or left out as needed, in place."""
     model_kwargs[CACHE].reorder_cache(rows)
@@ -101,4 +108,4 @@ def _select_rows(model_kwargs: dict[str, Any], rows: torch.Tensor):
             model_kwargs[name] = value[rows.to(value.device)]
 
 
-__all__ = ["Beams", "Decoder", "one_row_per_image", "search"]
+__all__ = ["Decoder", "Hypotheses", "one_row_per_image", "search"]

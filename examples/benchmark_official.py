@@ -1,6 +1,6 @@
 """Measure captioning and training beside the official ClipCap code itself, in turns, in one process.
 
-python examples/measurements/official_speed.py FOLDER --out official-speed.json
+python examples/benchmark_official.py FOLDER --out official.json
 
 FOLDER holds the official repository's `train.py` and `predict.py`, which you fetch yourself. Their classes, decoding
 loops and training loop run as they are. Only what they import is replaced: pretrained GPT-2 by random weights of its
@@ -34,29 +34,25 @@ from pathlib import Path
 import clipcap_hf  # noqa: F401  (before transformers)
 import torch
 import transformers
-from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor, ClipCapTrainer
+from clipcap_hf import ClipCapTrainer
 from clipcap_hf.files import write_text
 from clipcap_hf.processes import keep_freed_memory
-from clipcap_hf.training.arguments import CaptioningArguments
-from clipcap_hf.training.rows import EpochRows
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from measurements.random_captions import (
+    CAPTIONS_PER_IMAGE,
+    CAPTIONS_PER_STEP,
+    CLIP_DIM,
+    RECIPES,
+    random_captioner,
+    random_captions,
+    training_setup,
+)
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 
-RECIPES = {
-    "MLP, GPT-2 tuned": {"mapping_type": "mlp", "prefix_length": 10},
-    "transformer 40/40, GPT-2 frozen": {
-        "mapping_type": "transformer",
-        "prefix_length": 40,
-        "freeze_language_model": True,
-    },
-}
 # New tokens, beams and batch size of ours.
 DECODING = ((10, 1, 64), (20, 1, 64), (10, 5, 32), (20, 5, 32))
-CLIP_DIM, CAPTIONS_PER_IMAGE, CAPTIONS_PER_STEP = 512, 5, 40
-VOCABULARY, MEAN_TOKENS, LONGEST = 50257, 11.5, 20
 
 
 # -- the official code
@@ -171,46 +167,13 @@ class StepTimes(TrainerCallback):
         self.ends.append(now())
 
 
-def our_training(recipe: dict, data: Dataset, folder: str, together: bool):
-    """Return a function like that of `official_training`; `together`: all captions of an image share a row."""
-    length = recipe["prefix_length"]
-    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
-        None, RandomGPT2.from_pretrained("gpt2"), clip_embed_dim=CLIP_DIM, **recipe
-    )
-    words = {f"w{index}": index for index in range(VOCABULARY - 1)} | {"<end>": VOCABULARY - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    processor = ClipCapProcessor(None, tokenizer, prefix_length=length)
-    if not together:
-        rows = [{**row, "captions": caption} for row in data for caption in row["captions"]]
-        data = Dataset.from_list(rows)
-    data = data.with_format("numpy", columns=["clip_embeds"], output_all_columns=True)
-    batch_size = CAPTIONS_PER_STEP // CAPTIONS_PER_IMAGE if together else CAPTIONS_PER_STEP
-    args = CaptioningArguments(
-        output_dir=folder,
-        num_train_epochs=1,
-        per_device_train_batch_size=batch_size,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_steps=10_000,
-        train_sampling_strategy="random" if together else "group_by_length",
-        disable_tqdm=True,
-        report_to="none",
-    )
-    collator = CaptioningCollator(processor, captions_together=together)
+def our_training(recipe: dict, data: Dataset, folder: str, way: str):
+    """Return a function like that of `official_training`, for one of the ways of `training_setup`."""
+    model, setup = random_captioner(recipe), training_setup(recipe, data, folder, way)
 
     def run() -> list[float]:
         times = StepTimes()
-        trainer = ClipCapTrainer(
-            model=model,
-            args=args,
-            train_dataset=EpochRows(data),
-            data_collator=collator,
-            processing_class=processor,
-            callbacks=[times],
-        )
-        trainer.train()
+        ClipCapTrainer(model=model, callbacks=[times], **setup).train()
         return differences(times.ends)
 
     return run
@@ -255,9 +218,7 @@ def show(row: dict):
 
 def measure_decoding(official, rounds: int, device: torch.device) -> list[dict]:
     their_model = official.ClipCaptionModel(10).to(device).eval()
-    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
-        None, RandomGPT2.from_pretrained("gpt2"), clip_embed_dim=CLIP_DIM, **RECIPES["MLP, GPT-2 tuned"]
-    )
+    model = random_captioner(RECIPES["MLP, GPT-2 tuned"])
     model = model.to(device).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     rows = []
@@ -283,22 +244,16 @@ def measure_decoding(official, rounds: int, device: torch.device) -> list[dict]:
     return rows
 
 
-def make_data(images: int, folder: Path) -> tuple[Dataset, Path]:
-    """Make embeddings and captions for us, and the same in the official code's form of file."""
-    lengths = MEAN_TOKENS - 1 + 2.6 * torch.randn(images * CAPTIONS_PER_IMAGE)
-    lengths = lengths.round().clamp(5, LONGEST - 1).long().tolist()
-    # Token 0 is left out: the official loss ignores it.
-    captions = [" ".join(f"w{word}" for word in torch.randint(1, VOCABULARY - 1, (length,))) for length in lengths]
-    embeds = torch.randn(images, CLIP_DIM)
-    groups = [captions[i : i + CAPTIONS_PER_IMAGE] for i in range(0, len(captions), CAPTIONS_PER_IMAGE)]
-    theirs = [
+def write_official_data(data: Dataset, folder: Path) -> Path:
+    """Write the embeddings and captions in the official code's form of file."""
+    captions = [
         {"image_id": index, "caption": caption, "clip_embedding": index}
-        for index, group in enumerate(groups)
+        for index, group in enumerate(data["captions"])
         for caption in group
     ]
     path = folder / "official.pkl"
-    path.write_bytes(pickle.dumps({"clip_embedding": embeds, "captions": theirs}))
-    return Dataset.from_dict({"clip_embeds": embeds.numpy(), "captions": groups}), path
+    path.write_bytes(pickle.dumps({"clip_embedding": torch.as_tensor(data["clip_embeds"][:]), "captions": captions}))
+    return path
 
 
 def measure_training(official, rounds: int, steps: int, device: torch.device, memory: str) -> list[dict]:
@@ -306,11 +261,12 @@ def measure_training(official, rounds: int, steps: int, device: torch.device, me
     for name, recipe in RECIPES.items():
         with tempfile.TemporaryDirectory() as folder:
             images = (steps + 1) * CAPTIONS_PER_STEP // CAPTIONS_PER_IMAGE  # the first step is not counted
-            data, data_file = make_data(images, Path(folder))
+            data = random_captions(images)
+            data_file = write_official_data(data, Path(folder))
             ways = {
                 "official": official_training(official, recipe, data_file, device),
-                "a caption a row": our_training(recipe, data, folder, together=False),
-                "references together": our_training(recipe, data, folder, together=True),
+                "packed": our_training(recipe, data, folder, "packed"),
+                "references together": our_training(recipe, data, folder, "together"),
             }
             speeds: dict[str, list[float]] = {way: [] for way in ways}
             for _ in tqdm(range(rounds), desc="Training", leave=False):
@@ -318,7 +274,7 @@ def measure_training(official, rounds: int, steps: int, device: torch.device, me
                     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                         taken = run()
                     speeds[way] += [CAPTIONS_PER_STEP / seconds for seconds in taken]
-        for way in ("a caption a row", "references together"):
+        for way in ("packed", "references together"):
             rows.append(compare(f"{name}, {way}, memory {memory}", speeds["official"], speeds[way]))
             show(rows[-1])
     return rows

@@ -34,9 +34,9 @@ from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E
 from .model.modeling_detector import DetectorVisionModel  # noqa: E402
 from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
-from .model.prepacking_clipcap import prepack_weights  # noqa: E402
 from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
 from .model.reranking_clipcap import CaptionReranker  # noqa: E402
+from .prepacking import prepack_weights  # noqa: E402
 from .training.warm_start import warm_start_mapper  # noqa: E402
 
 

@@ -18,6 +18,7 @@ from transformers import (
 from ..model.configuration_clipcap import ClipCapConfig
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
+from ..prepacking import prepack_where_it_fits
 
 
 def _tiny() -> tuple[PreTrainedConfig, PreTrainedConfig]:
@@ -49,9 +50,18 @@ SHAPES = {
 
 
 def make_captioner(
-    shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, language_model=None, **config
+    shape: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    language_model=None,
+    prepack: bool = True,
+    **config,
 ) -> tuple[ClipCapForConditionalGeneration, ClipCapProcessor]:
-    """Make a random captioner from ViT-B/32 and a language model of this shape; its captions have no end token."""
+    """
+    Make a random captioner from ViT-B/32 and a language model of this shape; its captions have no end token.
+
+    On a CPU its weights are prepacked, as those of the commands are.
+    """
     vision_config, text_config = SHAPES[shape]()
     torch.manual_seed(0)
     model = ClipCapForConditionalGeneration(
@@ -59,6 +69,8 @@ def make_captioner(
         language_model=language_model,
     )
     model = model.to(device, dtype).eval()
+    if prepack and torch.device(device).type == "cpu":
+        prepack_where_it_fits(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     # One word ("w0", "w1", ...) for each token, so that every caption can be decoded.

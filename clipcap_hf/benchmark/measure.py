@@ -63,6 +63,7 @@ def measure_speed(
     """
     place = torch.device(device)
     model, processor = make_captioner(language_model, device, dtype)
+    naive, _ = make_captioner(language_model, device, dtype, prepack=False)
     decoding = {}
     if compile_mode:
         compile_config: Any = transformers.CompileConfig(mode=compile_mode)
@@ -86,7 +87,7 @@ def measure_speed(
         report["stages"] = _stages(model, processor, paths[:32], repeats, place)
         bar.update()
         report["captioning"] = _captioning(
-            model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding
+            model, naive, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding
         )
         bar.update()
         report["files"] = _files(model, processor, paths, max(new_tokens), report, place) if files else None
@@ -158,11 +159,11 @@ def _stages(model, processor, paths: list[str], repeats: int, place: torch.devic
 # -- captioning and the naive way
 
 
-def _captioning(model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding):
+def _captioning(model, naive, batch_sizes, beam_batch_sizes, num_beams, new_tokens, repeats, place, limits, decoding):
     rows = []
     for tokens in new_tokens:
         for beams, batches in ((1, batch_sizes), (num_beams, beam_batch_sizes)):
-            ways = _ways_to_caption(model, batches, beams, tokens, place, decoding)
+            ways = _ways_to_caption(model, naive, batches, beams, tokens, place, decoding)
             times = _take_turns(ways, repeats, place)
             rows += [
                 _captioning_row(model, limits, size, beams, tokens, times[size], times["naive"]) for size in batches
@@ -170,7 +171,7 @@ def _captioning(model, batch_sizes, beam_batch_sizes, num_beams, new_tokens, rep
     return rows
 
 
-def _ways_to_caption(model, batches, beams: int, tokens: int, place: torch.device, decoding: dict) -> dict:
+def _ways_to_caption(model, naive, batches, beams: int, tokens: int, place: torch.device, decoding: dict) -> dict:
     """Prepare the naive way for one image, and ours for batches of each size."""
 
     def embeds(images: int) -> torch.Tensor:
@@ -179,10 +180,10 @@ def _ways_to_caption(model, batches, beams: int, tokens: int, place: torch.devic
     def batched(clip_embeds: torch.Tensor) -> Callable[[], Any]:
         return lambda: model.generate(clip_embeds=clip_embeds, max_new_tokens=tokens, num_beams=beams, **decoding)
 
-    def naive(one: torch.Tensor) -> Callable[[], Any]:
-        return lambda: naive_greedy(model, one, tokens) if beams == 1 else naive_beams(model, one, tokens, beams)
+    def one_by_one(one: torch.Tensor) -> Callable[[], Any]:
+        return lambda: naive_greedy(naive, one, tokens) if beams == 1 else naive_beams(naive, one, tokens, beams)
 
-    return {**{size: batched(embeds(size)) for size in batches}, "naive": naive(embeds(1))}
+    return {**{size: batched(embeds(size)) for size in batches}, "naive": one_by_one(embeds(1))}
 
 
 def _captioning_row(

@@ -135,13 +135,18 @@ def reading_workers(workers: int | None, images: int) -> int:
     return default_workers(images) if workers is None else workers
 
 
-def load_captioner(name: str, device: str | None, dtype: str | None = None):
-    """Return the model, ready to caption, and the processor. Code in the model's folder never runs."""
+def load_captioner(name: str, device: str | None, dtype: str | None = None, prepack: bool = True):
+    """
+    Return the model, ready to caption, and the processor. Code in the model's folder never runs.
+
+    On a CPU with memory to spare the model also keeps its weights as the processor multiplies by them (`prepack`).
+    """
     from transformers.utils import logging
 
     from .. import ClipCapForConditionalGeneration, ClipCapProcessor
     from ..assets import resolve
     from ..model.damage_clipcap import load_config
+    from ..prepacking import prepack_where_it_fits
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -158,7 +163,10 @@ def load_captioner(name: str, device: str | None, dtype: str | None = None):
     if config.model_type != "clipcap":
         raise ValueError(f"{name} is a {config.model_type} model, not a ClipCap captioner")
     model = ClipCapForConditionalGeneration.from_pretrained(name, dtype=dtype or "auto")
-    return model.to(picked).eval(), ClipCapProcessor.from_pretrained(name)
+    model = model.to(picked).eval()
+    if prepack and picked.type == "cpu":
+        prepack_where_it_fits(model)
+    return model, ClipCapProcessor.from_pretrained(name)
 
 
 def pick_device(name: str | None):

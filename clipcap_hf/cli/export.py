@@ -33,7 +33,7 @@ def run(arguments) -> int:
     from ..export import export_onnx
     from .arguments import load_captioner
 
-    model, processor = load_captioner(arguments.model, "cpu")
+    model, processor = load_captioner(arguments.model, "cpu", prepack=False)
     folder = export_onnx(model.float(), processor, arguments.out, int8=arguments.int8)
     for path in sorted(folder.glob("*.onnx*")):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

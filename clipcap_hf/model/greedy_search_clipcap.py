@@ -74,7 +74,7 @@ class _Captions:
 
     def extend(self, logits: torch.Tensor) -> torch.Tensor:
         tokens = logits.argmax(-1).masked_fill(self.ended, self.pad_token)
-        column = torch.full_like(self.sequences[:, :1], self.pad_token)
+        column = self.sequences.new_full((len(self.sequences), 1), self.pad_token)
         column[self.rows, 0] = tokens
         self.sequences = torch.cat([self.sequences, column], dim=-1)
         self.ended = self.ended | self.stopping_criteria(self.live_sequences, None).to(self.ended.device)

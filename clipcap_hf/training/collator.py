@@ -103,8 +103,8 @@ class CaptioningCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         generators = [generator_of(feature) for feature in features]
         if self.captions_together:
-            captions = [[self._checked(text) for text in self._captions(feature)] for feature in features]
-            return self._packed(features, generators, captions)
+            groups = [[self._checked(text) for text in self._captions(feature)] for feature in features]
+            return self._packed(features, generators, groups)
         captions = [self._caption(feature, generator) for feature, generator in zip(features, generators)]
         if self.packed:
             return self._packed(features, generators, [[caption] for caption in captions])

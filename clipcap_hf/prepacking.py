@@ -4,6 +4,7 @@ import logging
 import platform
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -12,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 logger = logging.getLogger(__name__)
 
 # What `torch.compile` uses for frozen weights; torch has no public name for it.
-_pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_multiply = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_pack: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+_multiply: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def prepack_weights(model: nn.Module) -> int:
@@ -50,6 +51,12 @@ def prepack_weights(model: nn.Module) -> int:
     return len(layers)
 
 
+def prepack_where_it_fits(model: nn.Module) -> int:
+    """Prepack the weights of a model if the memory that is free would hold two more copies of them."""
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return prepack_weights(model) if psutil.virtual_memory().available > 2 * size else 0
+
+
 class _PrepackedForward:
     """The forward pass of a linear layer, (..., in) to (..., out)."""
 
@@ -59,13 +66,13 @@ class _PrepackedForward:
         self.packed_from: tuple[int, int] | None = None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.layer.weight, self.layer.bias
+        weight: Any = self.layer.weight
         if not _is_plain_inference(inputs, weight):
             return type(self.layer).forward(self.layer, inputs)
         if self.packed_from != (version := (weight.data_ptr(), weight._version)):
             rows = weight.t() if isinstance(self.layer, Conv1D) else weight
             self.packed, self.packed_from = _pack(rows.detach().contiguous(), None), version
-        return _multiply(inputs, self.packed, bias, "none", [], "")
+        return _multiply(inputs, self.packed, self.layer.bias, "none", [], "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layer": self.layer, "packed": None, "packed_from": None}  # a laid-out copy cannot be copied
@@ -97,4 +104,4 @@ def _can_prepack() -> bool:
         return torch.allclose(product, inputs @ weight.t())
 
 
-__all__ = ["prepack_weights"]
+__all__ = ["prepack_weights", "prepack_where_it_fits"]

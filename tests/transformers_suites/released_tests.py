@@ -68,15 +68,31 @@ def _stand_in(name: str, **contents):
 
 
 def _local_path(url: str) -> str:
-    # The processor tests read pictures (and films and sound, which are not for us) of the Hub: any pictures will do.
+    # The processor tests read pictures and films (and sound, which is not for us) of the Hub: any will do.
     from clipcap_hf.data import load_emoji
 
-    if not url.endswith(".png"):
+    name = url.rpartition("/")[2]
+    if not name.endswith((".png", ".jpg", ".mp4")):
         return url
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
-    load_emoji("validation")[0]["image"].save(Path(folder) / "picture.png")
-    return str(Path(folder) / "picture.png")
+    path = str(Path(folder) / name)
+    picture = load_emoji("validation")[0]["image"].convert("RGB")
+    if name.endswith(".mp4"):
+        _save_film(picture.resize((64, 48)), path)
+    else:
+        picture.save(path)
+    return path
+
+
+def _save_film(picture, path: str, frames: int = 11, frames_per_second: int = 30):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=frames_per_second)
+        stream.width, stream.height, stream.pix_fmt = *picture.size, "yuv420p"
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
 
 
 def load(module: str) -> types.ModuleType:

@@ -17,6 +17,7 @@ from .image_processing_pillow import load_saved_image_processor, named_for_pillo
 from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
 from .tokenization_clipcap import captioning_tokenizer
+from .video_frames import list_videos
 from .video_processing_clipcap import ClipCapVideoProcessor, ClipCapVideoProcessorKwargs
 
 
@@ -99,9 +100,9 @@ class ClipCapProcessor(ProcessorMixin):
         self.prefix_length = prefix_length
         self.prompt_template = prompt_template
         # Not an argument by name: transformers wants those that a call can override with the part that they belong to.
-        num_frames = {name: kwargs.pop(name) for name in ("num_frames",) if name in kwargs}
+        num_frames = kwargs.pop("num_frames", ClipCapVideoProcessor.num_frames)
         if video_processor is None and image_processor is not None:
-            video_processor = ClipCapVideoProcessor(image_processor, **num_frames)
+            video_processor = ClipCapVideoProcessor(image_processor, num_frames=num_frames)
         if chat_template is None:
             chat_template = _CHAT_TEMPLATE.replace("PROMPT_TEMPLATE", json.dumps(prompt_template))
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
@@ -119,7 +120,7 @@ class ClipCapProcessor(ProcessorMixin):
 
         Args:
             images (anything that [`load_image`] reads, or a list, *optional*): One image per text, made upright RGB.
-            text (`str` or `list[str]`, *optional*): Prompts to continue; a single one is for all images.
+            text (`str` or `list[str]`, *optional*): Prompts to continue; a single one with one `<image>` is for all.
             videos (list of frames, array (frames, height, width, 3), path, or a list of them, *optional*): One video
                 per text, in place of images, see [`~clipcap_hf.model.video_frames.read_frames`].
             clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images,
@@ -152,9 +153,10 @@ class ClipCapProcessor(ProcessorMixin):
             )
             visual_inputs, count = self.image_processor(images, **merged["images_kwargs"]), len(images)
         elif videos is not None:
+            videos = list_videos(videos, wanted=str(text).count(IMAGE_TOKEN))  # in a single text or a list of them
             # What is for images alone (open_clip's `resize_mode`) is for frames, too.
             visual_inputs = self.video_processor(videos, **{**merged["images_kwargs"], **merged["videos_kwargs"]})
-            count = len(visual_inputs["pixel_values"])
+            count = len(videos)
         elif clip_embeds is not None:
             visual_inputs = {"clip_embeds": _stack_embeds(clip_embeds)}
             count = len(visual_inputs["clip_embeds"])
@@ -265,7 +267,7 @@ class ClipCapProcessor(ProcessorMixin):
         if text is None:
             text = [""] * num_images
         elif isinstance(text, str):
-            text = [text] * max(num_images, 1)
+            text = [text] * (1 if text.count(IMAGE_TOKEN) > 1 else max(num_images, 1))  # all in one, or one for all
         elif not all(isinstance(prompt, str) for prompt in text):
             raise ValueError("`text` must be a string or a list of strings.")
         if num_images and not any(IMAGE_TOKEN in prompt for prompt in text):
@@ -335,7 +337,7 @@ class ClipCapProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # CLIP was trained with Pillow's resampling; torchvision's, the default, differs by up to 2/255.
+        # CLIP was trained with Pillow's resampling; torchvision's differs by up to 2/255.
         backend = kwargs.pop("backend", "pil")
         try:
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -350,8 +352,7 @@ class ClipCapProcessor(ProcessorMixin):
             return [None, tokenizer, None]
         image_processor = load_saved_image_processor(pretrained_model_name_or_path, settings, backend, **kwargs)
         # Earlier versions saved the number of frames alone.
-        frames = {name: processor_dict[name] for name in ("num_frames",) if name in processor_dict}
-        settings = processor_dict.get("video_processor") or frames
+        settings = processor_dict.get("video_processor") or {"num_frames": processor_dict.get("num_frames", 8)}
         video_processor = ClipCapVideoProcessor.from_dict({"image_processor": image_processor, **settings}, **kwargs)
         return [image_processor, tokenizer, video_processor]
 

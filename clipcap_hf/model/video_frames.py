@@ -13,8 +13,15 @@ from transformers.video_utils import VideoMetadata, load_video
 from .images_clipcap import fetch, raster_formats, shorten
 
 
-def list_videos(videos) -> list:
-    """List the videos in a single video, a list or 5-D array of videos, or a list of videos per chat."""
+def list_videos(videos, wanted: int = 0) -> list:
+    r"""
+    List the videos in a single video, a list or 5-D array of videos, or a list of videos per chat.
+
+    Args:
+        videos: Videos in any form of [`read_frames`].
+        wanted (`int`): How many videos there should be, 0 if that is not known. It tells whether a list of paths in a
+            list is one video, by its frames, or a chat's videos.
+    """
     if isinstance(videos, (str, Path)):
         return [videos]
     if isinstance(videos, (np.ndarray, torch.Tensor)):
@@ -27,16 +34,27 @@ def list_videos(videos) -> list:
     videos = list(videos)
     if videos and _is_frame(videos[0]):
         return [videos]
-    return [video[0] if _is_list_of_one_video(video) else video for video in videos]
+    found = [one for video in videos for one in (video if _is_list_of_videos(video) else [video])]
+    if len(found) < wanted:
+        found = [one for video in found for one in (video if _is_list_of_paths(video) else [video])]
+    return found
 
 
 def _is_frame(item) -> bool:
     return isinstance(item, Image.Image) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3)
 
 
-def _is_list_of_one_video(item) -> bool:
-    """Tell whether this is a chat's list with a single video."""
-    return isinstance(item, (list, tuple)) and len(item) == 1 and not _is_frame(item[0])
+def _is_list_of_videos(item) -> bool:
+    """Tell whether this is a chat's list: several videos, or one in any form."""
+    if not isinstance(item, (list, tuple)):
+        return False
+    if len(item) == 1 and not _is_frame(item[0]):
+        return True
+    return all(isinstance(one, (list, tuple)) or getattr(one, "ndim", 0) == 4 for one in item)
+
+
+def _is_list_of_paths(item) -> bool:
+    return isinstance(item, (list, tuple)) and all(isinstance(one, (str, Path)) for one in item)
 
 
 def middle_frames(total: int, num_frames: int) -> list[int]:

@@ -234,6 +234,32 @@ def test_videos_by_url(tmp_path, processor):
     assert torch.equal(answer["pixel_values"][0], found)
 
 
+def test_several_videos_in_a_chat(tmp_path, processor):
+    """A list of paths in a list may be a chat's videos or one video's frames; the number of placeholders tells."""
+    films = [film(4, seed) for seed in range(3)]
+    paths = []
+    for seed, frames in enumerate(films):
+        paths.append(str(tmp_path / f"{seed}.webp"))
+        frames[0].save(paths[-1], save_all=True, append_images=frames[1:], lossless=True)
+    arrays = [np.stack([np.asarray(frame) for frame in frames]) for frames in films]
+    expected = torch.stack([pixels_of_images(processor, frames) for frames in films])
+    tensors = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"num_frames": 4}}
+    for form in (films, paths, arrays):
+        blocks = [{"type": "video", "video": video} for video in form]
+        for chats in ([blocks], [blocks[:1], blocks[1:]], [blocks[:2], blocks[2:]]):
+            chats = [[{"role": "user", "content": content}] for content in chats]
+            found = processor.apply_chat_template(chats, **tensors)
+            assert torch.equal(found["pixel_values"], expected)
+        alone = processor.apply_chat_template([{"role": "user", "content": blocks}], **tensors)
+        assert torch.equal(alone["pixel_values"], expected)
+    pictures = []
+    for place, frame in enumerate(films[0]):
+        pictures.append(str(tmp_path / f"{place}.png"))
+        frame.save(pictures[-1])
+    for videos in ([pictures], [[pictures]]):
+        assert torch.equal(processor(videos=videos, num_frames=4, return_tensors="pt")["pixel_values"], expected[:1])
+
+
 # -- elsewhere
 
 

@@ -50,6 +50,7 @@ __all__ = [
     "ClipCapPreTrainedModel",
     "ClipCapProcessor",
     "ClipCapTrainer",
+    "ClipCapVideoProcessor",
     "ConseVisionConfig",
     "ConseVisionModel",
     "DetectorVisionConfig",

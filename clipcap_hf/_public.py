@@ -14,6 +14,7 @@ from transformers import (  # noqa: E402
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # noqa: E402  (without torchvision, too)
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from .model.beam_search_clipcap import official_beam_search  # noqa: E402
@@ -36,6 +37,7 @@ from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
 from .model.processing_clipcap import ClipCapProcessor  # noqa: E402
 from .model.reranking_clipcap import CaptionReranker  # noqa: E402
+from .model.video_processing_clipcap import ClipCapVideoProcessor  # noqa: E402
 from .prepacking import prepack_weights  # noqa: E402
 from .training.warm_start import warm_start_mapper  # noqa: E402
 
@@ -58,6 +60,7 @@ AutoModel.register(ClipCapConfig, ClipCapModel)
 for _auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(ClipCapConfig, ClipCapForConditionalGeneration)
 AutoProcessor.register(ClipCapConfig, ClipCapProcessor)
+AutoVideoProcessor.register(ClipCapConfig, ClipCapVideoProcessor)
 PIPELINE_REGISTRY.register_pipeline(
     "image-captioning", pipeline_class=ImageCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
 )
@@ -71,6 +74,7 @@ __all__ = [
     "ClipCapModelOutputWithPast",
     "ClipCapPreTrainedModel",
     "ClipCapProcessor",
+    "ClipCapVideoProcessor",
     "ConseVisionConfig",
     "ConseVisionModel",
     "DetectorVisionConfig",

@@ -59,7 +59,9 @@ def pytest_configure(config):
         "flash_attn_test",
         "flash_attn_3_test",
         "flash_attn_4_test",
+        "generate",
         "torch_compile_test",
+        "torch_export_test",
     ):
         config.addinivalue_line("markers", f"{name}: of transformers' own tests")
 

@@ -10,6 +10,7 @@ from .image_processing_pillow import PillowImageProcessor
 from .modeling_clipcap import ClipCapForConditionalGeneration, ClipCapModel
 from .pipeline_clipcap import ImageCaptioningPipeline
 from .processing_clipcap import ClipCapProcessor
+from .video_processing_clipcap import ClipCapVideoProcessor
 
 
 _PUBLIC_CLASSES = (
@@ -20,6 +21,7 @@ _PUBLIC_CLASSES = (
     ImageCaptioningPipeline,
     OpenClipImageProcessor,
     PillowImageProcessor,
+    ClipCapVideoProcessor,
 )
 
 if __name__.startswith("transformers_modules."):
@@ -33,6 +35,7 @@ __all__ = [
     "ClipCapForConditionalGeneration",
     "ClipCapModel",
     "ClipCapProcessor",
+    "ClipCapVideoProcessor",
     "ImageCaptioningPipeline",
     "OpenClipImageProcessor",
     "PillowImageProcessor",

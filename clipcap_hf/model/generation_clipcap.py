@@ -14,6 +14,7 @@ from .greedy_search_clipcap import fast_greedy_search
 from .versions_clipcap import CACHE, READS_IN_CHUNKS
 
 
+_IMAGES = ("pixel_values", "clip_embeds", "mm_encoder_outputs")
 # Settings that look the prompt's tokens up in the vocabulary, and the values that turn them off.
 _LOOKS_TOKENS_UP = {"token_healing": False, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 
@@ -58,6 +59,7 @@ class GeneratesCaptions(CaptionerParts, GenerationMixin):
         self._refuse_settings(generation_config, kwargs)
         _end_prompts_at_labels(kwargs, self.config.image_token_id, self.generation_config.pad_token_id)
         self._check_images(kwargs)
+        self._leave_out_images_in_the_cache(kwargs)
         self._add_placeholders(kwargs)
         self._encode_embeds(kwargs)
         self._put_prefix_into_embeds(kwargs)
@@ -108,7 +110,7 @@ class GeneratesCaptions(CaptionerParts, GenerationMixin):
         pixel_values, clip_embeds = kwargs.get("pixel_values"), kwargs.get("clip_embeds")
         if pixel_values is not None and clip_embeds is not None:
             raise ValueError("Pass exactly one of `pixel_values` and `clip_embeds`.")
-        given = ("pixel_values", "clip_embeds", "mm_encoder_outputs", CACHE)
+        given = (*_IMAGES, CACHE)
         input_ids = kwargs.get("input_ids")
         if input_ids is not None and all(kwargs.get(name) is None for name in given):
             if kwargs.get("inputs_embeds") is None and (input_ids == self.config.image_token_id).any():
@@ -117,6 +119,16 @@ class GeneratesCaptions(CaptionerParts, GenerationMixin):
                 )
         if pixel_values is not None:
             _check_finite("pixel_values", pixel_values, "load")
+
+    def _leave_out_images_in_the_cache(self, kwargs: dict[str, Any]):
+        """Let a caption or chat go on from a cache with the arguments it began with: its images were read already."""
+        cache, input_ids, inputs_embeds = (kwargs.get(name) for name in (CACHE, "input_ids", "inputs_embeds"))
+        if cache is None or all(kwargs.get(name) is None for name in _IMAGES) or input_ids is inputs_embeds is None:
+            return
+        placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if placeholders.any() and not placeholders[:, int(cache.get_seq_length()) :].any():
+            for name in _IMAGES:
+                kwargs.pop(name, None)
 
     def _add_placeholders(self, kwargs: dict[str, Any]):
         """Caption images that come without a prompt from their placeholders alone."""

@@ -63,6 +63,8 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
         image_processor = processor.get("image_processor") or {}
         if (kind := image_processor.get("image_processor_type")) in _IMAGE_PROCESSORS:
             image_processor["auto_map"] = {"AutoImageProcessor": f"captioner.{kind}"}
+        if video_processor := processor.get("video_processor"):
+            video_processor["auto_map"] = {"AutoVideoProcessor": "captioner.ClipCapVideoProcessor"}
         _write_json(processor_file, {**processor, "auto_map": _PROCESSOR_AUTO_MAP})
     _write_json(folder / "config.json", {**config, "auto_map": _AUTO_MAP, "custom_pipelines": _PIPELINES})
     return written

@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .image_processing_open_clip import OpenClipImageProcessor
 
 
-_TOWERS_TYPE = "towers_image_processor_type"
+TOWERS_TYPE = "towers_image_processor_type"
 
 
 class PillowImageProcessor(PilBackend):
@@ -46,7 +46,7 @@ class PillowImageProcessor(PilBackend):
             ValueError: If this transformers does not have the tower's image processor.
         """
         settings, kwargs = cls.get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-        name = settings.pop(_TOWERS_TYPE)
+        name = settings.pop(TOWERS_TYPE)
         if (found := _class_named(name, backend)) is None:
             raise ValueError(f"transformers {transformers.__version__} has no image processor {name}: update it.")
         return found.from_dict({**settings, "image_processor_type": name}, **kwargs)
@@ -63,12 +63,31 @@ def load_saved_image_processor(name: str, settings: dict[str, Any], backend: str
     return AutoImageProcessor.from_pretrained(name, backend=backend, **kwargs)  # earlier versions saved its own name
 
 
+def image_processor_from_settings(settings: dict[str, Any]) -> BaseImageProcessor:
+    """Make the image processor, computed by Pillow, that a video processor's settings are for; CLIP's by default.
+
+    Raises:
+        ValueError: If neither this transformers nor this package has a class of that name.
+    """
+    name = settings.get(TOWERS_TYPE, "CLIPImageProcessor")
+    if name == OpenClipImageProcessor.__name__:
+        found: type[BaseImageProcessor] | None = OpenClipImageProcessor
+    else:
+        found = _class_named(name, "pil") or _class_named(name, "torchvision")
+    if found is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no image processor {name}: update it, or pass the vision "
+            "tower's own image processor as `image_processor`."
+        )
+    return found(**{key: value for key, value in settings.items() if key in found.valid_kwargs.__annotations__})
+
+
 def named_for_pillow(settings: dict[str, Any]) -> dict[str, Any]:
     """Name [`PillowImageProcessor`] in an image processor's settings, so that every reader computes by Pillow."""
     name = settings["image_processor_type"]
     if _class_named(name, "pil") is None:  # of open_clip, or of a tower with code of its own
         return settings
-    return {**settings, "image_processor_type": PillowImageProcessor.__name__, _TOWERS_TYPE: name}
+    return {**settings, "image_processor_type": PillowImageProcessor.__name__, TOWERS_TYPE: name}
 
 
 def _class_named(name: str, backend: str) -> type[BaseImageProcessor] | None:

@@ -146,7 +146,7 @@ def _load_named(name: str | bytes, timeout: float | None) -> Image.Image:
             return _decode(shown, io.BytesIO(_decode_base64(shown, path.partition(",")[2])))
         if scheme[1].lower() not in ("http", "https"):
             raise ValueError(f"{shown}: only http, https and data URLs are read (pass a file by its path)")
-        return _decode(shown, io.BytesIO(_fetch(path, shown, _URL_TIMEOUT if timeout is None else timeout)))
+        return _decode(shown, io.BytesIO(fetch(path, timeout)))
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a null byte
@@ -266,8 +266,10 @@ class _WebRedirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(url: str, shown: str, timeout: float) -> bytes:
-    """Download an http(s) URL within `timeout` seconds in all, including the name look-up."""
+def fetch(url: str, timeout: float | None = None) -> bytes:
+    """Download an http(s) URL within `timeout` seconds in all (30 by default), including the name look-up."""
+    shown = shorten(url)
+    timeout = _URL_TIMEOUT if timeout is None else timeout
     if timeout <= 0:
         raise ValueError(f"`timeout` must be a number of seconds above 0, got {timeout}.")
     found: list[bytes | Exception] = []

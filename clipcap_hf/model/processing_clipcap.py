@@ -1,13 +1,12 @@
 """The processor: turns prompts with images, videos or embeddings into model inputs, placeholders among them."""
 
-import copy
 import json
 import os
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AddedToken, AutoTokenizer, BatchFeature
+from transformers import AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
@@ -17,7 +16,9 @@ from .donors_clipcap import donor_folder
 from .image_processing_pillow import load_saved_image_processor, named_for_pillow
 from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
-from .video_frames import list_videos, read_frames
+from .tokenization_clipcap import captioning_tokenizer
+from .video_frames import list_videos
+from .video_processing_clipcap import ClipCapVideoProcessor, ClipCapVideoProcessorKwargs
 
 
 # Images and videos become the prompt template, texts stay unchanged; the assistant's words are marked for loss masks.
@@ -45,6 +46,7 @@ class ClipCapImagesKwargs(ImagesKwargs, total=False):
 
 class ClipCapProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: ClipCapImagesKwargs  # type: ignore[misc]  # transformers' own processors narrow it, too
+    videos_kwargs: ClipCapVideoProcessorKwargs  # type: ignore[misc]
     # No begin or end tokens (Llama, OPT, BERT): generate() without a prompt has none, and prompts are to be continued.
     _defaults = {"text_kwargs": {"add_special_tokens": False}}  # type: ignore[misc]  # where transformers looks
 
@@ -61,12 +63,14 @@ class ClipCapProcessor(ProcessorMixin):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The language model's tokenizer. The processor uses
             a copy with the placeholder and a padding token (by default the end token), which pads on the left for
             generation; the training collator pads on the right.
+        video_processor ([`ClipCapVideoProcessor`], *optional*): Takes frames of videos; by default, `num_frames` with
+            the image processor's pixels.
         prefix_length (`int`): The model's `config.prefix_length`.
-        num_frames (`int`): Number of frames taken from each video.
         prompt_template (`str`): The prompt that a frozen language model expects, with one `<image>`. It is put before
             each text without a placeholder, and removed from decoded captions.
         chat_template (`str`, *optional*): For [`~ProcessorMixin.apply_chat_template`]. By default, it joins the
             unchanged messages, with `prompt_template` in place of images and videos.
+        kwargs: `num_frames` (`int`), the number of frames that the default video processor takes; 8 by default.
     """
 
     valid_processor_kwargs = ClipCapProcessorKwargs
@@ -75,8 +79,8 @@ class ClipCapProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
+        video_processor=None,
         prefix_length: int = 10,
-        num_frames: int = 8,
         prompt_template: str = IMAGE_TOKEN,
         chat_template=None,
         **kwargs,
@@ -88,17 +92,20 @@ class ClipCapProcessor(ProcessorMixin):
         check_sizes("processor", {"prefix_length": prefix_length})
         if image_processor is not None:
             check_transform(image_processor)
-        tokenizer = _captioning_tokenizer(tokenizer)
+        tokenizer = captioning_tokenizer(tokenizer)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id not in tokenizer(IMAGE_TOKEN)["input_ids"]:
             raise ValueError(f"The tokenizer does not read {IMAGE_TOKEN} as one token: tokenizer.json is damaged.")
         self.prefix_length = prefix_length
-        self.num_frames = num_frames
         self.prompt_template = prompt_template
+        # Not an argument by name: transformers wants those that a call can override with the part that they belong to.
+        num_frames = kwargs.pop("num_frames", ClipCapVideoProcessor.num_frames)
+        if video_processor is None and image_processor is not None:
+            video_processor = ClipCapVideoProcessor(image_processor, num_frames=num_frames)
         if chat_template is None:
             chat_template = _CHAT_TEMPLATE.replace("PROMPT_TEMPLATE", json.dumps(prompt_template))
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
     def __call__(
         self,
@@ -113,14 +120,14 @@ class ClipCapProcessor(ProcessorMixin):
 
         Args:
             images (anything that [`load_image`] reads, or a list, *optional*): One image per text, made upright RGB.
-            text (`str` or `list[str]`, *optional*): Prompts to continue; a single one is for all images.
+            text (`str` or `list[str]`, *optional*): Prompts to continue; a single one with one `<image>` is for all.
             videos (list of frames, array (frames, height, width, 3), path, or a list of them, *optional*): One video
                 per text, in place of images, see [`~clipcap_hf.model.video_frames.read_frames`].
             clip_embeds (`torch.Tensor` of shape `(batch, clip_embed_dim)`, *optional*): Embeddings in place of images,
                 or patch tokens `(batch, patches, clip_embed_dim)`.
-            kwargs: `num_frames` (`int`), evenly spaced frames per video, by default the processor's; `timeout`
-                (`float`), seconds for each URL; and arguments of the tokenizer and the image processor
-                (`return_tensors`, `padding`, ...). Texts of unequal length are padded.
+            kwargs: `num_frames` (`int`), evenly spaced frames per video, by default the video processor's; `timeout`
+                (`float`), seconds for each URL; and arguments of the tokenizer, the image processor and the video
+                processor (`return_tensors`, `padding`, ...). Texts of unequal length are padded.
 
         Returns:
             [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` (batch, sequence), with `clip_embeds` or
@@ -136,17 +143,20 @@ class ClipCapProcessor(ProcessorMixin):
         if len(given) > 1:
             raise ValueError(f"Pass either `{given[0]}` or `{given[1]}`, not both.")
         merged = self._merge_kwargs(ClipCapProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        timeout = merged["images_kwargs"].pop("timeout", None)
         if self.image_processor is None and (images is not None or videos is not None):
             raise ValueError("This captioner has no image processor: pass `clip_embeds` in place of `images`.")
 
         visual_inputs, count = {}, 0
         if images is not None:
-            images, *_ = self.prepare_inputs_layout(images=images, timeout=timeout)
+            images, *_ = self.prepare_inputs_layout(
+                images=images, timeout=merged["images_kwargs"].pop("timeout", None)
+            )
             visual_inputs, count = self.image_processor(images, **merged["images_kwargs"]), len(images)
         elif videos is not None:
-            num_frames = merged["videos_kwargs"].get("num_frames") or self.num_frames
-            visual_inputs, count = self._videos_to_pixels(videos, num_frames, **merged["images_kwargs"])
+            videos = list_videos(videos, wanted=str(text).count(IMAGE_TOKEN))  # in a single text or a list of them
+            # What is for images alone (open_clip's `resize_mode`) is for frames, too.
+            visual_inputs = self.video_processor(videos, **{**merged["images_kwargs"], **merged["videos_kwargs"]})
+            count = len(videos)
         elif clip_embeds is not None:
             visual_inputs = {"clip_embeds": _stack_embeds(clip_embeds)}
             count = len(visual_inputs["clip_embeds"])
@@ -158,7 +168,7 @@ class ClipCapProcessor(ProcessorMixin):
         return BatchFeature(
             {**text_inputs, **visual_inputs},
             tensor_type=text_kwargs.get("return_tensors"),
-            skip_tensor_conversion=["text_replacement_offsets"],
+            skip_tensor_conversion=["text_replacement_offsets", "video_metadata"],
         )
 
     def tokenize_prompts(
@@ -233,6 +243,15 @@ class ClipCapProcessor(ProcessorMixin):
     def pad_token_id(self) -> int:
         return self.tokenizer.pad_token_id
 
+    @property
+    def num_frames(self) -> int | None:
+        """Number of frames taken from each video; the video processor's own setting."""
+        return getattr(self.video_processor, "num_frames", None)
+
+    @num_frames.setter
+    def num_frames(self, num_frames: int):
+        self.video_processor.num_frames = num_frames
+
     def _without_ignored(self, token_ids):
         if isinstance(token_ids, (int, np.integer)):
             return token_ids if token_ids >= 0 else self.pad_token_id
@@ -244,19 +263,11 @@ class ClipCapProcessor(ProcessorMixin):
     def _without_template(self, text: str) -> str:
         return text.removeprefix(self.prompt_template.replace(IMAGE_TOKEN, ""))
 
-    def _videos_to_pixels(self, videos, num_frames: int, **images_kwargs) -> tuple[dict, int]:
-        videos = [read_frames(video, num_frames) for video in list_videos(videos)]
-        frames = [load_image(frame) for video in videos for frame in video]
-        inputs = self.image_processor(frames, **{**images_kwargs, "return_tensors": "np"})
-        pixel_values = inputs["pixel_values"]
-        # Image processors of video models (VideoMAE) treat all frames as a single video.
-        return {"pixel_values": pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[-3:])}, len(videos)
-
     def _one_placeholder_per_image(self, text: str | list[str] | None, num_images: int) -> list[str]:
         if text is None:
             text = [""] * num_images
         elif isinstance(text, str):
-            text = [text] * max(num_images, 1)
+            text = [text] * (1 if text.count(IMAGE_TOKEN) > 1 else max(num_images, 1))  # all in one, or one for all
         elif not all(isinstance(prompt, str) for prompt in text):
             raise ValueError("`text` must be a string or a list of strings.")
         if num_images and not any(IMAGE_TOKEN in prompt for prompt in text):
@@ -286,9 +297,13 @@ class ClipCapProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.prefix_length] * count, num_image_patches=[1] * count)
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        # A captioner that takes embeddings only has no image processor.
-        if argument is not None or argument_name != "image_processor":
-            return super().check_argument_for_proper_class(argument_name, argument)
+        if argument is None and argument_name != "tokenizer":
+            return None  # a captioner that takes embeddings only has no processor of images and videos
+        if isinstance(argument, ClipCapVideoProcessor):
+            return (
+                ClipCapVideoProcessor  # where torchvision is missing, transformers has no base class to compare with
+            )
+        return super().check_argument_for_proper_class(argument_name, argument)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         if self.image_processor is not None:
@@ -322,7 +337,7 @@ class ClipCapProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # CLIP was trained with Pillow's resampling; torchvision's, the default, differs by up to 2/255.
+        # CLIP was trained with Pillow's resampling; torchvision's differs by up to 2/255.
         backend = kwargs.pop("backend", "pil")
         try:
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -332,9 +347,14 @@ class ClipCapProcessor(ProcessorMixin):
                 "the model's folder with `processor.save_pretrained(...)` or `processor.push_to_hub(...)`, or pass "
                 "`processor=` to the pipeline."
             ) from error
-        if (settings := (processor_dict or {}).get("image_processor", {})) is None:
-            return [None, tokenizer]
-        return [load_saved_image_processor(pretrained_model_name_or_path, settings, backend, **kwargs), tokenizer]
+        processor_dict = processor_dict or {}
+        if (settings := processor_dict.get("image_processor", {})) is None:
+            return [None, tokenizer, None]
+        image_processor = load_saved_image_processor(pretrained_model_name_or_path, settings, backend, **kwargs)
+        # Earlier versions saved the number of frames alone.
+        settings = processor_dict.get("video_processor") or {"num_frames": processor_dict.get("num_frames", 8)}
+        video_processor = ClipCapVideoProcessor.from_dict({"image_processor": image_processor, **settings}, **kwargs)
+        return [image_processor, tokenizer, video_processor]
 
     @classmethod
     def from_vision_text_pretrained(
@@ -365,24 +385,6 @@ class ClipCapProcessor(ProcessorMixin):
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{text} has no tokenizer: add the language model's tokenizer files to it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)
-
-
-def _captioning_tokenizer(tokenizer):
-    """Return a tokenizer with placeholder and padding token that pads on the left; a copy if anything changes."""
-    if IMAGE_TOKEN in tokenizer.get_vocab() and tokenizer.pad_token is not None and tokenizer.padding_side == "left":
-        return tokenizer
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ValueError(
-            "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
-            "`tokenizer.eos_token`, which ends captions, and save the tokenizer in its language model's folder."
-        )
-    tokenizer = copy.deepcopy(tokenizer)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def _stack_embeds(clip_embeds: Any) -> torch.Tensor:

@@ -177,7 +177,7 @@ def main():
     texts = list(json.loads(arguments.captions.read_text()).values())
     objects = [objects_of_image(captions) for captions in texts]
     tokenizer = train_tokenizer([clean(caption) for captions in texts for caption in captions], arguments.vocabulary)
-    processor = ClipCapProcessor(image_processor, tokenizer, arguments.prefix_length)
+    processor = ClipCapProcessor(image_processor, tokenizer, prefix_length=arguments.prefix_length)
     captions = [
         (image, tokenizer(clean(caption)).input_ids + [tokenizer.eos_token_id])
         for image, captions in enumerate(texts)

@@ -307,7 +307,9 @@ def main():
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": 256}, crop_size=224, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    processor = ClipCapProcessor(image_processor, processor.tokenizer, PREFIX_LENGTH, prompt_template=TEMPLATE)
+    processor = ClipCapProcessor(
+        image_processor, processor.tokenizer, prefix_length=PREFIX_LENGTH, prompt_template=TEMPLATE
+    )
     # Captions are one sentence, so they end at the full stop, as in the official code.
     (full_stop,) = processor.tokenizer(".", add_special_tokens=False).input_ids
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, full_stop]

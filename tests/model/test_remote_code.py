@@ -197,6 +197,7 @@ def test_entries_of_earlier_versions_still_load(captioners, picture):
         "ClipCapProcessor": "processing_clipcap",
         "ImageCaptioningPipeline": "pipeline_clipcap",
         "PillowImageProcessor": "image_processing_pillow",
+        "ClipCapVideoProcessor": "video_processing_clipcap",
     }
     for file in (folder / "config.json", folder / "processor_config.json"):
         text = file.read_text()

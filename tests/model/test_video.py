@@ -5,7 +5,7 @@ import pytest
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.model.modeling_xclip import XCLIPVideoModel
-from clipcap_hf.model.video_frames import list_videos, read_frames
+from clipcap_hf.model.video_frames import list_videos, middle_frames, read_frames
 from transformers import (
     CLIPImageProcessorPil,
     GPT2LMHeadModel,
@@ -42,14 +42,18 @@ def text_folder(tmp_path, text_config, tokenizer):
     return str(tmp_path / "text")
 
 
+def read_evenly(video, num_frames):
+    return read_frames(video, lambda metadata: middle_frames(metadata.total_num_frames, num_frames))[0]
+
+
 def test_frames_are_spread_evenly():
     video = np.arange(10)[:, None, None, None] * np.ones((10, 4, 4, 3))
-    assert [frame[0, 0, 0] for frame in read_frames(video, 5)] == [1, 3, 5, 7, 9]
-    assert [frame[0, 0, 0] for frame in read_frames(video, 1)] == [5]
-    assert [frame[0, 0, 0] for frame in read_frames(video[:2], 4)] == [0, 0, 1, 1]
-    assert [frame[0, 0, 0] for frame in read_frames(video, 10)] == list(range(10))
+    assert [frame[0, 0, 0] for frame in read_evenly(video, 5)] == [1, 3, 5, 7, 9]
+    assert [frame[0, 0, 0] for frame in read_evenly(video, 1)] == [5]
+    assert [frame[0, 0, 0] for frame in read_evenly(video[:2], 4)] == [0, 0, 1, 1]
+    assert [frame[0, 0, 0] for frame in read_evenly(video, 10)] == list(range(10))
     with pytest.raises(ValueError, match="no frames"):
-        read_frames([], 4)
+        read_evenly([], 4)
 
 
 def test_one_video_or_several(images):
@@ -65,13 +69,13 @@ def test_one_video_or_several(images):
 def test_animations(tmp_path, images):
     frames = [image.resize((32, 32)) for image in images[:4]]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True, duration=100)
-    read = read_frames(tmp_path / "a.webp", 4)
+    read = read_evenly(tmp_path / "a.webp", 4)
     assert all(np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b)) for a, b in zip(read, frames))
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
     with pytest.raises((ValueError, ImportError), match="bad.mp4"):
-        read_frames(tmp_path / "bad.mp4", 4)
+        read_evenly(tmp_path / "bad.mp4", 4)
     with pytest.raises(ValueError, match="none.mp4: no such file"):
-        read_frames(tmp_path / "none.mp4", 4)
+        read_evenly(tmp_path / "none.mp4", 4)
 
 
 def test_video_files(tmp_path, images):
@@ -83,7 +87,7 @@ def test_video_files(tmp_path, images):
             picture = av.VideoFrame.from_image(image.resize((64, 64)))
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    frames = read_frames(tmp_path / "film.mp4", 4)
+    frames = read_evenly(tmp_path / "film.mp4", 4)
     assert len(frames) == 4
     for frame, image in zip(frames, images[1::2]):
         assert np.abs(np.asarray(image.resize((64, 64))).astype(int) - frame).mean() < 12

@@ -243,7 +243,13 @@ class EmbeddingsFolder:
         write_text(self.path / "failed.jsonl", "".join(line + "\n" for line in lines))
         if not rows:
             raise ValueError(f"No image could be embedded. The first error: {json.loads(lines[0])['error']}")
-        logger.warning(f"{len(lines)} images could not be embedded; see {self.path / 'failed.jsonl'} for the reasons.")
+        first = json.loads(lines[0])
+        name = str(first["image"] or first["image_id"] or f"row {first['row']}")
+        reason = first["error"] if name in first["error"] else f"{name}: {first['error']}"
+        logger.warning(
+            f"{len(lines)} images could not be embedded; see {self.path / 'failed.jsonl'} for the reasons. The first: "
+            f"{reason}."
+        )
 
     def write_splits(self, names: list[str]):
         _remove_leftovers(self.path)

@@ -158,15 +158,30 @@ def listed(items: Sequence, most: int = 5) -> str:
     return ", ".join(map(str, items[:most])) + more
 
 
-def _files_below(folder: str, errors: list[str]) -> list[Path]:
-    """Return all files in a folder and its subfolders; a subfolder that cannot be read becomes an error."""
+def files_below(folder: str | os.PathLike, errors: list[str]) -> list[Path]:
+    """Return all files in a folder and its subfolders, also in those that are links.
+
+    Args:
+        folder (`str` or path): The folder.
+        errors (`list[str]`): Gets a message for each subfolder that cannot be read.
+    """
 
     def note(error: OSError):
         errors.append(f"{error.filename}: the folder cannot be read ({error.strerror})")
 
-    walked = os.walk(folder, onerror=note)
-    below = sorted(Path(parent) / name for parent, _, names in walked for name in names)
-    return [path for path in below if path.is_file() or path.is_symlink()]
+    real = Path(os.path.realpath(folder))
+    above = {str(folder): {str(real), *map(str, real.parents)}}
+    found = []
+    for parent, folders, names in os.walk(str(folder), onerror=note, followlinks=True):
+        entered = above.pop(parent)
+        for name in list(folders):
+            path = os.path.join(parent, name)
+            if (target := os.path.realpath(path)) in entered:
+                folders.remove(name)  # a link back to where we came from would never end
+            else:
+                above[path] = {*entered, target}
+        found += [Path(parent) / name for name in names]
+    return sorted(path for path in found if path.is_file() or path.is_symlink())
 
 
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
@@ -183,7 +198,7 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     errors: list[str] = []
     for argument in map(str, arguments):
         if os.path.isdir(argument):
-            below = _files_below(argument, errors)
+            below = files_below(argument, errors)
             found = [str(path) for path in below if path.suffix.lower() in extensions]
             if not found:
                 errors.append(f"{argument}: the folder holds no image files")

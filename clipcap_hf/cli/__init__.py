@@ -93,7 +93,7 @@ def _import_package():
 def _message(error: Exception) -> str:
     """Say in one line what went wrong; for an unexpected error, add how to see the traceback."""
     text = str(error).strip()
-    if isinstance(error, ValueError) and "execute" in text and "trust_remote_code" in text:
+    if "execute" in text and "trust_remote_code" in text:
         return (
             "the model's folder or repository brings its own Python code, which the command line never runs. If you "
             "trust it, load it in Python with `trust_remote_code=True`."
@@ -111,4 +111,4 @@ def _message(error: Exception) -> str:
     if len(text) > LONGEST_MESSAGE:
         half = LONGEST_MESSAGE // 2
         text = f"{text[:half]} [...] {text[-half:]}"
-    return text
+    return "\n".join(map(escape, text.split("\n")))  # names of files can hold codes that change the terminal

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 
 
@@ -76,6 +77,8 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         near = [difflib.get_close_matches(word.partition("=")[0], known, n=1) for word in words if word[:1] == "-"]
         hint = f" (did you mean {near[0][0]}?)" if near and near[0] else ""
+        if files := [word for word in words if os.path.lexists(word)]:
+            hint = f" (write ./{files[0]} for the file)"
         self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 

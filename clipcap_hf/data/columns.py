@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .readable import LeftOut
+from .saved import is_saved, load_saved
 from .schema import CAPTION_COLUMNS, CaptionCleaner, caption_features, clean_caption, image_paths, select_split
 from .shards import load_shards
 
@@ -47,7 +47,7 @@ def load_columns(
 
 
 def _load(builder: str | None, source, load_kwargs: dict, missing: str):
-    from datasets import load_dataset, load_from_disk
+    from datasets import DatasetDict, load_dataset
 
     if builder == "webdataset":
         return load_shards(source, {"streaming": True, **load_kwargs}, missing)
@@ -55,24 +55,33 @@ def _load(builder: str | None, source, load_kwargs: dict, missing: str):
         if not os.path.isdir(source):
             raise FileNotFoundError(f"There is no folder {source}.")
         return load_dataset(builder, data_dir=os.fspath(source), **load_kwargs)
-    if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        from datasets import DatasetDict
-
-        saved = load_from_disk(os.fspath(source))
+    if is_saved(source):
+        saved = load_saved(source)
         return saved if isinstance(saved, DatasetDict) else DatasetDict({str(saved.split or "train"): saved})
+    if os.path.isfile(source):
+        raise ValueError(
+            f"{source} is a single file, but 'hub' reads folders and Hub ids: pass its folder. Name a table of images "
+            "and captions metadata.csv or metadata.jsonl, with a column file_name, and read it as 'imagefolder'."
+        )
     return load_dataset(os.fspath(source), **load_kwargs)
 
 
 def _map_style(
     dataset: Dataset, split: str, source: str, missing: str, root, image_column, caption_column, id_column
 ) -> Dataset:
-    from datasets import Image
+    from .raster_image import RasterImage
 
     image_column, caption_columns = _find_columns(dataset, source, image_column, caption_column, id_column)
-    if dataset.features[image_column]._type != "Image":
-        dataset = dataset.cast_column(image_column, Image())
+    ids_of_rows = None if id_column in (None, image_column) else _column(dataset, id_column)
+    dataset = dataset.cast_column(image_column, RasterImage())
     paths = image_paths(dataset, image_column)
-    ids = list(dataset[id_column]) if id_column else [_default_id(split, *row, root) for row in enumerate(paths)]
+    if ids_of_rows is not None:
+        ids = ids_of_rows
+    elif id_column is not None:
+        ids = list(paths)
+    else:
+        ids = [_default_id(split, *row, root) for row in enumerate(paths)]
+    _check_ids(ids, dataset, image_column, source)
     clean = CaptionCleaner(source)
     captions: dict[Any, list[str]] = {}
     first_rows: dict[Any, int] = {}
@@ -101,6 +110,33 @@ def _map_style(
         dataset = dataset.add_column(name, column, feature=features[name])
     # Select last: adding columns to a selection would copy the images.
     return dataset if kept_rows == list(range(len(ids))) else dataset.select(kept_rows)
+
+
+def _check_ids(ids: list, dataset: Dataset, image_column: str, source: str):
+    """Refuse rows without an id, and different images with the same, since rows with the same id become one."""
+    if None in ids:
+        raise ValueError(f"Row {ids.index(None)} of {source} has no id.")
+    if len(set(ids)) == len(ids):
+        return
+    first_rows: dict[Any, int] = {}
+    images = list(zip(image_paths(dataset, image_column), _byte_counts(dataset, image_column)))
+    for row, image_id in enumerate(ids):
+        first = first_rows.setdefault(image_id, row)
+        if images[first] != images[row]:
+            raise ValueError(
+                f"The images in rows {first} and {row} of {source} differ, but have the same id {image_id!r:.80}: "
+                "each image needs its own."
+            )
+
+
+def _byte_counts(dataset: Dataset, column: str) -> list[int | None]:
+    """Return the number of bytes of each image that the data set itself holds."""
+    import pyarrow.compute as pc
+
+    tables = dataset.select_columns([column]).with_format("arrow").iter(10_000)
+    return [
+        count for table in tables for count in pc.binary_length(pc.struct_field(table[column], "bytes")).to_pylist()
+    ]
 
 
 def _default_id(split: str, row: int, path: str | None, root) -> str:
@@ -160,6 +196,10 @@ def _streamed(
     return dataset.filter(bool, input_columns="captions").cast(caption_features(int_ids=False))
 
 
+def _column(dataset: Dataset, name: str) -> list:
+    return [_get(row, name) for row in dataset.select_columns([name.partition(".")[0]])]
+
+
 def _get(row: dict, name: str) -> Any:
     """Return a column, or with dots a field inside one: `"json.caption"`."""
     found: Any = row
@@ -187,10 +227,16 @@ def _find_columns(dataset, source: str, image_column, caption_column, id_column)
             raise ValueError(f"{source} has no column {name!r}; {exists}.")
     if _kind(features[image_column]) not in ("Image", "string"):
         raise ValueError(f"The column {image_column!r} of {source} does not hold images; {exists}.")
+    if id_column is not None and id_column != image_column and not _holds_ids(_feature(features, id_column)):
+        raise ValueError(f"The column {id_column!r} of {source} holds neither text nor whole numbers; {exists}.")
     for name in caption_column:
         if _kind(_feature(features, name)) not in ("string", "list of string"):
             raise ValueError(f"The column {name!r} of {source} does not hold captions; {exists}.")
     return image_column, list(caption_column)
+
+
+def _holds_ids(feature) -> bool:
+    return _kind(feature) == "string" or _kind(feature).removeprefix("u").startswith("int")
 
 
 def _feature(features, name: str):

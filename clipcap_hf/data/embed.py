@@ -26,6 +26,7 @@ from ..model.modeling_vision import embed_pixels, place_pixels
 from ..processes import default_workers, process_state
 from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
 from .readable import undecoded
+from .remote import with_bytes
 
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ class _Preprocess:
 def _read(image: dict | None) -> Image.Image:
     if image is None or (image["bytes"] is None and image["path"] is None):
         raise ValueError("there is no image")
-    return load_image(image)
+    return load_image(with_bytes(image))
 
 
 class _Batches(TorchDataset):

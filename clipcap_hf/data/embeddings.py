@@ -13,6 +13,7 @@ import torch
 
 from ..files import LOCK, listed, sync, write_text
 from ..model.donors_clipcap import weights_hash
+from .saved import ends_as_stream, is_saved, load_saved
 
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "clip_embeds.json"
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Dataset | DatasetDict:
@@ -38,20 +38,19 @@ def load_embeddings(path: str | os.PathLike, split: str | None = None) -> Datase
 
     Raises:
         FileNotFoundError: If the folder holds no embeddings.
-        ValueError: If they are unfinished, or the split does not exist.
+        ValueError: If they are unfinished or a file is truncated, or the split does not exist.
     """
-    from datasets import DatasetDict, load_from_disk
+    from datasets import DatasetDict
 
     from .schema import select_split
 
     path = Path(path)
-    splits = path / "dataset_dict.json"
-    if not splits.is_file() and not (path / "state.json").is_file():
+    if not is_saved(path):
         unfinished = [folder for folder in (path, *path.glob("*")) if (folder / MANIFEST).is_file()]
         if unfinished:
             raise ValueError(f"{path} is unfinished: run `embed` again with the same arguments to continue.")
         raise FileNotFoundError(f"There are no embeddings in {path}.")
-    data = load_from_disk(os.fspath(path))
+    data = load_saved(path)
     if split is None:
         return data
     return select_split(
@@ -244,7 +243,13 @@ class EmbeddingsFolder:
         write_text(self.path / "failed.jsonl", "".join(line + "\n" for line in lines))
         if not rows:
             raise ValueError(f"No image could be embedded. The first error: {json.loads(lines[0])['error']}")
-        logger.warning(f"{len(lines)} images could not be embedded; see {self.path / 'failed.jsonl'} for the reasons.")
+        first = json.loads(lines[0])
+        name = str(first["image"] or first["image_id"] or f"row {first['row']}")
+        reason = first["error"] if name in first["error"] else f"{name}: {first['error']}"
+        logger.warning(
+            f"{len(lines)} images could not be embedded; see {self.path / 'failed.jsonl'} for the reasons. The first: "
+            f"{reason}."
+        )
 
     def write_splits(self, names: list[str]):
         _remove_leftovers(self.path)
@@ -294,10 +299,8 @@ def _whole_rows(path: Path) -> int | None:
     import pyarrow as pa
 
     try:
-        with path.open("rb") as file:
-            file.seek(-len(_END_OF_STREAM), os.SEEK_END)
-            if file.read() != _END_OF_STREAM:
-                return None
+        if not ends_as_stream(path):
+            return None
         with pa.memory_map(os.fspath(path)) as mapped:
             return sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
     except (OSError, ValueError):  # pyarrow's errors derive from these two

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import find_images, listed
+from ..files import files_below, find_images, listed
 from .records import CaptionedRecord, ImageFolder, present_records, records_to_dataset
 from .schema import CAPTION_COLUMNS, SPLIT_NAMES, select_split, split_name, warn_of_overlap
 
@@ -41,7 +41,8 @@ def load_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}." if not root.exists() else f"{root} is not a folder.")
     columns = (image_column, caption_column, id_column)
-    files = sorted(path for name in _METADATA for path in root.rglob(name))
+    below = files_below(root, [])  # folders that cannot be read are an error where their images are sought
+    files = [path for name in _METADATA for path in below if path.name == name]
     if files:
         records = [record for file in files for record in _read_metadata(file, root, *columns)]
     elif any((root / name).is_file() for name in _FLICKR8K):
@@ -74,12 +75,16 @@ def _to_splits(records: list[CaptionedRecord], root: Path, split: str | None, mi
 
 
 def _check_every_image_has_a_record(records: list[CaptionedRecord], root: Path, missing: str):
-    listed_paths = {os.path.normpath(root / record.paths[0]) for record in records}
-    found = [path for path in _images_below(root) if os.path.normpath(path) not in listed_paths]
+    folder = ImageFolder(root)
+    paths = {record.paths[0]: folder.find(record.paths) for record in records}
+    present = {os.path.normpath(path) for path in paths.values() if path is not None}
+    found = [path for path in _images_below(root) if os.path.normpath(path) not in present]
     if not found:
         return
     names = listed([os.path.relpath(path, root) for path in found], 3)
     message = f"{len(found)} images in {root} have no caption: {names}"
+    if absent := [name for name, path in paths.items() if path is None]:
+        message += f", while {len(absent)} rows name files that do not exist: {listed(absent, 3)}"
     if missing == "error":
         raise ValueError(f"{message}. To go on without them, pass `missing='skip'` (--missing skip).")
     logger.warning(f"{message}. They were left out.")
@@ -99,10 +104,16 @@ def _split_of(path: str, root: Path) -> str:
 
 
 def _one_per_image(records: list[CaptionedRecord]) -> list[CaptionedRecord]:
-    """Join the captions of rows with the same id."""
+    """Join the captions of rows with the same id, which must be rows of the same image."""
     images: dict[tuple, CaptionedRecord] = {}
     for record in records:
-        if (first := images.setdefault((record.split, record.image_id), record)) is not record:
+        first = images.setdefault((record.split, record.image_id), record)
+        if first.paths != record.paths:
+            raise ValueError(
+                f"The images {first.paths[0]} and {record.paths[0]} have the same id {record.image_id!r:.80}: each "
+                "image needs its own."
+            )
+        if first is not record:
             first.captions += record.captions
     return list(images.values())
 
@@ -247,7 +258,9 @@ def load_flickr8k(
     if file is None:
         raise FileNotFoundError(f"There is no annotation file {' or '.join(map(str, names))}.")
     root = Path(images) if images is not None else file.parent
-    by_name = {os.path.basename(path): os.path.relpath(path, root) for path in _images_below(root)}
+    by_name: dict[str, list[str]] = {}
+    for path in _images_below(root):
+        by_name.setdefault(os.path.basename(path), []).append(os.path.relpath(path, root))
     lists = _split_lists(file.parent)
     records: dict[str, CaptionedRecord] = {}
     unlisted = set()
@@ -256,7 +269,9 @@ def load_flickr8k(
         if split_of_name is None:
             unlisted.add(name)
         else:
-            path = by_name.get(name, name)
+            [path, *others] = by_name.get(name, [name])
+            if others:
+                raise ValueError(f"{file} names {name}, but {root} has several: {listed([path, *others], 3)}.")
             records.setdefault(name, CaptionedRecord(name, [path], [], split_of_name)).captions.append(caption)
     if unlisted:
         logger.warning(f"{file}: {len(unlisted)} images are in no split list; they were left out.")

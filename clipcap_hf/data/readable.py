@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..files import listed
 from ..model.images_clipcap import load_image
 from ..processes import process_state
+from .remote import with_bytes
 from .schema import image_paths
 
 
@@ -118,8 +119,8 @@ class ReadableImages:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         [image] = batch["image"]
         try:
-            return {**batch, "image": [load_image(image)]}
-        except ValueError as error:
+            return {**batch, "image": [load_image(image and with_bytes(image))]}
+        except (ValueError, OSError) as error:
             name = (batch.get("image_id") or [None])[0] or (image or {}).get("path")
             self.left_out(f"the image {name or 'of a row'}", str(error))
         return {name: [] for name in batch}

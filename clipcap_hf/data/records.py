@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,16 +39,27 @@ class ImageFolder:
         if not root.is_dir():
             raise FileNotFoundError(f"There is no folder of images {root}.")
         self.root = root
-        self.listings: dict[str, set[str]] = {}
+        self.listings: dict[str, dict[str, str]] = {}
 
     def find(self, paths: Iterable[str]) -> str | None:
+        """Return the first of the paths that exists. An accent may be one character there and two here."""
         for path in paths:
             parent, name = os.path.split(os.path.join(self.root, path))
-            if parent not in self.listings:
-                self.listings[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-            if name in self.listings[parent]:
-                return os.path.join(parent, name)
+            names = self._names(parent)
+            if found := names.get(name, names.get(_composed(name))):
+                return os.path.join(parent, found)
         return None
+
+    def _names(self, parent: str) -> dict[str, str]:
+        if parent not in self.listings:
+            names = os.listdir(parent) if os.path.isdir(parent) else []
+            self.listings[parent] = {**{_composed(name): name for name in names}, **{name: name for name in names}}
+        return self.listings[parent]
+
+
+def _composed(name: str) -> str:
+    """Return a name with each accented letter as one character, since file systems and editors differ in that."""
+    return unicodedata.normalize("NFC", name)
 
 
 def present_records(
@@ -76,7 +88,7 @@ def present_records(
 
 def records_to_dataset(split: str, records: list[CaptionedRecord], source) -> Dataset:
     import pyarrow as pa
-    from datasets import Dataset, NamedSplit
+    from datasets import Dataset, DatasetInfo, NamedSplit
 
     check_unique((record.image_id for record in records), f"{source} ({split})")
     clean = CaptionCleaner(str(source))
@@ -107,4 +119,5 @@ def records_to_dataset(split: str, records: list[CaptionedRecord], source) -> Da
     features = caption_features(int_ids, domain=any(rows["domain"]))
     schema = features.arrow_schema
     arrays = [pa.array(rows[name], type=schema.field(name).type) for name in features]
-    return Dataset(pa.Table.from_arrays(arrays, schema=schema), split=NamedSplit(split))
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    return Dataset(table, info=DatasetInfo(features=features), split=NamedSplit(split))

@@ -28,15 +28,17 @@ def caption_features(int_ids: bool = True, domain: bool = False) -> Features:
     """
     Return the columns of captioned images.
 
-    - `image`: [`~datasets.Image`], a path or bytes, decoded when the row is read.
+    - `image`: [`~datasets.Image`], a path or bytes, decoded when the row is read; only raster formats are.
     - `captions`: list of strings, empty for images without references.
     - `image_id`: int64 if the format has whole numbers, which COCO's result files need, else string.
     - `split`: `"train"`, `"validation"`, `"test"`, or the data's own name.
     - `domain` (nocaps only): `"in-domain"`, `"near-domain"` or `"out-domain"`.
     """
-    from datasets import Features, Image, List, Value
+    from datasets import Features, List, Value
 
-    columns = {"image": Image(), "captions": List(Value("string"))}
+    from .raster_image import RasterImage
+
+    columns = {"image": RasterImage(), "captions": List(Value("string"))}
     columns |= {"image_id": Value("int64" if int_ids else "string"), "split": Value("string")}
     return Features(columns | ({"domain": Value("string")} if domain else {}))
 

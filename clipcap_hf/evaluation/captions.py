@@ -127,8 +127,8 @@ def caption_evaluation_set(
         own, errors = gather_object(own), gather_object(errors)
     if errors and not allow_subset:
         raise ValueError(
-            f"{len(errors)} images cannot be read: {listed(errors, 3)}. Fix them and try again (finished captions are "
-            "kept), or leave them out with --allow-subset (allow_subset=True)."
+            f"{len(errors)} images of {data.source or 'the data'} cannot be read: {listed(errors, 3)}. Fix them and "
+            "try again (finished captions are kept), or leave them out with --allow-subset (allow_subset=True)."
         )
     by_place = {place: caption for part in own for place, caption in part.items()}
     return {data.ids[place]: by_place[place] for place in sorted(by_place)}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -46,27 +47,29 @@ def naming(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def named(name: str | os.PathLike) -> Iterator[None]:
-    """Name the file or folder in each `ValueError` about what it holds."""
+def named(name: str | os.PathLike | None) -> Iterator[None]:
+    """Name the file or folder (None: there is none) in each error about the values that it holds."""
     try:
         yield
-    except ValueError as error:
-        if str(name) in str(error):
+    except (ValueError, StrictDataclassError) as error:
+        text = str(error)
+        if any(unknown in text for unknown in ("does not recognize this arch", "Unrecognized model type")):
+            release = f"transformers {transformers.__version__}"
+            raise ValueError(
+                f"config.json of {name} has a `model_type` that {release} does not know: it is damaged, or for a "
+                "newer release."
+            ) from error
+        if name is None or str(name) in text:
             raise
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{name}: {text}") from error
+    except KeyError as error:  # of tables of what transformers knows, such as activations
+        raise ValueError(f"{name or 'The model'}: {error} is missing in its files, or is unknown there.") from error
 
 
 def load_config(name: str, **kwargs) -> PreTrainedConfig:
-    """Load a configuration as `AutoConfig` does; the error of an unknown type of model is short and has its name."""
-    try:
+    """Load a configuration as `AutoConfig` does; errors have its name, and that of an unknown type is short."""
+    with named(name):
         return AutoConfig.from_pretrained(name, **kwargs)
-    except ValueError as error:
-        if "does not recognize this architecture" not in str(error):
-            raise
-        raise ValueError(
-            f"config.json of {name} has a `model_type` that transformers {transformers.__version__} does not know: it "
-            "is damaged, or for a newer release."
-        ) from error
 
 
 def check_archive(path: str | os.PathLike):

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from .configuration_clipcap import IMAGE_TOKEN, ClipCapConfig, check_language_model, context_length
-from .damage_clipcap import load_config, naming
+from .damage_clipcap import load_config, named, naming
 
 
 def load_tokenizer(folder: str, config: PreTrainedConfig, **kwargs) -> PreTrainedTokenizerBase | None:
@@ -107,7 +107,7 @@ def load_language_model(name: str, dtype: torch.dtype | str, **kwargs) -> PreTra
     if config is None:
         config = load_config(name, **kwargs)
     check_language_model(config)
-    with naming(f"The weights in {name}"):
+    with named(name), naming(f"The weights in {name}"):
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **kwargs)
 
 

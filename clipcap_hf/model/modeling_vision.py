@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoints_open_clip import is_open_clip_name, list_open_clip_names
 from .configuration_clipcap import PROJECTED_TOWERS, check_config_sizes, clip_embed_dim_of
-from .damage_clipcap import load_config, naming
+from .damage_clipcap import load_config, named, naming
 from .modeling_conse import ConseVisionModel
 from .modeling_detector import DetectorVisionModel
 from .modeling_open_clip import OpenClipVisionModel, clip_vision_obstacle, load_open_clip_config
@@ -127,7 +127,7 @@ def load_vision_tower(
         tower = OpenClipVisionModel.from_open_clip(name, dtype=dtype, **_hub_kwargs(kwargs))
         return tower if clip_vision_obstacle(tower.config) else tower.to_clip_vision_model()
     tower_class = vision_tower_class(vision_config.model_type)
-    with naming(f"The weights in {name}"):
+    with named(name), naming(f"The weights in {name}"):
         tower, info = tower_class.from_pretrained(
             name, config=vision_config, dtype=dtype, output_loading_info=True, **kwargs
         )

@@ -14,7 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .base_clipcap import CaptionerParts
 from .configuration_clipcap import ClipCapConfig, check_config_sizes
-from .damage_clipcap import load_config, naming
+from .damage_clipcap import load_config, named, naming
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import load_vision_config, load_vision_tower, vision_feature_dim
@@ -61,7 +61,7 @@ class LoadsAndSaves(CaptionerParts):
         wants_info = kwargs.get("output_loading_info", False)
         name = pretrained_model_name_or_path
         donor_hashes: dict[str, str] = {}
-        with naming(f"The weights in {name}"):
+        with named(name), naming(f"The weights in {name}"):
             if name is not None:
                 kwargs, donor_hashes = with_donors(cls, name, moved, kwargs)
                 _check_generation_config(name, kwargs)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, List, Value
 
 from ..data import READERS, load_captions, load_embeddings, load_emoji, to_caption_form, warn_of_overlap
+from ..data.raster_image import RasterImage
 from ..data.readable import LeftOut, readable_stream
+from ..data.saved import is_saved, load_saved
 from ..data.schema import CaptionCleaner, image_paths
 from ..files import listed
 from ..model.configuration_clipcap import IMAGE_TOKEN
@@ -139,7 +141,7 @@ def _guess_format(source: str) -> str:
     if source == "emoji":
         return "emoji"
     folder = Path(source)
-    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if is_saved(folder):
         return "saved"
     if folder.is_dir():
         return "webdataset" if list(folder.glob("*.tar")) else "imagefolder"
@@ -149,7 +151,7 @@ def _guess_format(source: str) -> str:
 
 
 def _load_saved(source: str, split: str):
-    data = load_from_disk(source)
+    data = load_saved(source)
     splits = data if isinstance(data, DatasetDict) else {"train": data}
     if any("clip_embeds" in rows.column_names for rows in splits.values()):
         data = load_embeddings(source)
@@ -178,7 +180,7 @@ def _one_form(data, data_args: DataArguments, what: str):
     if not len(data):
         raise ValueError(f"{argument} has no rows.")
     if "image" in data.column_names and getattr(data.features["image"], "dtype", None) in ("string", "large_string"):
-        data = data.cast_column("image", Image())
+        data = data.cast_column("image", RasterImage())
     return _clean(data, argument, data_args.caption_column)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def test_broken_images_end_the_evaluation_and_are_named(model_folder, tmp_path, 
     arguments = ["evaluate", "--benchmark", "flickr8k", "--data", str(tmp_path), "--model", str(model_folder)]
     arguments += ["--tokenizer", "python", "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
-    assert "1 images cannot be read: 2: " in (error := capsys.readouterr().err) and "--allow-subset" in error
+    assert re.search("1 images of .* cannot be read: 2: .*--allow-subset", capsys.readouterr().err)
     assert len(kept_captions(tmp_path / "out")) == 7
     assert main([*arguments, "--allow-subset"]) == 0
     report = json.loads((tmp_path / "out" / "flickr8k-test" / "scores.json").read_text())

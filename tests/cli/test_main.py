@@ -5,13 +5,14 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from clipcap_hf import __version__
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor, __version__
 from clipcap_hf.cli import COMMANDS, build_parser, caption, leaves, main
 from clipcap_hf.cli.arguments import DATA_FORMATS
 from clipcap_hf.data import READERS
@@ -110,6 +111,11 @@ def test_every_command_is_a_leaf_with_a_name():
             "clipcap: out of memory on the accelerator: use a smaller",
         ),
         (ValueError("mended by a user"), "clipcap: mended by a user"),
+        (OSError("The folder \x1b[2J\x07 is gone"), "clipcap: The folder \\x1b[2J\\x07 is gone"),
+        (
+            OSError("must be executed:\nPass trust_remote_code=True."),
+            "clipcap: the model's folder or repository brings",
+        ),
         (ValueError("x" * 400_000), f"clipcap: {'x' * 1000} [...] {'x' * 1000}"),
     ],
 )
@@ -187,6 +193,10 @@ def trap(tmp_path, model_folder):
     [
         "caption {picture} --model {trap}",
         "caption {picture} --model {mixed}",
+        "caption {picture} --model {light}",
+        "caption {picture} --model {nested}",
+        "caption {picture} --model emoji-mini --text-tower {trap}",
+        "serve --model {trap}",
         "embed emoji --vision {trap} --out {out}",
         "embed emoji --model {trap} --out {out}",
         "train --data emoji --model {trap} --output_dir {out} --use_cpu",
@@ -209,6 +219,7 @@ def test_no_command_runs_code_of_a_model_folder(
     image_processor.save_pretrained(tmp_path / "clip")
     GPT2LMHeadModel(text_config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
+    light, nested = _light(tmp_path, trap), _nested(tmp_path, trap, model_folder)
     # A captioner as we save it, but for a processor that names code.
     for name in ("processor_config.json", "tokenizer_config.json", "code.py"):
         (model_folder / name).write_text((trap / name).read_text())
@@ -216,6 +227,8 @@ def test_no_command_runs_code_of_a_model_folder(
         picture=picture,
         trap=trap,
         mixed=model_folder,
+        light=light,
+        nested=nested,
         good=tmp_path,
         out=tmp_path / "out",
         golden=Path(__file__).parents[1] / "golden" / "mlp" / "state_dict.pt",
@@ -225,3 +238,55 @@ def test_no_command_runs_code_of_a_model_folder(
     assert result.returncode == 1, result.stdout
     assert "Traceback" not in result.stderr.decode()
     assert not re.search(rb"\[y/N\]", result.stdout + result.stderr), "nothing is asked"
+
+
+def _light(tmp_path, trap) -> Path:
+    """Save a captioner without its frozen language model, which its configuration seeks in the trap."""
+    parts = str(tmp_path / "clip"), str(tmp_path / "gpt2")
+    frozen = {"prefix_length": 2, "freeze_language_model": True, "save_frozen": False}
+    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(*parts, **frozen)
+    model.save_pretrained(tmp_path / "light")
+    ClipCapProcessor.from_vision_text_pretrained(*parts, prefix_length=2).save_pretrained(tmp_path / "light")
+    _change(
+        tmp_path / "light" / "config.json", lambda config: config["donors"]["language_model"].update(name=str(trap))
+    )
+    return tmp_path / "light"
+
+
+def _nested(tmp_path, trap, model_folder) -> Path:
+    """Copy a captioner, and let the configuration of its language model name code."""
+    shutil.copytree(model_folder, tmp_path / "nested")
+    shutil.copy(trap / "code.py", tmp_path / "nested")
+    auto = {"model_type": "never_heard_of", "auto_map": {"AutoConfig": "code.Thing"}}
+    _change(tmp_path / "nested" / "config.json", lambda config: config["text_config"].update(auto))
+    return tmp_path / "nested"
+
+
+def _change(path: Path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_code_beside_what_the_package_knows_is_not_run(tmp_path, picture, trap, model_folder):
+    auto = json.loads((trap / "config.json").read_text())["auto_map"]
+
+    def name_code(content: dict):
+        content["auto_map"] = auto
+        for part in content.values():
+            if isinstance(part, dict) and part is not auto:
+                part["auto_map"] = auto
+
+    for name in ("config.json", "processor_config.json"):
+        _change(model_folder / name, name_code)
+    _change(
+        model_folder / "tokenizer_config.json",
+        lambda content: content.update(auto_map={"AutoTokenizer": ["code.Thing", "code.Thing"]}),
+    )
+    _change(model_folder / "generation_config.json", lambda content: content.update(custom_generate=str(model_folder)))
+    (model_folder / "custom_generate").mkdir()
+    for name in ("code.py", "custom_generate/generate.py"):
+        shutil.copy(trap / "code.py", model_folder / name)
+    result = run("caption", picture, "--model", model_folder, input=b"y\n" * 20)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "ran").exists()

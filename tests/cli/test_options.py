@@ -181,6 +181,14 @@ def test_usage_errors_name_the_command(words, said, capsys, monkeypatch):
     assert error.endswith(f"clipcap {command} --help shows the options.\n")
 
 
+def test_names_of_files_that_look_like_options(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-dash.png").touch()
+    with pytest.raises(SystemExit):
+        main(["caption", "a.png", "-dash.png"])
+    assert "unrecognized arguments: -dash.png (write ./-dash.png for the file)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

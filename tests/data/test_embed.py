@@ -70,6 +70,7 @@ def test_rows(tmp_path, make_model, processor, data, caplog):
     assert [record["image_id"] for record in failed] == [record["row"] for record in failed] == list(BROKEN)
     assert all(record["image"].endswith(f"{record['image_id']}.png") and record["error"] for record in failed)
     assert "3 images could not be embedded" in caplog.text
+    assert f"The first: {failed[0]['image']}: " in caplog.text
     batch = CaptioningCollator(processor)([embedded[0], embedded[1]])
     assert batch["clip_embeds"].shape == (2, 16)
     from datasets import load_from_disk

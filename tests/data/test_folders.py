@@ -66,6 +66,60 @@ def test_images_without_a_row_are_an_error(make, caplog):
     assert "2 images" in caplog.text
 
 
+@pytest.mark.parametrize(("row", "file"), [("caf\u00e9.jpg", "cafe\u0301.jpg"), ("a\u0308/1.jpg", "a\u0308/1.jpg")])
+def test_accents_may_be_one_character_or_two(make, row, file):
+    """File systems and editors differ in this, and archives carry the names of one system to another."""
+    for name, listed in ((file, row), (row, file)):
+        root = make({name: None, "metadata.jsonl": lines((listed, "a cup"))})
+        data = load_captions("imagefolder", root, split="train")
+        assert data["captions"][:] == [["a cup"]] and data[0]["image"].size == (4, 4)
+        (root / name).unlink()
+
+
+def test_names_that_differ_in_accents_alone_are_two_images(make):
+    root = make({"caf\u00e9.jpg": None, "cafe\u0301.jpg": None, "metadata.jsonl": lines(("cafe\u0301.jpg", "a"))})
+    with pytest.raises(ValueError, match="1 images in .* have no caption: caf\u00e9.jpg"):
+        load_captions("imagefolder", root)
+    make({"metadata.jsonl": lines(("cafe\u0301.jpg", "a"), ("caf\u00e9.jpg", "b"))})
+    assert len(load_captions("imagefolder", root, split="train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "file"), [("sub\\1.jpg", "sub/1.jpg"), ("1.JPG", "1.jpg"), ("https://a.b/1.jpg", "1.jpg")]
+)
+def test_rows_that_miss_their_file_are_named_beside_it(make, row, file):
+    root = make({file: None, "metadata.jsonl": lines((row, "a"))})
+    with pytest.raises(ValueError, match=f"no caption: {file}, while 1 rows name files that do not exist: ") as error:
+        load_captions("imagefolder", root)
+    assert os.path.normpath(row) in str(error.value)
+
+
+@pytest.mark.parametrize("files", [{"metadata.jsonl"}, {"1.txt", "2.txt"}])
+def test_linked_folders_are_read(make, tmp_path_factory, files):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    root = make({"0.jpg": None, "0.txt": "zero", "metadata.jsonl": lines(("0.jpg", "zero"))})
+    contents = {"metadata.jsonl": lines(("1.jpg", "one"), ("2.jpg", "two")), "1.txt": "one", "2.txt": "two"}
+    for name in files:
+        (elsewhere / name).write_text(contents[name])
+    for name in ("1.jpg", "2.jpg"):
+        Image.new("RGB", (4, 4)).save(elsewhere / name)
+    if "1.txt" in files:
+        (root / "metadata.jsonl").unlink()
+    (root / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (root / "back").symlink_to(root, target_is_directory=True)  # a circle
+    assert captions_by_id(load_captions("imagefolder", root)) == {
+        "train": {"0.jpg": ["zero"], "linked/1.jpg": ["one"], "linked/2.jpg": ["two"]}
+    }
+
+
+@pytest.mark.parametrize("ids", [("cat", "cat"), ("", "")])
+def test_images_with_the_same_id_are_not_joined(make, ids):
+    rows = "".join(f"{number}.jpg,{number},{image_id}\n" for number, image_id in enumerate(ids))
+    root = make({"0.jpg": None, "1.jpg": None, "metadata.csv": "file_name,text,label\n" + rows})
+    with pytest.raises(ValueError, match=f"0.jpg and 1.jpg have the same id '{ids[0]}'"):
+        load_captions("imagefolder", root, id_column="label", missing="skip")
+
+
 def test_csv_is_text(make):
     texts = ["None", "N/A", "nan", "12", "1e5", "true", "007", "2021-01-01", 'a "b", c', "two\nlines"]
     rows = "".join('{}.jpg,"{}"\n'.format(number, text.replace('"', '""')) for number, text in enumerate(texts))
@@ -145,6 +199,12 @@ def test_flickr8k_captions_txt(make):
         load_captions("flickr8k", root)
     (root / "captions.txt").write_text("image;caption\n")
     with pytest.raises(ValueError, match="Line 1 of .*captions.txt is not `name.jpg#0`"):
+        load_captions("flickr8k", root)
+
+
+def test_flickr8k_names_that_two_folders_have(make):
+    root = make({"a/1.jpg": None, "b/1.jpg": None, "captions.txt": "image,caption\n1.jpg,a dog\n"})
+    with pytest.raises(ValueError, match=r"names 1.jpg, but .* has several: a/1.jpg, b/1.jpg"):
         load_captions("flickr8k", root)
 
 

@@ -278,6 +278,55 @@ def test_caption_a_row_is_grouped_by_id(tmp_path):
     assert dict(zip(data["image_id"], data["captions"])) == {7: ["a", "c"], 8: ["b"]}
 
 
+def saved_rows(folder, **columns):
+    from datasets import Dataset, Image
+
+    Dataset.from_dict(columns).cast_column("image", Image()).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ids", "complaint"),
+    [
+        ([1, 1, 2], "images in rows 0 and 1 of .* differ, but have the same id 1"),
+        (["cat", "dog", "cat"], "images in rows 0 and 2 of .* differ, but have the same id 'cat'"),
+        ([1, None, 2], "Row 1 of .* has no id"),
+        ([None, None, None], "'key' of .* holds neither text nor whole numbers"),
+        ([0.5, 1.0, 2.0], "'key' of .* holds neither text nor whole numbers"),
+        ([["a"], ["b"], ["c"]], "'key' of .* holds neither text nor whole numbers"),
+    ],
+)
+def test_columns_that_are_no_ids(tmp_path, ids, complaint):
+    """Rows with the same id become one image, so a wrong column would make images vanish."""
+    pictures = [{"bytes": jpeg() + bytes(number), "path": None} for number in range(3)]
+    saved = saved_rows(tmp_path / "saved", image=pictures, caption=["a", "b", "c"], key=ids)
+    with pytest.raises(ValueError, match=complaint):
+        load_captions("hub", saved, split="train", id_column="key")
+
+
+def test_ids_of_a_table_of_paths(tmp_path, write):
+    names = [str(write(f"{number}.jpg")) for number in (0, 1, 0)]
+    table = write("table.csv", "image,caption,label\n" + "".join(f"{name},of {name},dog\n" for name in names))
+    options = {"data_files": str(table), "split": "train", "cache_dir": tmp_path / "cache"}
+    data = load_captions("hub", "csv", id_column="image", **options)
+    assert dict(zip(data["image_id"], data["captions"])) == {
+        names[0]: [f"of {names[0]}"] * 2,
+        names[1]: [f"of {names[1]}"],
+    }
+    with pytest.raises(ValueError, match="images in rows 0 and 1 of csv differ, but have the same id 'dog'"):
+        load_captions("hub", "csv", id_column="label", **options)
+    held = saved_rows(tmp_path / "held", image=[{"bytes": jpeg(), "path": None}], caption=["a"])
+    with pytest.raises(ValueError, match="Row 0 of .* has no id"):
+        load_captions("hub", held, split="train", id_column="image")
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "train.parquet"])
+def test_a_single_file_in_place_of_a_folder(tmp_path, name):
+    (tmp_path / name).write_text("image,caption\na.jpg,a\n")
+    with pytest.raises(ValueError, match=f"{name} is a single file, .* pass its folder"):
+        load_captions("hub", tmp_path / name)
+
+
 def test_clean_caption():
     separators = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
     assert clean_caption(f" a{separators}b{separators}") == "a b"

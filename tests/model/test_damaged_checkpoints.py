@@ -106,6 +106,12 @@ def test_generation_settings_that_cannot_be_read(model_folder, content):
         (None, {"vision_config": [1]}, "vision_config"),
         ("text_config", {"n_layer": "two"}, "n_layer|num_hidden_layers"),
         ("vision_config", {"image_size": "big"}, "image_size"),
+        ("text_config", {"n_head": 5}, "num_heads"),
+        ("text_config", {"activation_function": "gale"}, "'gale' is missing in its files, or is unknown"),
+        ("text_config", {"model_type": "gpu2"}, "has a `model_type` that transformers .* does not know"),
+        ("vision_config", {"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ("vision_config", {"hidden_act": "quack"}, "quack"),
+        ("vision_config", {"model_type": "blip"}, "the vision tower gives embeddings of width 32"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -113,8 +119,9 @@ def test_sizes_and_types_that_no_model_has(model_folder, part, changes, message)
     config = json.loads((model_folder / "config.json").read_text())
     (config if part is None else config[part]).update(changes)
     (model_folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message) as error:
         load(model_folder)
+    assert str(model_folder) in str(error.value)
 
 
 def test_damaged_configurations_of_towers_are_named(tmp_path):

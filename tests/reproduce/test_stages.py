@@ -93,7 +93,7 @@ def test_a_half_downloaded_image_is_refused_before_anything_runs(out, content):
 def test_an_image_with_bytes_after_its_end_is_whole(out):
     image = sorted((out / "data/coco/val2014").iterdir())[-1]
     image.write_bytes(image.read_bytes() + b"\0\0")
-    check_inputs([PublishedSplit("coco", "test", out / "data")])
+    check_inputs([PublishedSplit("coco", "test", out / "data")], allow_subset=True)
 
 
 def test_the_file_of_another_form_is_refused(out):
@@ -102,8 +102,16 @@ def test_the_file_of_another_form_is_refused(out):
         run(settings(out))
 
 
-def test_the_other_split_file_is_no_reproduction(out):
+def test_the_other_split_file_is_refused_before_anything_runs(out):
     """Another split of the same images has other numbers of them."""
+    with pytest.raises(
+        ValueError, match="of another split.*\n.*test: 30 .* 5000\n.*train: 80 .* 113287\n.*val: 20 "
+    ) as error:
+        run(settings(out, rehearse=False, limit=None))
+    assert "--allow-subset" in str(error.value) and not (out / "stages").exists()
+
+
+def test_the_other_split_file_is_no_reproduction(out):
     assert TABLES["coco"].train_images == 113_287
     rows, _ = run(settings(out, rehearse=False, allow_subset=True, chosen=rehearsal_settings(settings(out)).chosen))
     reasons = "; ".join(rows[0].reasons)

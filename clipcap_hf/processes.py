@@ -33,7 +33,14 @@ def default_workers(images: int | None, most: int = 4, processes: int = 1) -> in
         processes (`int`): Number of processes on this machine that start workers.
     """
     few = images is not None and images < 64
-    return 0 if few else min(most, (os.cpu_count() or 1) // processes)
+    return 0 if few else min(most, cores() // processes)
+
+
+def cores() -> int:
+    """Count the cores that this process may use, which a scheduler or a container can restrict."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @cache

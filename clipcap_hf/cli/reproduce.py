@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .arguments import add_device_arguments, not_negative, positive
+from .output import show_runs
 
 
 def add_parser(commands):
@@ -101,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..reproduce import Settings, reproduce
     from ..reproduce.choices import read_choices
 
-    _quiet()
+    _show_progress()
     source, path = _source(arguments)
     settings = {
         "tables": tuple(arguments.table),
@@ -135,6 +136,9 @@ def run(arguments: argparse.Namespace) -> int:
 
             prepared = rehearsal_settings(Settings(**settings, data="."), arguments.rehearse or None)
         rows = reproduce(prepared)
+    except KeyboardInterrupt:
+        print("clipcap: interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     except JavaError as error:
         raise ValueError(error) from error
     if process_state().is_main_process:
@@ -171,18 +175,15 @@ def _show(settings, rows):
         return
     print(markdown(settings, rows))
     print("Written: " + ", ".join(str(out / name) for name in (*FILES, "record.json")))
+    if settings.rehearsal:
+        print("The rehearsal is done: every stage ran. On the publishers' data: clipcap reproduce --data ROOT")
 
 
-def _quiet():
-    """Keep load reports and the bars of small steps of transformers and datasets from the user."""
-    import datasets
-    import transformers
-
-    logging.basicConfig(format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+def _show_progress():
+    """Show the losses of each training, which may take days, and none of what `clipcap train` says besides."""
+    show_runs()
+    logging.getLogger("clipcap_hf").setLevel(logging.WARNING)
+    logging.getLogger("clipcap_hf.training.progress").setLevel(logging.INFO)
 
 
 if __name__ == "__main__":  # torchrun -m clipcap_hf.cli.reproduce

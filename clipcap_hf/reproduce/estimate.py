@@ -1,24 +1,35 @@
-"""The cost of a reproduction on this device: a few steps of each stage at real sizes, with random weights."""
+"""The cost of a reproduction on this device: each stage runs on a sample, and its time is scaled to the whole."""
 
+import math
+import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, Image
+from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from ..benchmark.captioners import make_captioner, write_jpegs
-from ..data import embed
+from ..benchmark.captioners import SHAPES, write_jpegs
+from ..captioning import caption_images
+from ..demo import train_tokenizer
+from ..evaluation import default_metrics
 from ..metrics import JavaError, check_requirements, score_captions
-from ..training.collator import CaptioningCollator
-from .choices import REPORTED_DECODINGS, lengths_of
-from .claims import TABLES, VARIANTS
+from ..processes import default_workers
+from ..training.rows import evenly_spread
+from ..training.run import run_training
+from . import stages
+from .choices import REPORTED_DECODINGS
+from .claims import TABLES
+from .inputs import PublishedSplit
 from .record import describe_device
 from .settings import Settings
-from .stages import PAPER_BATCH, decoding_arguments, pick_device
+from .stages import PAPER_BATCH, Captioner, choices_of_training, decoding_arguments, pick_device
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,14 @@ SIZES = {
     "stair": Size(0, 0, 0, 40_504, 5),
 }
 EPOCHS = 10
-CAPTION_TOKENS = 12  # of a caption of COCO with its full stop, on average; the longest of a batch has about twice
-LONGEST_TOKENS = 22
-EMBEDDED = (32, 96)  # images: the difference of two runs leaves out what starting costs
-STEPS = (2, 8)  # training steps that warm up, and that are measured
-CAPTIONED = 32
-SCORED = 200
+# A made-up caption: of COCO's length on average, and one of the longest.
+CAPTION_WORDS, LONGEST_WORDS = 11, 20
+WORDS = "a man in the red hat rides an old bicycle on some wet street near two dogs and it rains".split()
+#: Tokens until the longest caption of a batch has ended, on average. Random captions never end by themselves.
+DECODED_TOKENS = {"greedy": 16, "official-beam-5": 16}
+FEW_STEPS = 2
+MOST_REPEATED = 50  # times the first measurement
+SCORED = (20, 200)
 
 
 @dataclass(frozen=True)
@@ -58,52 +71,217 @@ class Cost:
     disk: float
 
 
-def estimate(settings: Settings, shape: str = "gpt2") -> tuple[dict, list[Cost]]:
+@dataclass(frozen=True)
+class Line:
+    """Seconds that starting takes, and seconds of each unit."""
+
+    start: float
+    each: float
+
+    def hours(self, units: float) -> float:
+        return (self.start + units * self.each) / 3600
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a training takes: seconds of its start, each step, each evaluated image and each checkpoint; bytes left."""
+
+    start: float
+    step: float
+    evaluated: float
+    checkpoint: float
+    disk: float
+
+    def hours(self, size: Size, save_steps: int) -> float:
+        steps = size.captions * EPOCHS / PAPER_BATCH
+        evaluated = (EPOCHS + 1) * size.validation_images * self.evaluated
+        return (self.start + steps * self.step + evaluated + steps // save_steps * self.checkpoint) / 3600
+
+
+def estimate(
+    settings: Settings, shape: str = "gpt2", seconds: float = 15, images: int = 384
+) -> tuple[dict[str, Any], list[Cost]]:
     """Measure this device, and add up the stages of the settings.
 
     Args:
-        settings: Tables, variants, seeds, device and precision; no file is read.
-        shape: Of the captioner, see `clipcap_hf.benchmark`; "tiny" is for tests.
+        settings: Tables, variants, seeds, device and precision. Models that are chosen as folders are used, otherwise
+            random ones of the paper's sizes. Training images of the tables are used where they are in `data`,
+            otherwise made-up ones of COCO's size; nothing of a split that claims are about is read.
+        shape: Of the random models, see `clipcap_hf.benchmark`; "tiny" is for tests.
+        seconds: How long training and captioning are measured each; a slow device takes longer.
+        images: How many are embedded.
 
     Returns:
-        `(device, costs)`: a description of the device, and the cost of each stage.
+        `(measured, costs)`: the device and what was measured on it, and the cost of each stage.
     """
     device = pick_device(settings.device)
-    dtype = getattr(torch, settings.dtype)
-    per_image = _seconds_to_embed(settings, shape, device, dtype)
-    per_reference = _seconds_to_score()
-    costs, embedded = [], set()
-    for table in settings.tables:
-        trained_on = TABLES[table].trained_on
-        size = SIZES[trained_on]
-        if settings.source == "train" and trained_on not in embedded:
-            embedded.add(trained_on)
-            images = size.train_images + size.validation_images
-            captions = size.captions * 60  # bytes of a caption with its offsets
-            costs.append(Cost(f"embed {trained_on}", images * per_image / 3600, images * 4 * 512 + captions))
-            for variant in settings.variants:
-                per_step, disk = _seconds_of_a_step(settings, shape, variant, device, dtype)
-                steps = size.captions * EPOCHS / PAPER_BATCH
-                hours = settings.seeds * steps * per_step / 3600
-                costs.append(Cost(f"train {variant} on {trained_on}", hours, settings.seeds * disk))
-        for variant in settings.variants:
-            per_caption = _seconds_to_caption(settings, shape, variant, device, dtype)
-            seconds = SIZES[table].test_images * (per_caption + len(REPORTED_DECODINGS) * per_image)
-            scoring = (
-                len(REPORTED_DECODINGS) * SIZES[table].test_images * (SIZES[table].references + 1) * per_reference
-            )
-            costs.append(Cost(f"evaluate {variant} on {table}", settings.seeds * (seconds + scoring) / 3600, 2e7))
-    return describe_device(device), costs
+    costs: list[Cost] = []
+    with tempfile.TemporaryDirectory() as folder:
+        parts = _parts(settings, shape, Path(folder) / "parts")
+        chosen = replace(settings, chosen={**settings.chosen, **parts}, grid=False)
+        samples = {}
+        for trained_on in dict.fromkeys(TABLES[table].trained_on for table in settings.tables):
+            work = _Work(chosen, trained_on, Path(folder) / trained_on, device, seconds, images)
+            samples[trained_on] = work.source
+            costs += work.costs()
+    models = {name: path if path == settings.choices[name] else "random weights" for name, path in parts.items()}
+    return {**describe_device(device), "models": models, "images": samples}, costs
 
 
-def estimate_text(measured: tuple[dict, list[Cost]]) -> str:
+def estimate_text(measured: tuple[dict[str, Any], list[Cost]]) -> str:
     """Show the costs as a table for the terminal."""
     device, costs = measured
     costs = [*costs, Cost("all", sum(cost.hours for cost in costs), sum(cost.disk for cost in costs))]
     width = max(len(cost.stage) for cost in costs)
     lines = [f"{cost.stage:<{width}}  {cost.hours:9.2f} h  {cost.disk / 1e9:8.2f} GB" for cost in costs]
-    name = ", ".join(str(value) for value in device.values())
-    return "\n".join([f"Estimated on this device ({name}) by a few steps with random weights:", *lines])
+    name = ", ".join(str(value) for key, value in device.items() if key not in ("models", "images"))
+    used = [f"{key}: {value}" for kind in ("models", "images") for key, value in device[kind].items()]
+    return "\n".join([f"Estimated on this device ({name}) by a part of each stage.", "; ".join(used) + ".", *lines])
+
+
+class _Work:
+    """The stages of one training set, measured on a sample of its images."""
+
+    def __init__(
+        self, settings: Settings, trained_on: str, folder: Path, device: torch.device, seconds: float, images: int
+    ):
+        self.settings, self.trained_on, self.folder, self.device = settings, trained_on, folder, device
+        self.measured_seconds = seconds
+        self.source, self.rows = _sample(settings, trained_on, folder / "images", images)
+        self.held_out = images // 6
+        self.embeddings = folder / "embeddings"
+
+    def costs(self) -> list[Cost]:
+        settings, costs = self.settings, []
+        if settings.source == "train":
+            costs += self._costs_of_training()
+        elif settings.source == "official-weights":  # a random captioner of their size captions as fast
+            self._embedding()
+            for variant in settings.variants:
+                self._train(variant, 1)
+        captioning = {
+            variant: Line(0, 0) if settings.source == "results" else self._captioning(variant)
+            for variant in settings.variants
+        }
+        for table in settings.tables:
+            if TABLES[table].trained_on != self.trained_on:
+                continue
+            size, scoring = SIZES[table], _scoring(table, settings.tokenizer, settings.spice_home)
+            for variant in settings.variants:
+                hours = captioning[variant].hours(size.test_images)
+                scored = 1 if settings.source == "results" else len(REPORTED_DECODINGS)
+                hours += scored * scoring.hours(size.test_images * (size.references + 1))
+                costs.append(Cost(f"evaluate {variant} on {table}", settings.seeds * hours, 2e7))
+        return costs
+
+    def _costs_of_training(self) -> list[Cost]:
+        settings, size = self.settings, SIZES[self.trained_on]
+        embedding, bytes_of_image = self._embedding()
+        images = size.train_images + size.validation_images
+        costs = [Cost(f"embed {self.trained_on}", embedding.hours(images), images * bytes_of_image)]
+        for variant in settings.variants:
+            training = self._training(variant)
+            hours = settings.seeds * training.hours(size, stages.SAVE_STEPS)
+            costs.append(Cost(f"train {variant} on {self.trained_on}", hours, settings.seeds * training.disk))
+        return costs
+
+    def _embedding(self) -> tuple[Line, float]:
+        """Measure the embedding of images, and the bytes of each."""
+        settings, clip, size = self.settings, self.settings.choices["clip"], SIZES[self.trained_on]
+        workers = _workers(settings, size.train_images, most=8)
+
+        def work(images: int):
+            data = {
+                "train": self.rows.select(range(self.held_out, images)),
+                "validation": self.rows.select(range(self.held_out)),
+            }
+            shutil.rmtree(self.embeddings, ignore_errors=True)
+            stages.embed_once(replace(settings, workers=workers), clip, data, self.embeddings)
+
+        work(self.held_out + 1)
+        numbers = len(self.rows) // 3, len(self.rows)  # the difference leaves out what starting costs
+        few, many = (_seconds(partial(work, images), self.device) for images in numbers)
+        each = max(many - few, 1e-9) / (numbers[1] - numbers[0])
+        return Line(max(0.0, few - numbers[0] * each), each), _bytes(self.embeddings) / len(self.rows)
+
+    def _trained(self, variant: str) -> Path:
+        return self.folder / f"captioner-{variant}"
+
+    def _train(self, variant: str, steps: int, **options) -> tuple[float, dict[str, float]]:
+        """Train for so many steps, and return the seconds of all and what `Trainer` measured."""
+        options = {
+            "max_steps": steps,
+            "warmup_steps": 0,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "early_stopping_patience": None,
+            **options,
+        }
+        shutil.rmtree(self._trained(variant), ignore_errors=True)
+        choices = choices_of_training(self.settings.choices, variant)
+        arguments = stages.training_arguments(
+            replace(self.settings, training=options),
+            Captioner(self.trained_on, variant, 0, choices),
+            self.embeddings,
+            self._trained(variant),
+        )
+        scores: dict[str, float] = {}
+        return _seconds(lambda: scores.update(run_training(*arguments)), self.device), scores
+
+    def _training(self, variant: str) -> TrainingCost:
+        self._train(variant, 1)  # what only the first of a process takes
+        wall, few = self._train(variant, FEW_STEPS)
+        more = self._repeat(few["train_runtime"], FEW_STEPS)
+        _, many = self._train(variant, FEW_STEPS + more)
+        _, saved = self._train(variant, FEW_STEPS, save_strategy="steps", save_steps=FEW_STEPS)
+        step = max(many["train_runtime"] - few["train_runtime"], 1e-9) / more
+        evaluating = many.get("eval_runtime", 0.0)
+        return TrainingCost(
+            start=max(0.0, wall - FEW_STEPS * step - evaluating),
+            step=step,
+            evaluated=evaluating / self.held_out,
+            checkpoint=max(0.0, saved["train_runtime"] - few["train_runtime"]),
+            disk=_bytes(self._trained(variant)),
+        )
+
+    def _repeat(self, seconds: float, units: int) -> int:
+        """Return how many more units to measure, so that a fast device is measured over more of them."""
+        wanted = math.ceil(self.measured_seconds * units / max(seconds, 1e-9))
+        return min(max(wanted, units), MOST_REPEATED * units)
+
+    def _captioning(self, variant: str) -> Line:
+        """Measure all reported decodings together, reading and encoding of the images included."""
+        lines, captioner = [], self._trained(variant)
+        if self.settings.source == "checkpoint":
+            captioner = Path(self.settings.path or "").expanduser()
+        images = max(SIZES[table].test_images for table in self.settings.tables)
+        workers = _workers(self.settings, images)
+        for decoding in REPORTED_DECODINGS:
+
+            def work(number: int, decoding: str = decoding):
+                model, processor = stages.load_captioner(captioner, self.settings)
+                model.generation_config.eos_token_id = None
+                captions = caption_images(
+                    model,
+                    processor,
+                    [self.rows[row % len(self.rows)]["image"]["path"] for row in range(number)],
+                    batch_size=self.settings.batch_size,
+                    num_workers=workers,
+                    progress=False,
+                    max_new_tokens=DECODED_TOKENS[decoding],
+                    **decoding_arguments(decoding),
+                )
+                assert not any(caption.error for caption in captions)
+
+            work(1)
+            first = self.settings.batch_size
+            few = _seconds(partial(work, first), self.device)
+            more = self._repeat(few, first)
+            more = math.ceil(more / first) * first
+            each = max(_seconds(partial(work, first + more), self.device) - few, 1e-9) / more
+            lines.append(Line(max(0.0, few - first * each), each))
+        return Line(sum(line.start for line in lines), sum(line.each for line in lines))
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -114,115 +292,72 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _seconds_to_embed(settings: Settings, shape: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the seconds per image by the stage itself, on JPEG files of COCO's size."""
-    model, processor = make_captioner(shape, str(device))
-    taken = []
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_jpegs(Path(folder) / "images", max(EMBEDDED))
-        for number in EMBEDDED:
-            rows = Dataset.from_dict({"image": paths[:number]}).cast_column("image", Image())
-            work = lambda rows=rows, number=number: embed(  # noqa: E731
-                model,
-                rows,
-                Path(folder) / f"embeddings-{number}",
-                processor,
-                batch_size=settings.batch_size,
-                num_workers=settings.workers or 0,
-                dtype=dtype,
-                progress=False,
-            )
-            taken.append(_seconds(work, device))
-    per_image = max(taken[1] - taken[0], 1e-9) / (EMBEDDED[1] - EMBEDDED[0])
-    return per_image
+def _bytes(folder: Path) -> float:
+    return float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
-def _variant(settings: Settings, variant: str) -> dict:
-    mapping_type, frozen, _ = VARIANTS[variant]
-    prefix, clip = lengths_of(settings.choices) if mapping_type == "transformer" else (10, None)
-    return {
-        "mapping_type": mapping_type,
-        "prefix_length": prefix,
-        "clip_length": clip,
-        "freeze_language_model": frozen,
+def _workers(settings: Settings, images: int, most: int = 4) -> int:
+    return default_workers(images, most) if settings.workers is None else settings.workers
+
+
+# -- what is measured on
+
+
+def _sample(settings: Settings, trained_on: str, folder: Path, images: int) -> tuple[str, Dataset]:
+    """Return training images with captions, of the publisher's files where they are there, and what they are."""
+    if settings.data is not None and TABLES[trained_on].train_images:
+        split = PublishedSplit(trained_on, "train", settings.data)
+        if not split.missing() and len(split.rows) >= images:
+            rows = evenly_spread(split.rows, images)
+            return f"{images} of its training split", rows.cast_column("image", Image(decode=False))
+    captions = _captions(5 * images)
+    columns = {
+        "image_id": list(range(images)),
+        "image": write_jpegs(folder, images),
+        "captions": [captions[row : row + 5] for row in range(0, 5 * images, 5)],
     }
+    return "made up, of COCO's size", Dataset.from_dict(columns).cast_column("image", Image(decode=False))
 
 
-def _seconds_of_a_step(
-    settings: Settings, shape: str, variant: str, device: torch.device, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Measure the seconds of a training step on captions of COCO's lengths, and the bytes that a training leaves."""
-    model, processor = make_captioner(shape, str(device), **_variant(settings, variant))
-    model.train()
-    batches = _batches(model, processor)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-5)
-    step = torch.compile(model) if settings.compile else model
-
-    def run(number: int):
-        for batch in (batches * number)[:number]:
-            batch = {name: value.to(device) for name, value in batch.items()}
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = step(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    run(STEPS[0])
-    per_step = _seconds(lambda: run(STEPS[1]), device) / STEPS[1]
-    weights = sum(weight.numel() for weight in model.parameters()) * 4
-    moments = sum(weight.numel() for weight in trained) * 8
-    return per_step, 2 * weights + moments  # a checkpoint with the optimizer, and the captioner
+def _captions(number: int) -> list[str]:
+    """Make up captions of COCO's lengths."""
+    rng = random.Random(0)
+    lengths = [min(LONGEST_WORDS, 6 + int(rng.expovariate(1 / (CAPTION_WORDS - 6)))) for _ in range(number)]
+    return [" ".join(rng.choice(WORDS) for _ in range(length)) + "." for length in lengths]
 
 
-def _batches(model, processor) -> list[dict[str, torch.Tensor]]:
-    """Make batches of 40 captions of 7 to 22 tokens with random embeddings."""
-    collator = CaptioningCollator(processor, append_eos=False)
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for _ in range(4):
-        lengths = 7 + torch.poisson(torch.full((PAPER_BATCH,), CAPTION_TOKENS - 7.0), generator=generator).long()
-        rows = [
-            {
-                "clip_embeds": torch.randn(model.config.clip_embed_dim, generator=generator).tolist(),
-                "captions": " ".join(f"w{word}" for word in range(1, 1 + min(int(length), LONGEST_TOKENS))),
-            }
-            for length in lengths
-        ]
-        batches.append(dict(collator(rows)))
-    return batches
+def _parts(settings: Settings, shape: str, folder: Path) -> dict[str, str]:
+    """Return folders of the models: those that are chosen as folders, otherwise random ones of the shape."""
+    vision_config, text_config = SHAPES[shape]()
+    parts = {name: settings.choices[name] for name in ("clip", "language-model")}
+    torch.manual_seed(0)
+    if not Path(parts["clip"]).is_dir():
+        parts["clip"] = str(folder / "clip")
+        CLIPVisionModelWithProjection(vision_config).save_pretrained(parts["clip"])
+        CLIPImageProcessorPil().save_pretrained(parts["clip"])
+    if not Path(parts["language-model"]).is_dir():
+        parts["language-model"] = str(folder / "gpt2")
+        tokenizer = train_tokenizer(_captions(1000), 300)  # a token for each word, as nearly all of GPT-2's are
+        text_config.bos_token_id = text_config.eos_token_id = tokenizer.eos_token_id
+        AutoModelForCausalLM.from_config(text_config).save_pretrained(parts["language-model"])
+        tokenizer.save_pretrained(parts["language-model"])
+    return parts
 
 
-def _seconds_to_caption(
-    settings: Settings, shape: str, variant: str, device: torch.device, dtype: torch.dtype
-) -> float:
-    """Measure the seconds per image of all reported decodings together, without encoding the image."""
-    model, _ = make_captioner(shape, str(device), dtype, **_variant(settings, variant))
-    embeds = torch.randn(CAPTIONED, model.config.clip_embed_dim, device=device, dtype=dtype)
-    total = 0.0
-    for decoding in REPORTED_DECODINGS:
-        arguments = decoding_arguments(decoding)
-        # Captions of random weights never end: the official search runs to its last token as well.
-        work = lambda arguments=arguments: model.generate(  # noqa: E731
-            clip_embeds=embeds, max_new_tokens=CAPTION_TOKENS, **arguments
-        )
-        work()
-        total += _seconds(work, device) / CAPTIONED
-    return total
-
-
-def _seconds_to_score() -> float:
-    """Measure the seconds per text of scoring, tokenizing included; without Java by what runs without it."""
+@lru_cache
+def _scoring(table: str, tokenizer: str | None, spice_home: str | None) -> Line:
+    """Measure scoring for each text, tokenizing included; without Java by what runs without it."""
+    protocol = TABLES[table].protocol
+    tokenizer = tokenizer or protocol.tokenizer
+    metrics = default_metrics(protocol, tokenizer, spice_home)
     try:
-        check_requirements(["bleu", "meteor"], "ptb")
-        metrics, tokenizer = ["bleu", "meteor", "rouge_l", "cider"], "ptb"
+        check_requirements(metrics, tokenizer, spice_home)
     except JavaError:
-        metrics, tokenizer = ["bleu", "rouge_l", "cider"], "python"
-    words = "a man in the red hat rides an old bicycle on some wet street near two dogs and it rains".split()
-    captions = [" ".join(words[(3 * row + place) % len(words)] for place in range(10)) for row in range(SCORED)]
-    references = [[captions[(row + place) % SCORED] for place in range(5)] for row in range(SCORED)]
-    taken = [
-        _seconds(partial(score_captions, captions[:n], references[:n], metrics, tokenizer), torch.device("cpu"))
-        for n in (SCORED // 10, SCORED)
-    ]
-    return max(taken[1] - taken[0], 1e-9) / ((SCORED - SCORED // 10) * 6)
+        tokenizer = "python"
+        metrics = default_metrics(protocol, tokenizer)
+    captions = _captions(SCORED[1])
+    references = [[captions[(row + place) % SCORED[1]] for place in range(5)] for row in range(SCORED[1])]
+    work = partial(score_captions, metrics=metrics, tokenizer=tokenizer, spice_home=spice_home)
+    few, many = (_seconds(partial(work, captions[:n], references[:n]), torch.device("cpu")) for n in SCORED)
+    each = max(many - few, 1e-9) / ((SCORED[1] - SCORED[0]) * 6)
+    return Line(max(0.0, few - SCORED[0] * 6 * each), each)

@@ -93,6 +93,15 @@ class PublishedSplit:
             return [f"{error} Needed: {published.images}."]
         return []
 
+    def wrong_number(self) -> list[str]:
+        """Say that the number of images is not that of the paper or the benchmark; nothing if it is."""
+        table = TABLES[self.table]
+        expected = table.train_images if self.split == "train" else table.protocol.splits.get(self.split)
+        if expected in (None, len(self.rows)):
+            return []
+        _, annotations, _ = self.files
+        return [f"{annotations}, split {self.split}: {len(self.rows)} images, and there should be {expected}"]
+
     def broken(self) -> list[str]:
         """List the images that are cut short or no images; a picture that ends as JPEG files do is not decoded."""
         return [path for path in self.paths if not _is_whole(path)]
@@ -114,17 +123,27 @@ class PublishedSplit:
         }
 
 
-def check_inputs(splits: Iterable[PublishedSplit]):
-    """Refuse data that is missing or broken, and say everything that is wrong at once.
+def check_inputs(splits: Iterable[PublishedSplit], allow_subset: bool = False):
+    """Refuse data that is missing, broken or of another split, and say everything that is wrong at once.
+
+    Args:
+        splits: All that will be read.
+        allow_subset: Accept another number of images, whose scores are no reproduction.
 
     Raises:
         FileNotFoundError: Files are missing; the message lists them, with the publishers' pages and sizes.
-        ValueError: A file is not the publisher's, or images are broken.
+        ValueError: A file is not the publisher's, has another number of images, or images are broken.
     """
     splits = list(splits)
     missing = list(dict.fromkeys(line for split in splits for line in split.missing()))
     if missing:
         raise FileNotFoundError("Files are missing; nothing was run.\n" + "\n".join(f"- {line}" for line in missing))
+    wrong = [] if allow_subset else [line for split in splits for line in split.wrong_number()]
+    if wrong:
+        raise ValueError(
+            "The data is of another split, or images are missing; nothing was run. --allow-subset goes on, and its "
+            "numbers are no reproduction.\n" + "\n".join(f"- {line}" for line in wrong)
+        )
     broken = [path for split in splits if split.table != "conceptual-captions" for path in split.broken()]
     if broken:
         raise ValueError(f"{len(broken)} images are cut short or no images; download them again: {listed(broken, 3)}.")

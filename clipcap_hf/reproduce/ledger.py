@@ -42,15 +42,21 @@ class Ledger:
             return done["result"]
         if state.is_main_process:
             say(f"{name} ...")
-            self._write(name, "begun", {"depends_on": depends_on, "sessions": begun.get("sessions", 0) + 1})
+            sessions, timed = begun.get("sessions", 0) + 1, begun.get("timed", [])
+            begun = {"depends_on": depends_on, "sessions": sessions, "timed": timed}
+            self._write(name, "begun", begun)
         started, energy_before = time.monotonic(), joules()
-        result = work()
+        try:
+            result = work()
+        except BaseException:  # Ctrl-C too: what the session cost is part of the stage's cost
+            if state.is_main_process:
+                begun["timed"] = [*begun["timed"], _cost(started, energy_before)]
+                self._write(name, "begun", begun)
+            raise
         if state.is_main_process:
-            cost: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
-            energy = joules()
-            if energy is not None and energy_before is not None:
-                cost["joules"] = round(energy - energy_before)
-            self._write(name, "done", {"result": result, **cost})
+            begun["timed"] = [*begun["timed"], _cost(started, energy_before)]
+            self._write(name, "begun", begun)
+            self._write(name, "done", {"result": result})
         state.wait_for_everyone()
         return (self._read(name, "done") or {})["result"]
 
@@ -59,13 +65,22 @@ class Ledger:
         return self._read(name, "done") is not None
 
     def costs(self) -> dict[str, dict[str, Any]]:
-        """Return the seconds of each finished stage; with several sessions they are those of the last one."""
+        """Return the seconds, and joules where the device tells, of each finished stage: the sum of its sessions.
+
+        A session that was killed could not write its time: `sessions_without_time` counts those.
+        """
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("*.done.json")):
             name = path.name.removesuffix(".done.json")
-            done, begun = self._read(name, "done") or {}, self._read(name, "begun") or {}
-            found[name] = {key: done[key] for key in ("seconds", "joules") if key in done}
-            found[name]["sessions"] = begun["sessions"]
+            begun = self._read(name, "begun") or {"sessions": 0, "timed": []}
+            timed = begun["timed"]
+            cost: dict[str, Any] = {"seconds": round(sum(each["seconds"] for each in timed), 1)}
+            if timed and all("joules" in each for each in timed):
+                cost["joules"] = sum(each["joules"] for each in timed)
+            cost["sessions"] = begun["sessions"]
+            if without := begun["sessions"] - len(timed):
+                cost["sessions_without_time"] = without
+            found[name] = cost
         return found
 
     def _check_same(self, name: str, begun: dict[str, Any], depends_on: dict[str, Any]):
@@ -85,3 +100,12 @@ class Ledger:
 
     def _write(self, name: str, kind: str, content: dict[str, Any]):
         write_text(self.folder / f"{name}.{kind}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _cost(started: float, energy_before: float | None) -> dict[str, Any]:
+    """Return the seconds, and the joules where the device tells, since a session began."""
+    cost: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+    energy = joules()
+    if energy is not None and energy_before is not None:
+        cost["joules"] = round(energy - energy_before)
+    return cost

@@ -30,7 +30,7 @@ NOCAPS = 12  # images of each domain
 TRAINING = {
     "num_train_epochs": 4,
     "learning_rate": 3e-3,
-    "warmup_steps": 4,
+    "warmup_steps": 2,
     "save_steps": 5,
 }
 PHRASES = ("A drawing of {}.", "{}.", "This is {}.", "A small picture that shows {}.", "Here we see {}.")

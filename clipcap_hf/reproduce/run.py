@@ -168,7 +168,8 @@ class _Run:
         new = {
             name: split for name, split in self.splits.items() if not self.ledger.is_done(f"data-{name[0]}-{name[1]}")
         }
-        check_inputs(split for name, split in self.splits.items() if name in new)
+        allow_subset = settings.allow_subset or settings.limit is not None
+        check_inputs((split for name, split in self.splits.items() if name in new), allow_subset)
         for (table, name), split in self.splits.items():
             key = f"data-{table}-{name}"
             prints[key] = split.fingerprint()

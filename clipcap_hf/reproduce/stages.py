@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL_TOKENS = 67  # the longest caption of the official decoders
 PAPER_BATCH = 40
+SAVE_STEPS = 1000
 CONVERTING = ".converting-"  # prefix of a folder that is being converted
 MADE_BY = "reproduction.json"  # in a captioner's folder: what it was trained on
 #: The official files: (the table that they were trained on, the variant, is the embedding normalised).
@@ -116,7 +118,7 @@ def embed_once(settings: Settings, clip: str, splits: Mapping[str, Any], out: Pa
         batch_size=settings.batch_size,
         num_workers=settings.workers,
         dtype=getattr(torch, settings.dtype),
-        progress=False,
+        progress=sys.stderr.isatty(),
     )
     lost = {name: len(rows) - len(embedded[name]) for name, rows in splits.items()}
     return {"images": {name: len(rows) for name, rows in embedded.items()}, "unreadable": lost}
@@ -128,8 +130,22 @@ def embed_once(settings: Settings, clip: str, splits: Mapping[str, Any], out: Pa
 def train(settings: Settings, captioner: Captioner, embeddings: Path, out: Path) -> dict[str, Any]:
     """Train by the paper's recipe on embeddings, and leave a captioner that decodes as the official code does."""
     choices = dict(captioner.choices)
+    scores = run_training(*training_arguments(settings, captioner, embeddings, out))
+    if process_state().is_main_process:
+        if choices["captions-end"] == "full-stop":
+            _stop_at_full_stop(out)
+        made_by = {"trained_on": captioner.trained_on, "seed": captioner.seed, "choices": choices}
+        write_text(out / MADE_BY, json.dumps(made_by, indent=1) + "\n")
+    return {"train_loss": scores.get("train_loss"), "images": _splits(embeddings)[0]}
+
+
+def training_arguments(
+    settings: Settings, captioner: Captioner, embeddings: Path, out: Path
+) -> tuple[ModelArguments, DataArguments, CaptioningArguments]:
+    """Return the arguments of `clipcap train` that are the paper's recipe."""
+    choices = dict(captioner.choices)
     _, has_validation = _splits(embeddings)
-    arguments = (
+    return (
         _model_arguments(choices, captioner.variant),
         DataArguments(
             data=str(embeddings),
@@ -139,13 +155,6 @@ def train(settings: Settings, captioner: Captioner, embeddings: Path, out: Path)
         ),
         _recipe(settings, choices, captioner.seed, out, has_validation),
     )
-    scores = run_training(*arguments)
-    if process_state().is_main_process:
-        if choices["captions-end"] == "full-stop":
-            _stop_at_full_stop(out)
-        made_by = {"trained_on": captioner.trained_on, "seed": captioner.seed, "choices": choices}
-        write_text(out / MADE_BY, json.dumps(made_by, indent=1) + "\n")
-    return {"train_loss": scores.get("train_loss"), "images": _splits(embeddings)[0]}
 
 
 def _splits(embeddings: Path) -> tuple[int, bool]:
@@ -184,7 +193,7 @@ def _recipe(settings: Settings, choices: Mapping[str, str], seed: int, out: Path
         "early_stopping_patience": 1 if stops_early else None,
         # Without early stopping, more often than each epoch: a kill costs so many steps at most.
         "save_strategy": "epoch" if stops_early else "steps",
-        "save_steps": 1000,
+        "save_steps": SAVE_STEPS,
         "save_total_limit": 1,
         "num_samples": 0,
         "bf16": settings.dtype == "bfloat16",
@@ -192,7 +201,6 @@ def _recipe(settings: Settings, choices: Mapping[str, str], seed: int, out: Path
         "torch_compile": settings.compile,
         "use_cpu": pick_device(settings.device).type == "cpu",
         "report_to": [],
-        "disable_tqdm": True,
         **settings.training,
     }
     return CaptioningArguments(output_dir=str(out), resume=out.exists(), **options)
@@ -200,15 +208,19 @@ def _recipe(settings: Settings, choices: Mapping[str, str], seed: int, out: Path
 
 def _stop_at_full_stop(folder: Path):
     """Let the captioner stop at the first full stop and at 67 tokens: it has seen no end token."""
-    tokenizer = ClipCapProcessor.from_pretrained(folder).tokenizer
+    stop = _full_stop(ClipCapProcessor.from_pretrained(folder).tokenizer)
+    decoding = GenerationConfig.from_pretrained(folder)
+    decoding.update(eos_token_id=stop, max_new_tokens=OFFICIAL_TOKENS, do_sample=False)
+    decoding.save_pretrained(folder)
+
+
+def _full_stop(tokenizer) -> int:
     stop = tokenizer.encode("a dog.", add_special_tokens=False)[-1]
     if tokenizer.decode([stop]).strip() != ".":
         raise ValueError(
             "The tokenizer of this language model has no token for a full stop: --choose captions-end=end-token."
         )
-    decoding = GenerationConfig.from_pretrained(folder)
-    decoding.update(eos_token_id=stop, max_new_tokens=OFFICIAL_TOKENS, do_sample=False)
-    decoding.save_pretrained(folder)
+    return stop
 
 
 # -- official weights
@@ -242,6 +254,7 @@ def convert(captioner: Captioner, choices: Mapping[str, str], clip: str | None, 
         normalize_clip_embeds=choices["normalize"] == "yes",
         freeze_language_model=VARIANTS[captioner.variant][1],
         image_token_id=processor.image_token_id,
+        stop_token_id=_full_stop(processor.tokenizer),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     for leftover in out.parent.glob(f"{CONVERTING}*"):  # of a killed run
@@ -294,7 +307,7 @@ def evaluate(
                 out,
                 batch_size=settings.batch_size,
                 num_workers=_workers(settings, len(data)),
-                progress=False,
+                progress=sys.stderr.isatty(),
                 allow_subset=settings.allow_subset,
                 **decoding_arguments(decoding),
             )

@@ -41,7 +41,7 @@ class Row:
         if not self.numbers:
             return ""
         if self.reasons:
-            return f"not a reproduction, see below ({self._all_numbers()})"
+            return f"not a reproduction ({self._all_numbers()})"
         if self.claim.claimed is None:
             return "no claim of the paper"
         if self.verified is not None and self.verified.reproduces(self.claim):
@@ -137,15 +137,17 @@ def markdown(settings: Settings, rows: Sequence[Row]) -> str:
         parts.append(f"**{REHEARSAL}**")
     for title, chosen in _groups(rows):
         parts += [f"## {title}", markdown_table(HEAD, [row.cells() for row in chosen])]
-    parts += [*why_not(rows), *remarks(settings)]
+    parts += [*why_not(settings, rows), *remarks(settings)]
     if context := _context(settings):
         title = "## The paper's baselines and ablations, not run"
         parts += [title, markdown_table(("Dataset", "Method", "Claimed"), context)]
     return "\n\n".join(parts) + "\n"
 
 
-def why_not(rows: Sequence[Row]) -> list[str]:
-    """Say for each captioner and table why its numbers are no reproduction."""
+def why_not(settings: Settings, rows: Sequence[Row]) -> list[str]:
+    """Say for each captioner and table why its numbers are no reproduction; of a rehearsal none is."""
+    if settings.rehearsal:
+        return []
     found = {(row.claim.table, row.claim.variant): row.reasons for row in rows if row.reasons and row.numbers}
     return [
         f"No reproduction: {TABLES[table].protocol.title}, {VARIANTS[variant][2]}: {'; '.join(reasons)}."
@@ -219,7 +221,7 @@ def _page(settings: Settings, rows: Sequence[Row]) -> str:
         body.append(f'<p class="warning">{escape(REHEARSAL)}</p>')
     for name, chosen in _groups(rows):
         body += [f"<h2>{escape(name)}</h2>", _html_table(HEAD, [row.cells() for row in chosen])]
-    body += [f"<p>{escape(line)}</p>" for line in (*why_not(rows), *remarks(settings))]
+    body += [f"<p>{escape(line)}</p>" for line in (*why_not(settings, rows), *remarks(settings))]
     if context := _context(settings):
         body += ["<h2>The paper's baselines and ablations, not run</h2>"]
         body.append(_html_table(("Dataset", "Method", "Claimed"), context))

@@ -1,7 +1,9 @@
 """The stages on small made-up data: what they refuse, what they skip, and that they are those of the commands."""
 
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from clipcap_hf.evaluation import load_evaluation_set, write_results
 from clipcap_hf.reproduce import TABLES, Settings, reproduce
 from clipcap_hf.reproduce.card import write_cards
 from clipcap_hf.reproduce.inputs import PublishedSplit, check_inputs
+from clipcap_hf.reproduce.ledger import Ledger
 from clipcap_hf.reproduce.rehearsal import _emoji, build_data, build_models, rehearsal_settings
 from clipcap_hf.reproduce.stages import Captioner
 from clipcap_hf.reproduce.status import Score
@@ -90,7 +93,7 @@ def test_a_half_downloaded_image_is_refused_before_anything_runs(out, content):
 def test_an_image_with_bytes_after_its_end_is_whole(out):
     image = sorted((out / "data/coco/val2014").iterdir())[-1]
     image.write_bytes(image.read_bytes() + b"\0\0")
-    check_inputs([PublishedSplit("coco", "test", out / "data")])
+    check_inputs([PublishedSplit("coco", "test", out / "data")], allow_subset=True)
 
 
 def test_the_file_of_another_form_is_refused(out):
@@ -99,12 +102,56 @@ def test_the_file_of_another_form_is_refused(out):
         run(settings(out))
 
 
-def test_the_other_split_file_is_no_reproduction(out):
+def test_the_other_split_file_is_refused_before_anything_runs(out):
     """Another split of the same images has other numbers of them."""
+    with pytest.raises(
+        ValueError, match="of another split.*\n.*test: 30 .* 5000\n.*train: 80 .* 113287\n.*val: 20 "
+    ) as error:
+        run(settings(out, rehearse=False, limit=None))
+    assert "--allow-subset" in str(error.value) and not (out / "stages").exists()
+
+
+def test_the_other_split_file_is_no_reproduction(out):
     assert TABLES["coco"].train_images == 113_287
     rows, _ = run(settings(out, rehearse=False, allow_subset=True, chosen=rehearsal_settings(settings(out)).chosen))
     reasons = "; ".join(rows[0].reasons)
     assert "80 training images of 113287" in reasons and "has 5000 images, and these are" in reasons
+
+
+def test_seeds_train_one_captioner_each_and_are_averaged(out):
+    rows, said = run(settings(out, seeds=2))
+    assert sum(line.startswith("train-") for line in said) == 2
+    number = next(row for row in rows if row.claim.metric == "cider").numbers["official-beam-5"]
+    reports = (out / "evaluations").glob("*official-beam-5/scores.json")
+    scores = [json.loads(path.read_text())["scores"]["entire"]["cider"] for path in reports]
+    assert number.seeds == len(scores) == 2 and number.mean == pytest.approx(sum(scores) / 2)
+    digests = {
+        json.loads(path.read_text())["model"]["weights_sha256"]
+        for path in out.rglob("scores.json")
+        if "evaluations" in str(path)
+    }
+    assert len(digests) == 2
+
+
+def test_the_time_of_an_interrupted_session_counts(tmp_path):
+    ledger, slept = Ledger(tmp_path), []
+
+    def work():
+        time.sleep(0.3)
+        slept.append(0.3)
+        if len(slept) < 3:
+            raise KeyboardInterrupt
+        return {"done": True}
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ledger.run("train", {}, work, str)
+    # ... and a third is killed, which leaves no time.
+    begun = json.loads((tmp_path / "stages/train.begun.json").read_text())
+    (tmp_path / "stages/train.begun.json").write_text(json.dumps({**begun, "sessions": 3}))
+    assert not ledger.is_done("train") and ledger.run("train", {}, work, str) == {"done": True}
+    cost = ledger.costs()["train"]
+    assert cost["seconds"] >= 0.8 and (cost["sessions"], cost["sessions_without_time"]) == (4, 1)
 
 
 def test_a_file_that_changes_during_the_run_is_an_error(out):
@@ -287,15 +334,59 @@ def test_a_checkpoint_that_is_no_captioner_is_refused(out):
         run(settings(out, source="checkpoint", path=str(out / "models/gpt2"), training={}))
 
 
+OFFICIAL_NAMES = (
+    ("fc1", "model.0"),
+    ("fc2", "model.2"),
+    ("clip_projection", "linear"),
+    ("layers.", "transformer.layers."),
+    ("layer_norm", "norm"),
+    ("self_attn.q_proj", "attn.to_queries"),
+    ("self_attn.out_proj", "attn.project"),
+    (r"(layers\.\d+)\.model\.0", r"\1.mlp.fc1"),
+    (r"(layers\.\d+)\.model\.2", r"\1.mlp.fc2"),
+)
+
+
 def official_file(path: Path, model):
-    """Write the weights of an MLP captioner as the official code names them."""
-    names = {"fc1": "model.0", "fc2": "model.2"}
+    """Write the weights of a captioner as the official code names them."""
     state = {f"gpt.{name}": value for name, value in model.language_model.state_dict().items()}
     for name, value in model.mapping_network.state_dict().items():
-        layer, kind = name.split(".")
-        state[f"clip_project.{names[layer]}.{kind}"] = value
+        if "k_proj" in name:
+            values = model.mapping_network.get_parameter(name.replace("k_proj", "v_proj"))
+            name, value = name.replace("self_attn.k_proj", "attn.to_keys_values"), torch.cat([value, values])
+        if "v_proj" in name:
+            continue
+        for ours, official in OFFICIAL_NAMES:
+            name = re.sub(ours, official, name)
+        state[f"clip_project.{name}"] = value
     torch.save(state, path)
     return path
+
+
+def test_official_weights_of_the_transformer_are_converted_and_scored(out):
+    """Its captions are those of the captioner that the weights are of, with the embedding divided by its norm."""
+    captioner = ClipCapForConditionalGeneration.from_vision_text_pretrained(
+        str(out / "models/clip"),
+        str(out / "models/gpt2"),
+        mapping_type="transformer",
+        prefix_length=4,
+        clip_length=3,
+        mapping_num_layers=2,
+        normalize_clip_embeds=True,
+    )
+    path = official_file(out.parent / "transformer_weights.pt", captioner)
+    values = {"source": "official-weights", "path": str(path), "training": {}}
+    rows, said = run(settings(out, ("coco", "nocaps"), variants=("transformer",), **values))
+    assert [line.split("-")[0] for line in said] == ["checking the data ...", "convert", *["evaluate"] * 4]
+    (folder,) = (out / "captioners").iterdir()
+    converted = ClipCapForConditionalGeneration.from_pretrained(folder)
+    assert converted.config.normalize_clip_embeds and converted.config.freeze_language_model
+    assert (converted.config.prefix_length, converted.config.clip_length) == (4, 3)
+    for name, value in captioner.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value), name
+    tokenizer = ClipCapProcessor.from_pretrained(folder).tokenizer
+    assert tokenizer.decode(converted.generation_config.eos_token_id) == "."
+    assert {row.claim.table for row in rows if row.numbers} == {"coco", "nocaps"}
 
 
 def test_official_weights_are_converted_and_scored(finished, out):

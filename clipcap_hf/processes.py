@@ -33,7 +33,12 @@ def default_workers(images: int | None, most: int = 4, processes: int = 1) -> in
         processes (`int`): Number of processes on this machine that start workers.
     """
     few = images is not None and images < 64
-    return 0 if few else min(most, (os.cpu_count() or 1) // processes)
+    return 0 if few else min(most, usable_cores() // processes)
+
+
+def usable_cores() -> int:
+    """Count the CPU cores that this process may use: fewer than the machine's, if a scheduler allots them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

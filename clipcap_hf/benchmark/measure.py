@@ -1,6 +1,5 @@
 """Measure each stage, captioning compared with a naive way, how cost grows, and captioning of a folder."""
 
-import os
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..captioning import caption_files
 from ..model.processing_clipcap import load_image
+from ..processes import usable_cores
 from .captioners import make_captioner, write_jpegs
 from .limits import decode_flops, matmul_flops, read_bytes, seconds, weights_read
 from .naive import naive_beams, naive_greedy
@@ -71,7 +71,7 @@ def measure_speed(
     limits = {"matmul_flops": matmul_flops(place, dtype), "read_bytes": read_bytes(place, dtype)}
     report: dict[str, Any] = {
         "written_by": WRITTEN_BY,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{device}, {_cores()} cores",
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{device}, {usable_cores()} cores",
         "language_model": language_model,
         "dtype": str(dtype).removeprefix("torch."),
         "compile_mode": compile_mode,
@@ -95,10 +95,6 @@ def measure_speed(
         report["scale"] = _scale(language_model, device, dtype, repeats) if scale else []
         bar.update()
     return report
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _peak_memory(place: torch.device) -> int:
@@ -251,7 +247,7 @@ def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -
 
 def _files(model, processor, paths: list[str], tokens: int, report: dict, place: torch.device) -> dict[str, Any]:
     """Caption files as `clipcap caption` does, and compare with the stages."""
-    workers = min(4, _cores()) if len(paths) >= 64 else 0
+    workers = min(4, usable_cores()) if len(paths) >= 64 else 0
     process = psutil.Process()
     started = time.perf_counter()
     first = early = None
@@ -266,7 +262,7 @@ def _files(model, processor, paths: list[str], tokens: int, report: dict, place:
     stages = {row["stage"]: row["images_per_second"]["median"] for row in report["stages"]}
     model_time = 1 / stages["encode, batch 32"] + 1 / stages["write 20 tokens, batch 32"] * tokens / 20
     reading_time = 1 / stages["read and decode JPEG"] + 1 / stages["resize and normalise"]
-    cores = _cores()
+    cores = usable_cores()
     # On a CPU workers and model share the cores, so the bound is what the cores can do together.
     bound = 1 / max(model_time, reading_time / workers if workers else 0)
     shared = 1 / (model_time + reading_time / cores) if place.type == "cpu" else bound

@@ -1,13 +1,12 @@
 """The processor: turns prompts with images, videos or embeddings into model inputs, placeholders among them."""
 
-import copy
 import json
 import os
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AddedToken, AutoTokenizer, BatchFeature
+from transformers import AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
@@ -17,6 +16,7 @@ from .donors_clipcap import donor_folder
 from .image_processing_pillow import load_saved_image_processor, named_for_pillow
 from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
+from .tokenizers_clipcap import captioning_tokenizer
 from .video_frames import list_videos, read_frames
 
 
@@ -65,6 +65,8 @@ class ClipCapProcessor(ProcessorMixin):
         num_frames (`int`): Number of frames taken from each video.
         prompt_template (`str`): The prompt that a frozen language model expects, with one `<image>`. It is put before
             each text without a placeholder, and removed from decoded captions.
+        caption_start (`str`): Words that every caption starts with (`"a drawing of "`). The captioner does not write
+            them: the training collator takes them off the captions, and decoding puts them in front.
         chat_template (`str`, *optional*): For [`~ProcessorMixin.apply_chat_template`]. By default, it joins the
             unchanged messages, with `prompt_template` in place of images and videos.
     """
@@ -79,6 +81,7 @@ class ClipCapProcessor(ProcessorMixin):
         num_frames: int = 8,
         prompt_template: str = IMAGE_TOKEN,
         chat_template=None,
+        caption_start: str = "",
         **kwargs,
     ):
         if prompt_template.count(IMAGE_TOKEN) != 1:
@@ -88,7 +91,7 @@ class ClipCapProcessor(ProcessorMixin):
         check_sizes("processor", {"prefix_length": prefix_length})
         if image_processor is not None:
             check_transform(image_processor)
-        tokenizer = _captioning_tokenizer(tokenizer)
+        tokenizer = captioning_tokenizer(tokenizer)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id not in tokenizer(IMAGE_TOKEN)["input_ids"]:
@@ -96,6 +99,7 @@ class ClipCapProcessor(ProcessorMixin):
         self.prefix_length = prefix_length
         self.num_frames = num_frames
         self.prompt_template = prompt_template
+        self.caption_start = caption_start
         if chat_template is None:
             chat_template = _CHAT_TEMPLATE.replace("PROMPT_TEMPLATE", json.dumps(prompt_template))
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -211,14 +215,21 @@ class ClipCapProcessor(ProcessorMixin):
         return IMAGE_TOKEN * self.prefix_length
 
     def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
-        """Decode token ids (batch, sequence) without `prompt_template`; negative ids (of labels) count as padding."""
+        """Decode token ids (batch, sequence) to captions: without `prompt_template`, and with `caption_start`.
+
+        Negative ids (of labels) count as padding.
+        """
         texts = self.tokenizer.batch_decode(self._without_ignored(sequences), *args, **kwargs)
-        return [self._without_template(text) for text in texts]
+        return [self._as_caption(text) for text in texts]
 
     def decode(self, token_ids, *args, **kwargs) -> str | list[str]:
         """Decode one sequence or several, as [`batch_decode`] does."""
         text = self.tokenizer.decode(self._without_ignored(token_ids), *args, **kwargs)
-        return self._without_template(text) if isinstance(text, str) else [self._without_template(one) for one in text]
+        return self._as_caption(text) if isinstance(text, str) else [self._as_caption(one) for one in text]
+
+    def without_start(self, caption: str) -> str:
+        """Return the part of a caption that the captioner writes itself, see `caption_start`."""
+        return caption.removeprefix(self.caption_start) or caption
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
         """Decode the output of `generate()`, for transformers' pipelines."""
@@ -241,8 +252,9 @@ class ClipCapProcessor(ProcessorMixin):
         token_ids = torch.as_tensor(token_ids)
         return token_ids.masked_fill(token_ids < 0, self.pad_token_id)
 
-    def _without_template(self, text: str) -> str:
-        return text.removeprefix(self.prompt_template.replace(IMAGE_TOKEN, ""))
+    def _as_caption(self, text: str) -> str:
+        text = text.removeprefix(self.prompt_template.replace(IMAGE_TOKEN, ""))
+        return self.caption_start + text.lstrip() if self.caption_start else text
 
     def _videos_to_pixels(self, videos, num_frames: int, **images_kwargs) -> tuple[dict, int]:
         videos = [read_frames(video, num_frames) for video in list_videos(videos)]
@@ -365,24 +377,6 @@ class ClipCapProcessor(ProcessorMixin):
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{text} has no tokenizer: add the language model's tokenizer files to it.")
         return cls(image_processor, tokenizer, prefix_length=prefix_length, num_frames=num_frames)
-
-
-def _captioning_tokenizer(tokenizer):
-    """Return a tokenizer with placeholder and padding token that pads on the left; a copy if anything changes."""
-    if IMAGE_TOKEN in tokenizer.get_vocab() and tokenizer.pad_token is not None and tokenizer.padding_side == "left":
-        return tokenizer
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ValueError(
-            "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
-            "`tokenizer.eos_token`, which ends captions, and save the tokenizer in its language model's folder."
-        )
-    tokenizer = copy.deepcopy(tokenizer)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def _stack_embeds(clip_embeds: Any) -> torch.Tensor:

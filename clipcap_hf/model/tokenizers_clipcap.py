@@ -1,0 +1,25 @@
+"""Prepare a language model's tokenizer for captions: placeholder, padding token, padding on the left."""
+
+import copy
+
+from transformers import AddedToken
+
+from .configuration_clipcap import IMAGE_TOKEN
+
+
+def captioning_tokenizer(tokenizer):
+    """Return a tokenizer with placeholder and padding token that pads on the left; a copy if anything changes."""
+    if IMAGE_TOKEN in tokenizer.get_vocab() and tokenizer.pad_token is not None and tokenizer.padding_side == "left":
+        return tokenizer
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
+            "`tokenizer.eos_token`, which ends captions, and save the tokenizer in its language model's folder."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer

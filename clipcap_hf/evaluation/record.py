@@ -40,6 +40,7 @@ def processor_record(processor) -> dict[str, Any]:
     return {
         "image_transform": None if image_processor is None else _plain(image_processor.to_dict()),
         "prompt_template": processor.prompt_template,
+        "caption_start": processor.caption_start,
         "prefix_length": processor.prefix_length,
         "tokenizer_sha256": digest(_tokenizer_settings(processor.tokenizer)),
     }

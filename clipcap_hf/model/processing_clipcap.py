@@ -68,6 +68,8 @@ class ClipCapProcessor(ProcessorMixin):
         prefix_length (`int`): The model's `config.prefix_length`.
         prompt_template (`str`): The prompt that a frozen language model expects, with one `<image>`. It is put before
             each text without a placeholder, and removed from decoded captions.
+        caption_start (`str`): Words that every caption starts with (`"a drawing of "`). The captioner does not write
+            them: the training collator takes them off the captions, and decoding puts them in front.
         chat_template (`str`, *optional*): For [`~ProcessorMixin.apply_chat_template`]. By default, it joins the
             unchanged messages, with `prompt_template` in place of images and videos.
         kwargs: `num_frames` (`int`), the number of frames that the default video processor takes; 8 by default.
@@ -83,6 +85,7 @@ class ClipCapProcessor(ProcessorMixin):
         prefix_length: int = 10,
         prompt_template: str = IMAGE_TOKEN,
         chat_template=None,
+        caption_start: str = "",
         **kwargs,
     ):
         if prompt_template.count(IMAGE_TOKEN) != 1:
@@ -99,6 +102,7 @@ class ClipCapProcessor(ProcessorMixin):
             raise ValueError(f"The tokenizer does not read {IMAGE_TOKEN} as one token: tokenizer.json is damaged.")
         self.prefix_length = prefix_length
         self.prompt_template = prompt_template
+        self.caption_start = caption_start
         # Not an argument by name: transformers wants those that a call can override with the part that they belong to.
         num_frames = kwargs.pop("num_frames", ClipCapVideoProcessor.num_frames)
         if video_processor is None and image_processor is not None:
@@ -221,14 +225,21 @@ class ClipCapProcessor(ProcessorMixin):
         return IMAGE_TOKEN * self.prefix_length
 
     def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
-        """Decode token ids (batch, sequence) without `prompt_template`; negative ids (of labels) count as padding."""
+        """Decode token ids (batch, sequence) to captions: without `prompt_template`, and with `caption_start`.
+
+        Negative ids (of labels) count as padding.
+        """
         texts = self.tokenizer.batch_decode(self._without_ignored(sequences), *args, **kwargs)
-        return [self._without_template(text) for text in texts]
+        return [self._as_caption(text) for text in texts]
 
     def decode(self, token_ids, *args, **kwargs) -> str | list[str]:
         """Decode one sequence or several, as [`batch_decode`] does."""
         text = self.tokenizer.decode(self._without_ignored(token_ids), *args, **kwargs)
-        return self._without_template(text) if isinstance(text, str) else [self._without_template(one) for one in text]
+        return self._as_caption(text) if isinstance(text, str) else [self._as_caption(one) for one in text]
+
+    def without_start(self, caption: str) -> str:
+        """Return the part of a caption that the captioner writes itself, see `caption_start`."""
+        return caption.removeprefix(self.caption_start) or caption
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
         """Decode the output of `generate()`, for transformers' pipelines."""
@@ -260,8 +271,9 @@ class ClipCapProcessor(ProcessorMixin):
         token_ids = torch.as_tensor(token_ids)
         return token_ids.masked_fill(token_ids < 0, self.pad_token_id)
 
-    def _without_template(self, text: str) -> str:
-        return text.removeprefix(self.prompt_template.replace(IMAGE_TOKEN, ""))
+    def _as_caption(self, text: str) -> str:
+        text = text.removeprefix(self.prompt_template.replace(IMAGE_TOKEN, ""))
+        return self.caption_start + text.lstrip() if self.caption_start else text
 
     def _one_placeholder_per_image(self, text: str | list[str] | None, num_images: int) -> list[str]:
         if text is None:

@@ -205,6 +205,14 @@ class DataArguments:
         },
     )
     append_eos: bool = field(default=True, metadata={"help": "End captions with the end token."})
+    caption_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "Words that all captions start with. The captioner does not learn them: they are put in front of "
+            "its captions (default: chosen for an existing captioner if all training captions start with the same "
+            "words; '' for none)."
+        },
+    )
     max_caption_length: int | None = field(default=None, metadata={"help": "Cut captions to this many tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})

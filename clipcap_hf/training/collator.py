@@ -16,7 +16,8 @@ class CaptioningCollator:
     Make a training batch of images (or their CLIP embeddings) and captions.
 
     Captions are tokenised, ended with the end token, padded on the right and turned into labels. Prefix and padding
-    get no label; this goes by position, not by token id, since the padding token is often a real token. Pass
+    get no label; this goes by position, not by token id, since the padding token is often a real token. The words of
+    the processor's `caption_start` are left out, since the captioner does not write them. Pass
     `remove_unused_columns=False` to `Trainer`, or it drops the columns that are read here.
 
     Args:
@@ -119,7 +120,9 @@ class CaptioningCollator:
         unlabelled[:, :prompt_length] = True  # texts are padded on the right here
         batch["labels"] = batch["input_ids"].masked_fill(unlabelled, IGNORED)
         if self.return_references:
-            batch["references"] = [as_list(feature[self.caption_column]) for feature in features]
+            batch["references"] = [
+                list(map(self.processor.without_start, as_list(feature[self.caption_column]))) for feature in features
+            ]
         if self.return_prompt_length:
             batch["prompt_length"] = prompt_length
         return dict(batch)
@@ -173,7 +176,7 @@ class CaptioningCollator:
             raise ValueError(f"A caption must be a non-empty string, got {repr(caption)[:80]}.")
         if self.processor.image_token in caption:
             raise ValueError(f"The caption {caption[:80]!r} holds {self.processor.image_token}, which is reserved.")
-        return caption
+        return self.processor.without_start(caption)
 
     def _images(self, features: list[dict[str, Any]], generators: list) -> dict[str, Any]:
         if self.embeds_column in features[0]:

@@ -56,9 +56,13 @@ def fit_recipe(args: CaptioningArguments, model: ClipCapForConditionalGeneration
         setattr(args, name, fitted[name])
     logger.info(
         f"Recipe: {part} trained at a learning rate of {args.learning_rate:g}, "
-        + (f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs")
+        + (f"{args.max_steps} steps" if args.max_steps > 0 else _epochs(args.num_train_epochs))
         + f" in batches of {args.train_batch_size} captions."
     )
+
+
+def _epochs(number: float) -> str:
+    return "1 epoch" if number == 1 else f"{number:g} epochs"
 
 
 def warn_of_warmup(args: CaptioningArguments, captions: int):

@@ -10,6 +10,7 @@ from transformers.trainer_utils import has_length
 
 from ..extras import install_hint
 from ..files import write_text
+from ..metrics.tokenization import tokenize
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
 from ..pictures import draw_curve
@@ -17,6 +18,7 @@ from ..processes import keep_freed_memory, leave_at_exit
 from . import verdict
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
 from .baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
+from .caption_start import set_caption_start
 from .captioner import check_names, load_captioner
 from .checkpoints import check_writable, checkpoint_to_resume, remove_leftovers, save_whole
 from .collator import CaptioningCollator
@@ -57,6 +59,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     checkpoint = checkpoint_to_resume(args)
     set_seed(args.seed)
     check_names(model_args, data_args)
+    tokenize(["a caption"], args.eval_tokenizer)  # what it needs may be missing: Java, or an extra
     train, evaluation = load_data(data_args, args.seed)
     model, processor = load_captioner(model_args, data_args)
     check_writable(args.output_dir, model)
@@ -69,6 +72,8 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
 
     trainer = _trainer(model, processor, data, data_args, args)
     before = look_before(trainer) if data.evaluation is not None else HeldOut([], {})
+    # After the captions before training, which are shown as the captioner wrote them.
+    set_caption_start(trainer, data.train_captions, data_args.caption_start, existing=model_args.text is None)
     if before.captions:
         trainer.add_callback(CaptionsInTrackers(trainer, data.evaluation, before.captions))
     set_seed(args.seed)  # so that training does not depend on earlier random draws

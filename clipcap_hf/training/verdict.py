@@ -81,6 +81,11 @@ def verdict(ending: Ending) -> tuple[str, str]:
         return "not judged", "No held-out images were captioned, so check captions of new images yourself."
     if len(ending.after) < FEW_HELD_OUT:
         return "not judged", f"Only {len(ending.after)} images are held out, too few to judge. Add images."
+    if ending.overlap > len(ending.after) / 2:
+        return "not judged", (
+            f"{ending.overlap} of the {len(ending.after)} held-out images are also training images, so scores say "
+            "nothing about new ones. Evaluate on other images, or leave out `--eval-data` and `--eval-split`."
+        )
     if len({texts[0] for texts in ending.references}) == 1:
         return "not judged", (
             f"All held-out images have the same caption, {ending.references[0][0][:60]!r}, so the captioner writes it "
@@ -222,12 +227,12 @@ def disagreement(ending: Ending) -> str | None:
 def report(ending: Ending, files: Sequence[str], out: str) -> str:
     """Return the report as text: tables, captions before and after, the verdict, and the files that were written."""
     lines = [*_epochs(ending), *_scores(ending), *_captions(ending), *ending.notes]
-    if ending.overlap:
+    if 0 < ending.overlap <= len(ending.references) / 2:  # more are the verdict
         lines.append(
             f"{ending.overlap} of the {len(ending.references)} held-out images are also training images, so "
             "scores say less about new images. Remove them from one of the two."
         )
-    if ending.evaluations and (warning := disagreement(ending)):
+    if len(ending.after) >= FEW_HELD_OUT and (warning := disagreement(ending)):
         lines.append(warning)
     word, why = verdict(ending)
     lines += ["", f"Verdict: {word}. {why}", f"The captioner is in {out}, with {', '.join(files)}."]

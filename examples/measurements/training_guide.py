@@ -1,14 +1,16 @@
-"""Measure what to train, at which rate and for how long, on 50, 300 and 3,000 images: the table of the training guide.
+"""Measure what to train, at which rate and how long, on 50, 300 and 3,000 images: the tables of the training guide.
 
-    python examples/measurements/training_guide.py --out build/guide
-    python examples/measurements/training_guide.py --out build/guide --photographs embeddings
+    python examples/measurements/training_guide.py --out build/guide --images 50 300
+    python examples/measurements/training_guide.py --out build/guide --no-drawings --photographs embeddings
 
-The first command measures on drawings: the embedded emoji, with captions in a new style ("a drawing of a red heart.").
-The second adds photographs, from the folder that `clipcap embed` wrote for a data set with training and validation
-splits (see `examples/measurements/small_parts.py`). Each row of the table is trained by `clipcap train`, from
+The first command measures on drawings: the embedded emoji, with captions in a new style ("a drawing of red heart").
+The second measures on photographs, from the folder that `clipcap embed` wrote for a data set with training and
+validation splits (see `examples/measurements/small_parts.py`). Each row of the table is trained by `clipcap train`,
+from
 
 - an existing captioner: `emoji-mini` for drawings; for photographs, one that is first trained on every other
-  photograph, none of which is used again;
+  photograph, so that only the rest are new to it;
+- the same, made to learn the words that all captions start with (`--caption-start ''`), for drawings;
 - a new captioner, with a small GPT-2 that starts from random weights.
 
 Of each run, the checkpoint with the lowest loss on held-out images is scored. Finished runs are kept, so an
@@ -24,7 +26,7 @@ from pathlib import Path
 from clipcap_hf import EMOJI_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.cli import main as clipcap
 from clipcap_hf.data import embed, load_embeddings, load_emoji
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
 from small_parts import make_language_model
 
 
@@ -33,10 +35,10 @@ PARTS = {
     "LoRA": ["--lora_r", "8"],
     "everything": ["--freeze_language_model", "False"],
 }
-EPOCHS = {50: 30, 300: 12, 3000: 4}
-HELD_OUT = 200
+EPOCHS = {"drawings": {50: 30, 300: 12}, "photographs": {50: 10, 300: 6}}
+HELD_OUT = {"drawings": 200, "photographs": 300}
 COMMON = (
-    "--use_cpu --num_samples 0 --disable_tqdm True --save_total_limit 1 "
+    "--use_cpu --num_samples 300 --disable_tqdm True --save_total_limit 1 "
     "--eval_strategy steps --eval_steps 0.125 --save_strategy steps --save_steps 0.125"
 ).split()
 GROUP = ("data", "images", "start", "trained")
@@ -45,8 +47,8 @@ GROUP = ("data", "images", "start", "trained")
 def drawings(out: Path):
     """Return embedded drawings with captions in a new style: to train on, and held out."""
     train, new = load_emoji("train").shuffle(0).select(range(3000)), load_emoji("new_design").shuffle(0)
-    data = DatasetDict({"train": train, "validation": new.select(range(HELD_OUT))})
-    data = data.map(lambda row: {"captions": [f"a drawing of {row['captions'][0]}."]})
+    data = DatasetDict({"train": train, "validation": new.select(range(HELD_OUT["drawings"]))})
+    data = data.map(lambda row: {"captions": [f"a drawing of {row['captions'][0]}"]})
     model, processor = (
         part.from_pretrained(EMOJI_MINI) for part in (ClipCapForConditionalGeneration, ClipCapProcessor)
     )
@@ -63,12 +65,14 @@ def train(out: Path, data: Path, start: list[str], *options) -> dict:
             raise SystemExit(f"Failed: clipcap {' '.join(map(str, command))}")
         state = json.loads((out / "trainer_state.json").read_text())
         scores = json.loads((out / "scores.json").read_text())
+        samples = json.loads((out / "samples.json").read_text())
         best = next(entry for entry in state["log_history"] if entry["step"] == state["best_global_step"])
         found = {
             "best epoch": round(best["epoch"], 1),
             "epochs": round(state["epoch"]),
             "loss": round(scores["eval_loss"], 3),
             "CIDEr": round(scores["eval_cider"], 1),
+            "exact": round(100 * sum(row["caption"] in row["references"] for row in samples) / len(samples), 1),
             "CPU s": round(time.process_time() - begin),
         }
         result.write_text(json.dumps(found))
@@ -78,9 +82,9 @@ def train(out: Path, data: Path, start: list[str], *options) -> dict:
 
 
 def photographs(embeddings: str, out: Path):
-    """Return half of the photographs, 200 that are held out, and a captioner trained on the other half."""
+    """Return the photographs, a captioner trained on the last half of them, and how many are new to it."""
     data = load_embeddings(embeddings)
-    held_out = data["validation"].select(range(HELD_OUT))
+    held_out = data["validation"].select(range(HELD_OUT["photographs"]))
     halves = [data["train"].select(range(first, len(data["train"]), 2)) for first in (0, 1)]
     text, folder, captioner = out / "photographs-text", out / "photographs-other-half", out / "photographs-captioner"
     if not folder.is_dir():
@@ -88,10 +92,11 @@ def photographs(embeddings: str, out: Path):
         DatasetDict({"train": halves[0], "validation": held_out}).save_to_disk(folder)
     start = ["--text", text, "--clip_embed_dim", len(held_out[0]["clip_embeds"]), "--prefix_length", 6]
     train(captioner, folder, start, "--learning_rate", 2e-3, "--num_train_epochs", 3, "--warmup_steps", 0.05)
-    return DatasetDict({"train": halves[1], "validation": held_out}), ["--model", captioner]
+    rows = concatenate_datasets([halves[1], halves[0]])
+    return DatasetDict({"train": rows, "validation": held_out}), ["--model", captioner], len(halves[1])
 
 
-def rows_of(name: str, data, existing: list[str], out: Path, arguments):
+def rows_of(name: str, data, existing: list[str], unseen: int, out: Path, arguments):
     """Train each kind of captioner on each number of images at each rate, and yield the rows of the table."""
     for images in arguments.images:
         subset = DatasetDict({"train": data["train"].select(range(images)), "validation": data["validation"]})
@@ -99,7 +104,9 @@ def rows_of(name: str, data, existing: list[str], out: Path, arguments):
         if not folder.is_dir():
             subset.save_to_disk(folder)
         width = len(subset["train"][0]["clip_embeds"])
-        cells = [("existing", existing, part) for part in arguments.parts]
+        cells = [("existing", existing, part) for part in arguments.parts] if images <= unseen else []
+        if name == "drawings" and "everything" in arguments.parts:
+            cells.append(("existing, all words", [*existing, "--caption-start", ""], "everything"))
         for hidden in arguments.widths:
             text = out / f"{name}-{images}-text-{hidden}"
             if not text.is_dir():
@@ -111,7 +118,7 @@ def rows_of(name: str, data, existing: list[str], out: Path, arguments):
             for rate in arguments.rates:
                 row = {"data": name, "images": images, "start": start, "trained": part, "rate": rate}
                 run = out / "runs" / "-".join(str(value).replace(", ", "-") for value in row.values())
-                chosen = [*PARTS[part], "--learning_rate", rate, "--num_train_epochs", EPOCHS.get(images, 4)]
+                chosen = [*PARTS[part], "--learning_rate", rate, "--num_train_epochs", EPOCHS[name].get(images, 3)]
                 yield {**row, **train(run, folder, options, *chosen)}
 
 
@@ -119,7 +126,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, table.md and results.json")
     parser.add_argument("--photographs", help="embeddings of photographs, by clipcap embed (default: none)")
-    parser.add_argument("--images", type=int, nargs="+", default=[50, 300, 3000], help="default: %(default)s")
+    parser.add_argument("--images", type=int, nargs="+", default=[50, 300], help="default: %(default)s")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 3e-3], help="learning rates")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), help="trained of an existing one")
     parser.add_argument("--widths", type=int, nargs="*", default=[192], help="widths of new language models")
@@ -130,13 +137,14 @@ def main():
 
     found = []
     if not arguments.no_drawings:
-        found.append(("drawings", drawings(out / "drawings"), ["--model", "emoji-mini"]))
+        data = drawings(out / "drawings")
+        found.append(("drawings", data, ["--model", "emoji-mini"], len(data["train"])))
     if arguments.photographs:
         found.append(("photographs", *photographs(arguments.photographs, out)))
     table = out / "results.json"
     rows = json.loads(table.read_text()) if table.is_file() else []
-    for name, data, existing in found:
-        for row in rows_of(name, data, existing, out, arguments):
+    for name, data, existing, unseen in found:
+        for row in rows_of(name, data, existing, unseen, out, arguments):
             if row not in rows:
                 rows.append(row)
             table.write_text(json.dumps(rows, indent=1))
@@ -144,7 +152,7 @@ def main():
 
 
 def write_table(rows: list[dict], path: Path):
-    """Write a line per kind of captioner: loss and CIDEr at each rate, and the epoch of the best rate by loss."""
+    """Write a line per kind of captioner: loss, CIDEr and exact captions at each rate; the best epoch."""
     rates = sorted({row["rate"] for row in rows})
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -153,7 +161,7 @@ def write_table(rows: list[dict], path: Path):
     lines.append("|" + "---|" * (len(GROUP) + len(rates) + 2))
     for group, runs in groups.items():
         best = min(runs, key=lambda run: run["loss"])
-        cells = {run["rate"]: f"{run['loss']:.2f} / {run['CIDEr']:.0f}" for run in runs}
+        cells = {run["rate"]: f"{run['loss']:.2f} / {run['CIDEr']:.0f} / {run['exact']:.0f} %" for run in runs}
         cells[best["rate"]] = f"**{cells[best['rate']]}**"
         found = [cells.get(rate, "") for rate in rates]
         ends = [f"{best['best epoch']:g} of {best['epochs']}", str(best["CPU s"])]

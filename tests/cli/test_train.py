@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import sys
 import tarfile
 
 import clipcap_hf
@@ -14,6 +15,7 @@ from clipcap_hf.captioning import caption_embeds
 from clipcap_hf.cli import main
 from clipcap_hf.cli.train import parse
 from clipcap_hf.data import load_emoji
+from clipcap_hf.metrics import tokenization
 from clipcap_hf.training.captioner import load_captioner
 from clipcap_hf.training.loading import load_data
 from clipcap_hf.training.rows import caption_lengths, one_row_per_caption
@@ -357,6 +359,14 @@ def test_lengths_are_of_the_longest_reference(tokenizer, captions):
 def test_bad_input(tmp_path, gpt2_folder, data_folder, capsys, settings, message):
     assert main(flags(tmp_path, gpt2_folder, data_folder, **settings)) == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_the_scores_need_is_checked_before_training(tmp_path, gpt2_folder, data_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fugashi", None)  # as if it were not installed
+    tokenization._japanese_tagger.cache_clear()
+    assert main(flags(tmp_path, gpt2_folder, data_folder, eval_tokenizer="ja")) == 1
+    assert 'tokenizer="ja" needs fugashi and ipadic: pip install' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_and_evaluation_data_of_different_columns(tmp_path, gpt2_folder, data_folder, captions, capsys):

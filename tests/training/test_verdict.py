@@ -57,6 +57,7 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
         (ending(own=1.0, nearest=0.0), "below copying", "most common caption"),
         (ending((1.5, 2.0, 2.5)), "overfitted", "fewer epochs"),
         (ending((1.5, 2.0, 2.2, 2.3, 2.5), saved=1), "overfitted", "epoch 1 was kept"),
+        (ending(overlap=4), "not judged", "4 of the 6 held-out images are also training images"),
         (ending(()), "not judged", "check captions of new images"),
         (
             ending(after=[*STYLED[:4], *NAMES[4:]], shared_words="a drawing of"),

@@ -1,6 +1,5 @@
 """The processor: turns prompts with images, videos or embeddings into model inputs, placeholders among them."""
 
-import json
 import os
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .chat_template_clipcap import default_chat_template
 from .configuration_clipcap import IMAGE_TOKEN, check_sizes
 from .damage_clipcap import check_transform, named, naming
 from .donors_clipcap import donor_folder
@@ -19,19 +19,6 @@ from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F40
 from .tokenization_clipcap import captioning_tokenizer
 from .video_frames import list_videos
 from .video_processing_clipcap import ClipCapVideoProcessor, ClipCapVideoProcessorKwargs
-
-
-# Images and videos become the prompt template, texts stay unchanged; the assistant's words are marked for loss masks.
-_CHAT_TEMPLATE = """{%- macro render(content) -%}
-{%- if content is string %}{{ content }}
-{%- else %}{%- for part in content %}
-{%- if part['type'] in ('image', 'video') %}{{ PROMPT_TEMPLATE }}{%- else %}{{ part['text'] }}{%- endif %}
-{%- endfor %}{%- endif %}
-{%- endmacro -%}
-{%- for message in messages %}
-{%- if message['role'] == 'assistant' %}{% generation %}{{ render(message['content']) }}{% endgeneration %}
-{%- else %}{{ render(message['content']) }}{%- endif %}
-{%- endfor %}"""
 
 
 class ClipCapImagesKwargs(ImagesKwargs, total=False):
@@ -108,7 +95,7 @@ class ClipCapProcessor(ProcessorMixin):
         if video_processor is None and image_processor is not None:
             video_processor = ClipCapVideoProcessor(image_processor, num_frames=num_frames)
         if chat_template is None:
-            chat_template = _CHAT_TEMPLATE.replace("PROMPT_TEMPLATE", json.dumps(prompt_template))
+            chat_template = default_chat_template(prompt_template)
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
     def __call__(

@@ -65,7 +65,9 @@ def run_demo(
     set_seed(seed)
     train_captions = data["train"]["captions"]
     processor = ClipCapProcessor(
-        tower_processor.image_processor, train_tokenizer(captions[0] for captions in train_captions), PREFIX_LENGTH
+        tower_processor.image_processor,
+        train_tokenizer(captions[0] for captions in train_captions),
+        prefix_length=PREFIX_LENGTH,
     )
     model = new_captioner(tower.vision_tower, processor)
     train_data = training_data(embeds["train"], train_captions)

@@ -159,6 +159,8 @@ class EmbedsInputs(CaptionerParts):
             )
 
     def _check_arguments(self, language_model: nn.Module, kwargs: dict):
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)  # `generate()` needs them for stop strings, and then hands them to the model, too
         # Language models silently ignore arguments that they do not know.
         if not kwargs or torch.compiler.is_compiling():
             return

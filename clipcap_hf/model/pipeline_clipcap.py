@@ -115,6 +115,8 @@ class ImageCaptioningPipeline(PushesModelCard, Pipeline):
     def _forward(self, model_inputs, return_scores=False, **generate_kwargs):
         if return_scores:
             generate_kwargs = {**generate_kwargs, "return_dict_in_generate": True, "output_logits": True}
+        if generate_kwargs.get("stop_strings"):
+            generate_kwargs.setdefault("tokenizer", self.tokenizer)
         outputs = self.model.generate(**model_inputs, **generate_kwargs)
         batch_size, prompt_length = model_inputs["input_ids"].shape
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences

@@ -93,7 +93,7 @@ def main():
     data = load_emoji()
     names = [captions[0] for captions in data["train"]["captions"]]
     processor = ClipCapProcessor(
-        image_processor_from_open_clip(preprocess_cfg), train_tokenizer(names), arguments.prefix_length
+        image_processor_from_open_clip(preprocess_cfg), train_tokenizer(names), prefix_length=arguments.prefix_length
     )
     model = new_captioner(tower, processor, arguments.hidden_size, arguments.layers)
 

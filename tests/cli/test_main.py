@@ -71,6 +71,18 @@ def test_the_parser_imports_nothing_slow():
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_captioning_imports_no_trainer_and_no_data_set(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    code = (
+        "import sys; import clipcap_hf; from clipcap_hf.cli import main; before = set(sys.modules); "
+        f"main(['caption', {str(tmp_path / 'a.png')!r}]); "
+        "print(sorted({'transformers.trainer', 'transformers.training_args', 'datasets', 'evaluate', 'peft'} "
+        "& set(sys.modules)), sorted({'open_clip', 'timm'} & before))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert result.stdout.splitlines()[-1] == "[] []", result.stdout + result.stderr
+
+
 def test_names_are_there_when_the_package_was_imported_by_the_command():
     code = (
         "import sys; sys.argv = ['/usr/bin/clipcap']; import clipcap_hf; "

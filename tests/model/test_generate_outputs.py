@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clipcap_hf.model.versions_clipcap import CACHE
-from transformers import LlamaConfig
+from transformers import LlamaConfig, pipeline
 
 
 BATCH, PREFIX, WORDS, NEW = 2, 4, 2, 3
@@ -92,6 +92,26 @@ def test_every_cache_gives_the_same(model, inputs, way, cache):
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     for name in ("scores", "logits"):
         torch.testing.assert_close(outputs[0][name], outputs[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_stop_strings(make_model, processor, images, settings):
+    model = make_model()
+    model.generation_config.eos_token_id = None
+    decode = processor.tokenizer.decode
+    # Parts of characters are no text to stop at.
+    model.generation_config.suppress_tokens = [token for token in range(290) if not decode(token).isascii()]
+    inputs = processor(images=images[:1], return_tensors="pt")
+    torch.manual_seed(0)
+    stop = decode(model.generate(**inputs, **settings, max_new_tokens=8)[0, PREFIX + 2])
+    torch.manual_seed(0)
+    arguments = {"stop_strings": [stop], "tokenizer": processor.tokenizer}
+    stopped = model.generate(**inputs, **settings, **arguments, max_new_tokens=8)[0, PREFIX:]
+    assert len(stopped) < 8 and decode(stopped).endswith(stop)
+    captioner = pipeline("image-captioning", model=model, processor=processor)
+    torch.manual_seed(0)
+    (record,) = captioner(images[0], stop_strings=stop, max_new_tokens=8, **settings)
+    assert record["generated_text"] == decode(stopped).strip()
 
 
 def test_continuing_from_a_cache(model, inputs):

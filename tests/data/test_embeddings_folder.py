@@ -69,7 +69,7 @@ def test_a_run_is_kept_out_while_another_writes(tmp_path, run):
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        with pytest.raises(ValueError, match=f"is being written by process {other.pid} on .*choose another folder"):
+        with pytest.raises(ValueError, match=f"is being written by process {other.pid} on .*: wait for it"):
             run()
     finally:
         other.kill()

@@ -44,9 +44,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         share(scratch)
         sync(scratch)
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             scratch.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # of a full disk, the system names no file
         raise
     sync(path.parent)
 
@@ -91,29 +93,57 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+def lock_folder(folder: str | os.PathLike, name: str = LOCK) -> Iterator[None]:
     """Lock a folder against other processes that ask for the same lock. A killed process loses its lock.
+
+    Args:
+        folder (`str` or path): The folder; it is created, and removed again if nothing is written into it.
+        name (`str`): Name of the lock file in it.
 
     Raises:
         ValueError: If another process holds the lock; the message names it.
     """
-    path = Path(folder) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, blocking=False)
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire()
+        with _locked(folder / name, folder):
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def lock_file(path: str | os.PathLike) -> Iterator[None]:
+    """Lock a file that is about to be written, as [`lock_folder`] locks a folder."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        yield  # who opens the file will say so
+        return
+    with _locked(path.with_name(f".{path.name}.lock"), path):
+        yield
+
+
+@contextmanager
+def _locked(lock: Path, what: Path) -> Iterator[None]:
+    file_lock = FileLock(lock, blocking=False)
+    try:
+        file_lock.acquire()
     except Timeout:
-        raise ValueError(
-            f"{folder} is being written by {_holder(path)}: wait for it, or choose another folder."
-        ) from None
+        raise ValueError(f"{what} is being written by {_holder(lock)}: wait for it, or choose another.") from None
+    except NotImplementedError:  # some network file systems have no locks
+        yield
+        return
     try:
         with suppress(OSError):  # on a full disk, or on Windows, the lock holds, but names no holder
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
-            path.unlink()
-        lock.release()
+            lock.unlink()
+        file_lock.release()
 
 
 def _holder(lock: Path) -> str:

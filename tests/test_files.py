@@ -1,8 +1,10 @@
-"""Finding files: folders that are links, and links that lead in circles."""
+"""Files: folders that are links, links that lead in circles, locks, and errors that name what was written."""
 
+import errno
 import os
 
-from clipcap_hf.files import files_below
+import pytest
+from clipcap_hf.files import files_below, lock_folder, whole_file
 
 
 def names(folder) -> list[str]:
@@ -37,3 +39,19 @@ def test_circles_end(tmp_path):
 def test_links_to_nothing_are_files_that_cannot_be_read(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert names(tmp_path) == ["gone.png"]
+
+
+def test_a_lock_leaves_nothing(tmp_path):
+    with lock_folder(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+    with lock_folder(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    assert os.listdir(tmp_path / "used") == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota")])
+def test_what_could_not_be_written_is_named(tmp_path, error):
+    with pytest.raises(OSError, match="scores.json") as caught, whole_file(tmp_path / "scores.json"):
+        raise error
+    assert caught.value.errno == error.errno and not os.listdir(tmp_path)

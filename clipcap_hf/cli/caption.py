@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 
 from .arguments import (
     add_beams_argument,
@@ -69,7 +70,7 @@ def _number_of_tokens(text: str) -> int:
 
 
 def run(arguments) -> int:
-    from ..files import find_images
+    from ..files import find_images, lock_file
     from ..processes import process_state
 
     paths, errors = find_images(arguments.paths)
@@ -78,6 +79,11 @@ def run(arguments) -> int:
         print(f"clipcap: {escape(error)}", file=sys.stderr)
     if not paths:
         return 1
+    with lock_file(arguments.out) if arguments.out is not None and writes else nullcontext():
+        return _run(arguments, paths, errors, writes)
+
+
+def _run(arguments, paths: list[str], errors: list[str], writes: bool) -> int:
     table, sidecars = _open_outputs(arguments, paths)
     outputs = [output for output in (table, sidecars) if output is not None]
     todo = [path for path in paths if not outputs or any(path not in output for output in outputs)]

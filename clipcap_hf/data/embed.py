@@ -24,7 +24,7 @@ from ..files import lock_folder
 from ..model.images_clipcap import load_image
 from ..model.modeling_vision import embed_pixels, place_pixels
 from ..processes import default_workers, process_state
-from .embeddings import EmbeddingsFolder, describe_tower, load_embeddings
+from .embeddings import EmbeddingsFolder, check_folder_of_splits, describe_tower, load_embeddings
 from .readable import undecoded
 from .remote import with_bytes
 
@@ -106,6 +106,7 @@ def embed(
     out = Path(out)
     if not isinstance(dataset, dict):
         return _embed_split(encoder, dataset, out, image_processor, batch_size, num_workers, shard_size, progress)
+    check_folder_of_splits(out)
     for name, split in dataset.items():
         _embed_split(encoder, split, out / name, image_processor, batch_size, num_workers, shard_size, progress, name)
     EmbeddingsFolder(out).write_splits(list(dataset))

@@ -280,6 +280,22 @@ class EmbeddingsFolder:
         write_text(self.path / name, json.dumps(value, indent=2))
 
 
+def check_folder_of_splits(path: Path):
+    """Refuse a folder that holds something other than the embeddings of splits, such as the images themselves."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        if not (_is_scratch(entry) or entry.name == "dataset_dict.json" or _is_begun(entry)):
+            raise ValueError(f"{path} is not empty and holds {entry.name}: choose another folder.")
+
+
+def _is_begun(folder: Path) -> bool:
+    """Tell whether a folder holds embeddings, or nothing yet but what a killed run left."""
+    return (folder / MANIFEST).is_file() or (folder.is_dir() and all(map(_is_scratch, folder.iterdir())))
+
+
+def _is_scratch(path: Path) -> bool:
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
 def _remove_leftovers(folder: Path):
     """Remove the temporary files of runs that were killed."""
     for name in (MANIFEST, "data-", "failed", "state.json", "dataset_dict.json"):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: What a run writes at its end; none of it is replaced, since it may be of another run, or not of a run at all.
+RESULTS = ("config.json", "model.safetensors", "scores.json", "curve.png", "samples.json", "samples.png")
 SAVING = ".saving-"  # prefix of a folder that is being saved
 
 
@@ -26,7 +28,7 @@ def checkpoint_to_resume(args: "CaptioningArguments") -> str | None:
     """Return the checkpoint that a run continues from, if any.
 
     Raises:
-        ValueError: If `output_dir` holds another run and `resume` is not set.
+        ValueError: If `output_dir` holds another run, or files that a run would replace, and `resume` is not set.
     """
     wanted = args.resume_from_checkpoint
     if wanted and wanted not in (True, "True", "true"):
@@ -38,8 +40,8 @@ def checkpoint_to_resume(args: "CaptioningArguments") -> str | None:
         if last is None:
             logger.warning(f"{args.output_dir} holds no checkpoint to resume from; training starts anew.")
         return last
-    held = os.path.basename(last) if last else "config.json"
-    if last is not None or os.path.exists(os.path.join(args.output_dir, held)):
+    names = [os.path.basename(last)] if last else RESULTS
+    if held := next((name for name in names if os.path.lexists(os.path.join(args.output_dir, name))), None):
         raise ValueError(
             f"{args.output_dir} already holds {held}: pass `resume` (--resume) to continue that run, or "
             "another `output_dir` (--out)."

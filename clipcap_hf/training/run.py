@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import has_length
 
 from ..extras import install_hint
-from ..files import write_text
+from ..files import lock_folder, write_text
 from ..metrics.tokenization import tokenize
 from ..model.modeling_clipcap import ClipCapForConditionalGeneration
 from ..model.processing_clipcap import ClipCapProcessor
@@ -50,7 +51,8 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         of `Trainer`.
 
     Raises:
-        ValueError: If arguments, data and captioner do not fit each other; the message says what to change.
+        ValueError: If arguments, data and captioner do not fit each other, or another process writes into
+            `output_dir`; the message says what to change.
         OSError: If something cannot be found, or `output_dir` cannot take the captioner.
     """
     leave_at_exit()
@@ -63,12 +65,29 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     train, evaluation = load_data(data_args, args.seed)
     model, processor = load_captioner(model_args, data_args)
     check_writable(args.output_dir, model)
-    if args.process_index == 0:
-        remove_leftovers(args.output_dir)
-        _say_what_is_trained(model)
-    data = prepare(train, evaluation, model, processor, model_args, data_args, args)
-    if model_args.warm_start and checkpoint is None:
-        _warm_start(model, processor, data.train, model_args.warm_start, args.seed)
+    # A name that `push_to_hub` leaves out.
+    with lock_folder(args.output_dir, "_lock") if args.process_index == 0 else nullcontext():
+        if not args.resume:
+            checkpoint = checkpoint_to_resume(args)  # again: another run may have ended in the meantime
+        if args.process_index == 0:
+            remove_leftovers(args.output_dir)
+            _say_what_is_trained(model)
+        data = prepare(train, evaluation, model, processor, model_args, data_args, args)
+        return _run(model, processor, data, checkpoint, model_args.warm_start, data_args, args)
+
+
+def _run(
+    model,
+    processor: ClipCapProcessor,
+    data,
+    checkpoint: str | None,
+    warm_start: int,
+    data_args: DataArguments,
+    args: CaptioningArguments,
+) -> dict:
+    """Train and save, as the only run that writes the output folder."""
+    if warm_start and checkpoint is None:
+        _warm_start(model, processor, data.train, warm_start, args.seed)
 
     trainer = _trainer(model, processor, data, data_args, args)
     before = look_before(trainer) if data.evaluation is not None else HeldOut([], {})

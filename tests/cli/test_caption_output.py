@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from clipcap_hf.cli import main
@@ -147,3 +148,51 @@ def test_table_with_other_columns_is_not_continued(tmp_path):
     assert "a.png" in CaptionTable(path, captions=2, skip_existing=True)
     with pytest.raises(ValueError, match="as many captions per image"):
         CaptionTable(path, captions=1, skip_existing=True)
+
+
+HOLD = """
+import sys
+from clipcap_hf.files import lock_file, lock_folder
+lock = lock_file(sys.argv[1]) if len(sys.argv) == 2 else lock_folder(*sys.argv[1:])
+with lock:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held(*arguments):
+    """Hold a lock in another process, until the end or a kill."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        yield other
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_two_runs_do_not_write_one_file(tmp_path, pictures, capsys):
+    out = tmp_path / "captions.csv"
+    command = ["caption", str(pictures), "--out", str(out)]
+    with held(out) as other:
+        assert main(command) == 1
+        assert f"{out} is being written by process {other.pid}" in capsys.readouterr().err and not out.exists()
+        assert main(["caption", str(pictures), "--out", str(tmp_path / "others.csv")]) == 0
+    assert main(command) == 0, "a killed process holds nothing"
+    assert len(rows(out)) == 24
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "others.csv", "pictures"]
+
+
+def test_two_runs_do_not_train_into_one_folder(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["train", "--data", "emoji", "--model", "emoji-mini", "--out", str(out), "--max-train-samples", "4"]
+    command += ["--max-steps", "1", "--eval-split", "none", "--report-to", "none", "--device", "cpu"]
+    with held(out, "_lock") as other:
+        assert main(command) == 1
+        assert f"{out} is being written by process {other.pid}" in capsys.readouterr().err
+        assert os.listdir(out) == ["_lock"]
+    assert main(command) == 0, "a killed process holds nothing"
+    assert "_lock" not in os.listdir(out) and "model.safetensors" in os.listdir(out)

@@ -218,6 +218,13 @@ def test_wrong_input(tmp_path, make_model, processor, embeds_processor, data):
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="not empty and holds no embeddings"):
         run(out="mine")
+    with pytest.raises(ValueError, match="not empty and holds thesis.txt: choose another folder"):
+        run({"train": data.select(range(3))}, out="mine")
+    (tmp_path / "begun" / "train").mkdir(parents=True)
+    (tmp_path / "begun" / "train" / ".lock").touch()  # of a run that was killed at once
+    for _ in range(2):
+        assert len(run({"train": data.select(range(3))}, out="begun")["train"]) == 3
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
     with pytest.raises(OSError):
         embed(make_model(), data, "/proc/embeds", processor, progress=False)
     with torch.no_grad():

@@ -188,6 +188,15 @@ def test_another_run_is_not_overwritten(run_folder, capsys):
     assert "already holds checkpoint-3: pass `resume`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["scores.json", "curve.png", "samples.json", "model.safetensors"])
+def test_files_that_a_run_would_replace_are_left_alone(run_folder, capsys, name):
+    (run_folder / "out").mkdir()
+    (run_folder / "out" / name).write_text("mine")
+    assert main(flags(run_folder, "out")) == 1
+    assert f"already holds {name}: pass `resume`" in capsys.readouterr().err
+    assert (run_folder / "out" / name).read_text() == "mine"
+
+
 class Poison(TrainerCallback):
     """Ruin a weight, as a step with an infinite gradient does."""
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,14 @@ def estimate(
     with tempfile.TemporaryDirectory() as folder:
         parts = _parts(settings, shape, Path(folder) / "parts")
         chosen = replace(settings, chosen={**settings.chosen, **parts}, grid=False)
-        samples = {}
+        samples: dict[str, str] = {}
+        measured: dict[str, _Measurements] = {}  # made-up images are measured once for all tables
         for trained_on in dict.fromkeys(TABLES[table].trained_on for table in settings.tables):
-            work = _Work(chosen, trained_on, Path(folder) / trained_on, device, seconds, images)
-            samples[trained_on] = work.source
-            costs += work.costs()
+            source, rows = _sample(settings, trained_on, Path(folder) / trained_on, images)
+            if source not in measured:
+                measured[source] = _Measurements(chosen, rows, Path(folder) / trained_on, device, seconds)
+            samples[trained_on] = source
+            costs += _costs(chosen, trained_on, measured[source])
     models = {name: path if path == settings.choices[name] else "random weights" for name, path in parts.items()}
     return {**describe_device(device), "models": models, "images": samples}, costs
 
@@ -139,56 +142,41 @@ def estimate_text(measured: tuple[dict[str, Any], list[Cost]]) -> str:
     return "\n".join([f"Estimated on this device ({name}) by a part of each stage.", "; ".join(used) + ".", *lines])
 
 
-class _Work:
-    """The stages of one training set, measured on a sample of its images."""
+def _costs(settings: Settings, trained_on: str, measured: "_Measurements") -> list[Cost]:
+    """Scale what was measured to the stages of one training set."""
+    size, costs = SIZES[trained_on], []
+    if settings.source == "train":
+        embedding, bytes_of_image = measured.embedding
+        images = size.train_images + size.validation_images
+        costs.append(Cost(f"embed {trained_on}", embedding.hours(images), images * bytes_of_image))
+        for variant, training in measured.trainings.items():
+            hours = settings.seeds * training.hours(size, stages.SAVE_STEPS)
+            costs.append(Cost(f"train {variant} on {trained_on}", hours, settings.seeds * training.disk))
+    for table in settings.tables:
+        if TABLES[table].trained_on != trained_on:
+            continue
+        size, scoring = SIZES[table], _scoring(table, settings.tokenizer, settings.spice_home)
+        for variant, captioning in measured.captionings.items():
+            hours = captioning.hours(size.test_images)
+            scored = 1 if settings.source == "results" else len(REPORTED_DECODINGS)
+            hours += scored * scoring.hours(size.test_images * (size.references + 1))
+            costs.append(Cost(f"evaluate {variant} on {table}", settings.seeds * hours, 2e7))
+    return costs
 
-    def __init__(
-        self, settings: Settings, trained_on: str, folder: Path, device: torch.device, seconds: float, images: int
-    ):
-        self.settings, self.trained_on, self.folder, self.device = settings, trained_on, folder, device
+
+class _Measurements:
+    """What the parts of each stage take on a sample of images; measured when first asked for."""
+
+    def __init__(self, settings: Settings, rows: Dataset, folder: Path, device: torch.device, seconds: float):
+        self.settings, self.rows, self.folder, self.device = settings, rows, folder, device
         self.measured_seconds = seconds
-        self.source, self.rows = _sample(settings, trained_on, folder / "images", images)
-        self.held_out = images // 6
+        self.held_out = len(rows) // 6
         self.embeddings = folder / "embeddings"
 
-    def costs(self) -> list[Cost]:
-        settings, costs = self.settings, []
-        if settings.source == "train":
-            costs += self._costs_of_training()
-        elif settings.source == "official-weights":  # a random captioner of their size captions as fast
-            self._embedding()
-            for variant in settings.variants:
-                self._train(variant, 1)
-        captioning = {
-            variant: Line(0, 0) if settings.source == "results" else self._captioning(variant)
-            for variant in settings.variants
-        }
-        for table in settings.tables:
-            if TABLES[table].trained_on != self.trained_on:
-                continue
-            size, scoring = SIZES[table], _scoring(table, settings.tokenizer, settings.spice_home)
-            for variant in settings.variants:
-                hours = captioning[variant].hours(size.test_images)
-                scored = 1 if settings.source == "results" else len(REPORTED_DECODINGS)
-                hours += scored * scoring.hours(size.test_images * (size.references + 1))
-                costs.append(Cost(f"evaluate {variant} on {table}", settings.seeds * hours, 2e7))
-        return costs
-
-    def _costs_of_training(self) -> list[Cost]:
-        settings, size = self.settings, SIZES[self.trained_on]
-        embedding, bytes_of_image = self._embedding()
-        images = size.train_images + size.validation_images
-        costs = [Cost(f"embed {self.trained_on}", embedding.hours(images), images * bytes_of_image)]
-        for variant in settings.variants:
-            training = self._training(variant)
-            hours = settings.seeds * training.hours(size, stages.SAVE_STEPS)
-            costs.append(Cost(f"train {variant} on {self.trained_on}", hours, settings.seeds * training.disk))
-        return costs
-
-    def _embedding(self) -> tuple[Line, float]:
-        """Measure the embedding of images, and the bytes of each."""
-        settings, clip, size = self.settings, self.settings.choices["clip"], SIZES[self.trained_on]
-        workers = _workers(settings, size.train_images, most=8)
+    @cached_property
+    def embedding(self) -> tuple[Line, float]:
+        """The embedding of images, and the bytes of each."""
+        settings, clip, workers = self.settings, self.settings.choices["clip"], _workers(self.settings, most=8)
 
         def work(images: int):
             data = {
@@ -222,12 +210,18 @@ class _Work:
         choices = choices_of_training(self.settings.choices, variant)
         arguments = stages.training_arguments(
             replace(self.settings, training=options),
-            Captioner(self.trained_on, variant, 0, choices),
+            Captioner(None, variant, 0, choices),
             self.embeddings,
             self._trained(variant),
         )
         scores: dict[str, float] = {}
         return _seconds(lambda: scores.update(run_training(*arguments)), self.device), scores
+
+    @cached_property
+    def trainings(self) -> dict[str, TrainingCost]:
+        """The training of each variant."""
+        _ = self.embedding  # leaves what they are trained on
+        return {variant: self._training(variant) for variant in self.settings.variants}
 
     def _training(self, variant: str) -> TrainingCost:
         self._train(variant, 1)  # what only the first of a process takes
@@ -250,13 +244,25 @@ class _Work:
         wanted = math.ceil(self.measured_seconds * units / max(seconds, 1e-9))
         return min(max(wanted, units), MOST_REPEATED * units)
 
+    @cached_property
+    def captionings(self) -> dict[str, Line]:
+        """Captioning by each variant."""
+        if self.settings.source == "results":
+            return {variant: Line(0, 0) for variant in self.settings.variants}
+        if self.settings.source == "train":
+            _ = self.trainings  # leave their captioners
+        if self.settings.source == "official-weights":  # random captioners of their size caption as fast
+            _ = self.embedding
+            for variant in self.settings.variants:
+                self._train(variant, 1)
+        return {variant: self._captioning(variant) for variant in self.settings.variants}
+
     def _captioning(self, variant: str) -> Line:
         """Measure all reported decodings together, reading and encoding of the images included."""
         lines, captioner = [], self._trained(variant)
         if self.settings.source == "checkpoint":
             captioner = Path(self.settings.path or "").expanduser()
-        images = max(SIZES[table].test_images for table in self.settings.tables)
-        workers = _workers(self.settings, images)
+        workers = _workers(self.settings)
         for decoding in REPORTED_DECODINGS:
 
             def work(number: int, decoding: str = decoding):
@@ -296,8 +302,8 @@ def _bytes(folder: Path) -> float:
     return float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
-def _workers(settings: Settings, images: int, most: int = 4) -> int:
-    return default_workers(images, most) if settings.workers is None else settings.workers
+def _workers(settings: Settings, most: int = 4) -> int:
+    return default_workers(None, most) if settings.workers is None else settings.workers
 
 
 # -- what is measured on
@@ -309,7 +315,7 @@ def _sample(settings: Settings, trained_on: str, folder: Path, images: int) -> t
         split = PublishedSplit(trained_on, "train", settings.data)
         if not split.missing() and len(split.rows) >= images:
             rows = evenly_spread(split.rows, images)
-            return f"{images} of its training split", rows.cast_column("image", Image(decode=False))
+            return f"{images} training images of {trained_on}", rows.cast_column("image", Image(decode=False))
     captions = _captions(5 * images)
     columns = {
         "image_id": list(range(images)),

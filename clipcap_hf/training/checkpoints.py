@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import TrainerCallback
 
 
 if TYPE_CHECKING:
@@ -104,6 +105,27 @@ def remove_leftovers(folder: str | os.PathLike):
             path.unlink(missing_ok=True)
         elif re.fullmatch(r"checkpoint-\d+", path.name) and not _is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Save the checkpoint of an epoch's last step after the epoch's evaluation, which draws random numbers.
+
+    `Trainer` saves at steps before it evaluates at the epoch's end: a run that resumed from such a checkpoint left out
+    the evaluation, and ended with other weights.
+    """
+
+    def __init__(self):
+        self.owed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.owed = control.should_save and float(state.epoch).is_integer()
+        if self.owed:
+            control.should_save = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.owed:
+            control.should_save = True
+        self.owed = False
 
 
 def save_whole(trainer: "Trainer", out: Path):

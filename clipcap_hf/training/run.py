@@ -21,7 +21,7 @@ from .arguments import CaptioningArguments, DataArguments, ModelArguments
 from .baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
 from .caption_start import set_caption_start
 from .captioner import check_names, load_captioner
-from .checkpoints import check_writable, checkpoint_to_resume, remove_leftovers, save_whole
+from .checkpoints import SaveAfterEvaluation, check_writable, checkpoint_to_resume, remove_leftovers, save_whole
 from .collator import CaptioningCollator
 from .held_out import MOST_BEFORE, CaptionMetrics, HeldOut, look, look_before, score, write_samples
 from .loading import load_data
@@ -169,7 +169,8 @@ def _without_images(data):
 
 
 def _callbacks(args: CaptioningArguments) -> list:
-    return [] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)]
+    stopping = [] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)]
+    return [SaveAfterEvaluation(), *stopping]
 
 
 # -- saving and the report at the end

@@ -45,7 +45,7 @@ def test_models_and_images_that_are_there_are_measured(tmp_path):
     parts = {"clip": str(tmp_path / "clip"), "language-model": str(tmp_path / "gpt2")}
     chosen = settings(tmp_path / "out", "flickr8k", chosen=parts, data=str(tmp_path / "data"), seeds=3)
     device, costs = estimate(chosen, seconds=0.1, images=24)
-    assert device["models"] == parts and device["images"] == {"flickr8k": "24 of its training split"}
+    assert device["models"] == parts and device["images"] == {"flickr8k": "24 training images of flickr8k"}
     assert [cost.stage for cost in costs] == ["embed flickr8k", "train mlp on flickr8k", "evaluate mlp on flickr8k"]
     # Embeddings in float32 with their captions; three captioners, each with a checkpoint that has AdamW's two moments.
     assert 7000 * 4 * 384 < costs[0].disk < 7000 * (4 * 384 + 1500)

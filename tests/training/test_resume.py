@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,26 @@ def test_a_killed_run_ends_with_the_same_weights(run_folder):
     assert whole == killed == pytest.approx(sum(losses[0]) / 6, rel=1e-4)
     assert main(flags(run_folder, "killed", "--resume")) == 0
     assert train_loss(run_folder / "killed") == whole
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_is_saved_after_its_evaluation(run_folder):
+    """60 rows are 8 batches: checkpoint-8 is of the last step of an epoch, and the evaluation draws random numbers."""
+    epochs = "--eval_strategy epoch --save_steps 4 --save_total_limit 9 --max_steps 24".split()
+    assert main(flags(run_folder, "whole", *epochs)) == 0
+    (run_folder / "killed").mkdir()
+    shutil.copytree(run_folder / "whole/checkpoint-8", run_folder / "killed/checkpoint-8")
+    assert main(flags(run_folder, "killed", *epochs, "--resume")) == 0
+    assert weights(run_folder / "killed") == weights(run_folder / "whole")
+    evaluated = [
+        [
+            entry["step"]
+            for entry in json.loads((run_folder / out / "trainer_state.json").read_text())["log_history"]
+            if "eval_loss" in entry
+        ]
+        for out in ("whole", "killed")
+    ]
+    assert evaluated == [[8, 16, 24]] * 2
+    assert (run_folder / "whole/checkpoint-4").is_dir() and (run_folder / "whole/checkpoint-24").is_dir()
 
 
 def train_loss(folder: Path) -> float:

@@ -1,5 +1,6 @@
 """Report the result of a run: best and last epoch, baselines, captions before and after, and a verdict."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -133,10 +134,10 @@ def _below_copying(ending: Ending) -> tuple[str, str] | None:
     if not better:
         return None
     what = "the caption of the nearest training image" if better[0] == NEAREST else "the most common caption"
+    longer = "train for more epochs, " if ending.saved_step >= ending.last.step else ""
     return "below copying", (
         f"Copying {what} scores at least as high (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). "
-        "Add images or captions, train for more epochs if the loss still fell at the end, or start from a captioner "
-        "of similar images."
+        f"Add images or captions, {longer}or start from a captioner of similar images (`--model`)."
     )
 
 
@@ -236,6 +237,7 @@ def report(ending: Ending, files: Sequence[str], out: str) -> str:
         lines.append(warning)
     word, why = verdict(ending)
     lines += ["", f"Verdict: {word}. {why}", f"The captioner is in {out}, with {', '.join(files)}."]
+    lines.append(f"To caption other images: clipcap caption --model {shlex.quote(out)} IMAGE")
     return "\n".join(lines)
 
 

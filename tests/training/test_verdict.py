@@ -109,7 +109,7 @@ def test_the_report_shows_epochs_baselines_and_captions():
     assert text.count(" -> a drawing of") == 6
     assert "2 of the 6 held-out images are also training images" in text
     assert NEAREST in text and MOST_COMMON in text
-    assert text.endswith("The captioner is in out, with scores.json, curve.png.")
+    assert "The captioner is in out, with scores.json, curve.png.\n" in text
 
 
 def test_baselines_copy_captions():

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .baselines import MOST_COMMON, NEAREST
+from .baselines import BEFORE, MOST_COMMON, NEAREST
 
 
 SHOWN = 6
@@ -13,6 +13,7 @@ FEW_HELD_OUT = 5
 UNCERTAIN = 10  # held-out images, below which scores are mostly chance
 SAME_CAPTION_SHARE = 0.5
 RISE = 1.1  # a last loss this many times the best one is a rise
+FALL = 0.9  # a loss of this share of the one before training is a fall
 SAME_IMAGE = 0.9999
 SHARED_START = 0.9  # of the training captions, for words that make a style
 SAME_STYLE_SHARE = 0.8
@@ -92,7 +93,7 @@ def verdict(ending: Ending) -> tuple[str, str]:
             f"All held-out images have the same caption, {ending.references[0][0][:60]!r}, so the captioner writes it "
             "for every image. Give images captions that tell them apart."
         )
-    for judge in (_collapsed, _unchanged, _below_copying, _overfitted, _half_in_style):
+    for judge in (_collapsed, _unchanged, _no_better, _below_copying, _overfitted, _half_in_style):
         if reason := judge(ending):
             return reason
     more = ""
@@ -125,6 +126,19 @@ def _unchanged(ending: Ending) -> tuple[str, str] | None:
     return "did not change", (
         f"{same} of {len(pairs)} captions are the same as before training. Raise the learning rate "
         "(`--learning-rate`, 3 times as high) or the epochs (`--epochs`), or train more of the captioner."
+    )
+
+
+def _no_better(ending: Ending) -> tuple[str, str] | None:
+    before, own = (ending.scores.get(name, {}).get("cider") for name in (BEFORE, "captioner"))
+    if before is None or ending.loss_before is None or before < own:
+        return None
+    if ending.saved.scores["loss"] < FALL * ending.loss_before:  # it learned a style, which CIDEr hardly counts
+        return None
+    return "no better", (
+        f"Before training, the captioner scored at least as high on these images (CIDEr {before:.1f} against "
+        f"{own:.1f}), with a loss of {ending.loss_before:.3f} against {ending.saved.scores['loss']:.3f}. Keep that "
+        "captioner, add images, or lower the learning rate (`--learning-rate`)."
     )
 
 

@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 
@@ -85,7 +86,8 @@ def _most_likely(trainer: ClipCapTrainer, starts: list[str]) -> str:
     """Return the start after which the captioner, before training, finds the rest of the captions most likely."""
     if len(starts) == 1:
         return ""
-    rows = [trainer.train_dataset[row] for row in spread_rows(len(trainer.train_dataset), MOST_ROWS)]
+    data: Any = trainer.train_dataset
+    rows = [data[row] for row in spread_rows(len(data), MOST_ROWS)]
     processor = copy.copy(trainer.processing_class)
     collator = copy.copy(trainer.data_collator.for_evaluation())
     collator.processor = processor

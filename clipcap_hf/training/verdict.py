@@ -130,8 +130,10 @@ def _unchanged(ending: Ending) -> tuple[str, str] | None:
 
 
 def _no_better(ending: Ending) -> tuple[str, str] | None:
-    before, own = (ending.scores.get(name, {}).get("cider") for name in (BEFORE, "captioner"))
-    if before is None or ending.loss_before is None or before < own:
+    if BEFORE not in ending.scores or ending.loss_before is None:
+        return None
+    before, own = ending.scores[BEFORE]["cider"], ending.scores["captioner"]["cider"]
+    if before < own:
         return None
     if ending.saved.scores["loss"] < FALL * ending.loss_before:  # it learned a style, which CIDEr hardly counts
         return None

@@ -262,7 +262,7 @@ def _epochs(ending: Ending) -> list[str]:
         return []
     total = round(ending.last.epoch, 1)
     saved = ending.saved
-    chosen = f"best: epoch {saved.epoch:g} of {total:g}, by {ending.metric}"
+    chosen = f"best: epoch {round(saved.epoch, 1):g} of {total:g}, by {ending.metric}"
     if ending.saved_step >= ending.last.step and ending.metric == "last":
         chosen = f"saved: the last epoch, {total:g}"
     names = [name for name in ("loss", "cider", "bleu_4", "rouge_l") if name in saved.scores]

@@ -87,18 +87,20 @@ def draw_curve(path: str | Path, log_history: list[dict], metric: str = "cider")
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     losses = figure.add_subplot()
-    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "evaluation loss", "o-")):
+    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o-")):
         if points := [(entry["step"], entry[key]) for entry in log_history if key in entry]:
             losses.plot(*zip(*points), style, label=label, markersize=4)
     losses.set(xlabel="step", ylabel="loss")
     handles, labels = losses.get_legend_handles_labels()
     if points := [(entry["step"], entry[f"eval_{metric}"]) for entry in log_history if f"eval_{metric}" in entry]:
+        name = {"cider": "CIDEr"}.get(metric, metric)
         scores = losses.twinx()
-        scores.plot(*zip(*points), "s--", color="tab:green", label=metric, markersize=4)
-        scores.set(ylabel=metric)
-        handles, labels = handles + scores.lines, [*labels, metric]
+        scores.plot(*zip(*points), "s--", color="tab:green", label=name, markersize=4)
+        scores.set(ylabel=name)
+        handles, labels = handles + scores.lines, [*labels, name]
     if handles:
-        losses.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
+        # Above the axes, where no curve runs through it.
+        losses.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     with whole_file(path) as scratch:
         figure.savefig(scratch, dpi=120, format="png")
     return True

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 MOST_COMMON = "most common caption"
 NEAREST = "nearest training image"
+BEFORE = "before training"
 
 
 def most_common_caption(captions: Sequence[Sequence[str]]) -> str:

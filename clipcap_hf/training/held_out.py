@@ -125,5 +125,5 @@ def write_samples(args: CaptioningArguments, evaluation, captions: list[str]) ->
     if "image" not in rows.column_names or not isinstance(rows[0]["image"], Image.Image):
         return ["samples.json"]
     pictures = [{"image": image, "captions": texts} for image, texts in zip(rows["image"], references)]
-    draw_captions(out / "samples.png", {"evaluation": pictures}, {"evaluation": chosen})
+    draw_captions(out / "samples.png", {"held-out images": pictures}, {"held-out images": chosen})
     return ["samples.json", "samples.png"]

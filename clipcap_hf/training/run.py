@@ -18,7 +18,7 @@ from ..pictures import draw_curve
 from ..processes import keep_freed_memory, leave_at_exit
 from . import verdict
 from .arguments import CaptioningArguments, DataArguments, ModelArguments
-from .baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
+from .baselines import BEFORE, MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
 from .caption_start import set_caption_start
 from .captioner import check_names, load_captioner
 from .checkpoints import SaveAfterEvaluation, check_writable, checkpoint_to_resume, remove_leftovers, save_whole
@@ -221,6 +221,8 @@ def _add_baselines(ending: verdict.Ending, data, tokenizer: str):
     references = ending.references = list(data.evaluation["captions"])
     ending.before_rows = list(spread_rows(len(references), MOST_BEFORE)) if ending.before else []
     captions = {"captioner": ending.after}
+    if len(ending.before) == len(references):  # with more held-out images, only some were captioned before
+        captions[BEFORE] = ending.before
     if data.train_captions:
         ending.shared_words = verdict.shared_words(data.train_captions)
         ending.mean_words = verdict.mean_words([text for texts in data.train_captions for text in texts])

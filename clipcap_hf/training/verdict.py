@@ -1,10 +1,11 @@
 """Report the result of a run: best and last epoch, baselines, captions before and after, and a verdict."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .baselines import MOST_COMMON, NEAREST
+from .baselines import BEFORE, MOST_COMMON, NEAREST
 
 
 SHOWN = 6
@@ -12,6 +13,7 @@ FEW_HELD_OUT = 5
 UNCERTAIN = 10  # held-out images, below which scores are mostly chance
 SAME_CAPTION_SHARE = 0.5
 RISE = 1.1  # a last loss this many times the best one is a rise
+FALL = 0.9  # a loss of this share of the one before training is a fall
 SAME_IMAGE = 0.9999
 SHARED_START = 0.9  # of the training captions, for words that make a style
 SAME_STYLE_SHARE = 0.8
@@ -91,7 +93,7 @@ def verdict(ending: Ending) -> tuple[str, str]:
             f"All held-out images have the same caption, {ending.references[0][0][:60]!r}, so the captioner writes it "
             "for every image. Give images captions that tell them apart."
         )
-    for judge in (_collapsed, _unchanged, _below_copying, _overfitted, _half_in_style):
+    for judge in (_collapsed, _unchanged, _no_better, _below_copying, _overfitted, _half_in_style):
         if reason := judge(ending):
             return reason
     more = ""
@@ -127,16 +129,31 @@ def _unchanged(ending: Ending) -> tuple[str, str] | None:
     )
 
 
+def _no_better(ending: Ending) -> tuple[str, str] | None:
+    if BEFORE not in ending.scores or ending.loss_before is None:
+        return None
+    before, own = ending.scores[BEFORE]["cider"], ending.scores["captioner"]["cider"]
+    if before < own:
+        return None
+    if ending.saved.scores["loss"] < FALL * ending.loss_before:  # it learned a style, which CIDEr hardly counts
+        return None
+    return "no better", (
+        f"Before training, the captioner scored at least as high on these images (CIDEr {before:.1f} against "
+        f"{own:.1f}), with a loss of {ending.loss_before:.3f} against {ending.saved.scores['loss']:.3f}. Keep that "
+        "captioner, add images, or lower the learning rate (`--learning-rate`)."
+    )
+
+
 def _below_copying(ending: Ending) -> tuple[str, str] | None:
     own = ending.scores["captioner"]["cider"]
     better = [name for name in (NEAREST, MOST_COMMON) if ending.scores.get(name, {}).get("cider", -1) >= own]
     if not better:
         return None
     what = "the caption of the nearest training image" if better[0] == NEAREST else "the most common caption"
+    longer = "train for more epochs, " if ending.saved_step >= ending.last.step else ""
     return "below copying", (
         f"Copying {what} scores at least as high (CIDEr {ending.scores[better[0]]['cider']:.1f} against {own:.1f}). "
-        "Add images or captions, train for more epochs if the loss still fell at the end, or start from a captioner "
-        "of similar images."
+        f"Add images or captions, {longer}or start from a captioner of similar images (`--model`)."
     )
 
 
@@ -236,6 +253,7 @@ def report(ending: Ending, files: Sequence[str], out: str) -> str:
         lines.append(warning)
     word, why = verdict(ending)
     lines += ["", f"Verdict: {word}. {why}", f"The captioner is in {out}, with {', '.join(files)}."]
+    lines.append(f"To caption other images: clipcap caption --model {shlex.quote(out)} IMAGE")
     return "\n".join(lines)
 
 
@@ -244,7 +262,7 @@ def _epochs(ending: Ending) -> list[str]:
         return []
     total = round(ending.last.epoch, 1)
     saved = ending.saved
-    chosen = f"best: epoch {saved.epoch:g} of {total:g}, by {ending.metric}"
+    chosen = f"best: epoch {round(saved.epoch, 1):g} of {total:g}, by {ending.metric}"
     if ending.saved_step >= ending.last.step and ending.metric == "last":
         chosen = f"saved: the last epoch, {total:g}"
     names = [name for name in ("loss", "cider", "bleu_4", "rouge_l") if name in saved.scores]

@@ -4,7 +4,8 @@
     python examples/measurements/small_parts.py --captions dataset_flickr8k.json --images Flicker8k_Dataset --out parts
 
 writes `parts/tower`, EfficientNet-Lite2 with its ImageNet weights, and `parts/text`, a tokenizer trained on the
-captions of the training split and a small GPT-2 with random weights. Then
+captions of the training split and a small GPT-2 with random weights. `--captions my-images` takes a folder of images
+with their captions instead. Then
 
     clipcap embed dataset_flickr8k.json --data-format karpathy --images Flicker8k_Dataset \
         --vision parts/tower --out embeddings
@@ -63,9 +64,9 @@ def make_language_model(captions: list[str], out: Path, hidden_size: int, layers
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", required=True, help="annotation file")
+    parser.add_argument("--captions", required=True, help="annotation file, or a folder of images with captions")
     parser.add_argument("--data-format", default="karpathy", help="format of the file (default: %(default)s)")
-    parser.add_argument("--images", required=True, help="folder of the photographs")
+    parser.add_argument("--images", help="folder of the photographs of an annotation file")
     parser.add_argument("--out", type=Path, required=True, help="folder for tower/ and text/")
     parser.add_argument("--hidden-size", type=int, default=192, help="width of the GPT-2 (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the GPT-2 (default: %(default)s)")
@@ -73,7 +74,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    data = load_captions(arguments.data_format, arguments.captions, images=arguments.images, split="train")
+    kind = "imagefolder" if Path(arguments.captions).is_dir() else arguments.data_format
+    data = load_captions(kind, arguments.captions, images=arguments.images, split="train")
     captions = [text for texts in data["captions"] for text in texts]
     make_tower(arguments.out / "tower")
     make_language_model(

@@ -44,9 +44,9 @@ COMMON = (
 GROUP = ("data", "images", "start", "trained")
 
 
-def drawings(out: Path):
-    """Return embedded drawings with captions in a new style: to train on, and held out."""
-    train, new = load_emoji("train").shuffle(0).select(range(3000)), load_emoji("new_design").shuffle(0)
+def drawings(images: int, out: Path):
+    """Return embedded drawings with captions in a new style: some to train on, and some held out."""
+    train, new = load_emoji("train").shuffle(0).select(range(images)), load_emoji("new_design").shuffle(0)
     data = DatasetDict({"train": train, "validation": new.select(range(HELD_OUT["drawings"]))})
     data = data.map(lambda row: {"captions": [f"a drawing of {row['captions'][0]}"]})
     model, processor = (
@@ -137,7 +137,7 @@ def main():
 
     found = []
     if not arguments.no_drawings:
-        data = drawings(out / "drawings")
+        data = drawings(max(arguments.images), out / "drawings")
         found.append(("drawings", data, ["--model", "emoji-mini"], len(data["train"])))
     if arguments.photographs:
         found.append(("photographs", *photographs(arguments.photographs, out)))

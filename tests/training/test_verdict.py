@@ -3,7 +3,14 @@
 import pytest
 import torch
 from clipcap_hf.data.embeddings import embeds_as_tensors
-from clipcap_hf.training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
+from clipcap_hf.training.baselines import (
+    BEFORE,
+    MOST_COMMON,
+    NEAREST,
+    most_common_caption,
+    nearest_images,
+    read_pooled,
+)
 from clipcap_hf.training.verdict import (
     Ending,
     Evaluation,
@@ -22,6 +29,7 @@ STYLED = [f"a drawing of {name}" for name in NAMES]
 
 
 def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0, nearest=30.0, ciders=None, **kwargs):
+    cider_before = kwargs.pop("cider_before", None)
     ciders = ciders or range(len(losses))
     evaluations = [
         Evaluation(epoch, 10 * epoch, {"loss": loss, "cider": cider})
@@ -31,6 +39,8 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
         name: {"cider": value, "bleu_4": 1.0, "rouge_l": 2.0}
         for name, value in (("captioner", own), (NEAREST, nearest), (MOST_COMMON, 2.0))
     }
+    if cider_before is not None:
+        scores[BEFORE] = {"cider": cider_before, "bleu_4": 1.0, "rouge_l": 2.0}
     return Ending(
         evaluations,
         saved_step=10 * (saved or len(losses)),
@@ -40,8 +50,7 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
         before=list(before or NAMES),
         after=list(after or [f"a drawing of {name}" for name in NAMES]),
         before_rows=list(range(6)),
-        loss_before=9.0,
-        **kwargs,
+        **{"loss_before": 9.0, **kwargs},
     )
 
 
@@ -53,6 +62,8 @@ def ending(losses=(3.0, 2.0, 1.5), saved=None, after=None, before=None, own=50.0
         (ending((3.0, 1.5, 2.5), saved=2), "learned", "rose after epoch 2"),
         (ending(after=["a drawing of a cat"] * 6), "collapsed", "Lower the learning rate"),
         (ending(after=NAMES), "did not change", "--learning-rate"),
+        (ending(cider_before=60.0, loss_before=1.6), "no better", "CIDEr 60.0 against 50.0"),
+        (ending(cider_before=60.0), "learned", "scores higher"),  # the loss fell: a new style
         (ending(own=20.0), "below copying", "nearest training image"),
         (ending(own=1.0, nearest=0.0), "below copying", "most common caption"),
         (ending((1.5, 2.0, 2.5)), "overfitted", "fewer epochs"),
@@ -109,7 +120,7 @@ def test_the_report_shows_epochs_baselines_and_captions():
     assert text.count(" -> a drawing of") == 6
     assert "2 of the 6 held-out images are also training images" in text
     assert NEAREST in text and MOST_COMMON in text
-    assert text.endswith("The captioner is in out, with scores.json, curve.png.")
+    assert "The captioner is in out, with scores.json, curve.png.\n" in text
 
 
 def test_baselines_copy_captions():

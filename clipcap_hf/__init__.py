@@ -50,8 +50,6 @@ __all__ = [
     "ClipCapPreTrainedModel",
     "ClipCapProcessor",
     "ClipCapTrainer",
-    "ConseVisionConfig",
-    "ConseVisionModel",
     "DetectorVisionConfig",
     "DetectorVisionModel",
     "ImageCaptioningPipeline",

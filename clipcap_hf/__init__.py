@@ -51,8 +51,6 @@ __all__ = [
     "ClipCapProcessor",
     "ClipCapTrainer",
     "ClipCapVideoProcessor",
-    "ConseVisionConfig",
-    "ConseVisionModel",
     "DetectorVisionConfig",
     "DetectorVisionModel",
     "ImageCaptioningPipeline",

@@ -31,7 +31,6 @@ from .model.modeling_clipcap import (  # noqa: E402
     ClipCapModelOutputWithPast,
     ClipCapPreTrainedModel,
 )
-from .model.modeling_conse import ConseVisionConfig, ConseVisionModel  # noqa: E402
 from .model.modeling_detector import DetectorVisionModel  # noqa: E402
 from .model.modeling_open_clip import OpenClipVisionModel  # noqa: E402
 from .model.pipeline_clipcap import ImageCaptioningPipeline  # noqa: E402
@@ -51,8 +50,6 @@ for _config, _image_processor in (
 ):
     _classes = dict.fromkeys(("pil", "torchvision"), _image_processor)
     AutoImageProcessor.register(_config, image_processor_classes=_classes)
-AutoConfig.register(ConseVisionConfig.model_type, ConseVisionConfig)
-AutoModel.register(ConseVisionConfig, ConseVisionModel)
 AutoConfig.register(DetectorVisionConfig.model_type, DetectorVisionConfig)
 AutoModel.register(DetectorVisionConfig, DetectorVisionModel)
 AutoConfig.register(ClipCapConfig.model_type, ClipCapConfig)
@@ -75,8 +72,6 @@ __all__ = [
     "ClipCapPreTrainedModel",
     "ClipCapProcessor",
     "ClipCapVideoProcessor",
-    "ConseVisionConfig",
-    "ConseVisionModel",
     "DetectorVisionConfig",
     "DetectorVisionModel",
     "ImageCaptioningPipeline",

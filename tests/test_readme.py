@@ -22,9 +22,9 @@ def run_block(code: str):
 
 
 def test_caption_block(tmp_path, monkeypatch, capsys):
-    (code,) = [block for block in code_blocks("python") if "EMOJI_MINI" in block]
+    (code,) = [block for block in code_blocks("python") if "PHOTO_MINI" in block]
     monkeypatch.chdir(tmp_path)
-    for name in ("drawing-1.png", "drawing-2.png"):
+    for name in ("photo-1.jpg", "photo-2.jpg"):
         Image.new("RGB", (80, 60), "red").save(name)
     run_block(code)
     assert capsys.readouterr().out.count("generated_text") == 2

@@ -175,7 +175,7 @@ def test_import_is_lazy():
 @pytest.fixture(scope="module")
 def server():
     pytest.importorskip("gradio", reason="needs gradio: pip install 'clipcap-hf[serve]'")
-    command = [sys.executable, "-m", "clipcap_hf.cli", "serve", "--max-file-size", "2mb"]
+    command = [sys.executable, "-m", "clipcap_hf.cli", "serve", "--model", "emoji-mini", "--max-file-size", "2mb"]
     command += ["--allowed-host", "page.example"]
     # Background jobs of a shell ignore Ctrl-C, and so would their children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

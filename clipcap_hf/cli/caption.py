@@ -28,7 +28,7 @@ def add_parser(commands):
         "exit status is then 1. Under torchrun the processes divide the images, and the first prints for all.",
     )
     caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
-    add_model_argument(caption, default="emoji-mini")
+    add_model_argument(caption, default="photo-mini")
     decoding = caption.add_argument_group("captions")
     add_beams_argument(decoding, default=1, reranks=True)
     decoding.add_argument("--captions", type=beams, default=1, metavar="N", help="give the N best captions per image")

@@ -6,7 +6,8 @@ from .arguments import add_device_arguments, add_model_argument, load_captioner,
 # What the packaged captioners were trained on; nothing is known about others.
 _ABOUT = {
     "emoji-mini": "This captioner knows drawings of emoji only: captions of anything else are fluent and wrong.",
-    "photo-mini": "This captioner knows everyday photographs: captions of anything else are fluent and wrong.",
+    "photo-mini": "This small captioner knows 80 kinds of things on photographs. It guesses what people do, and is "
+    "often wrong.",
 }
 _ABOUT_OTHERS = "Captions can be wrong, above all for images unlike those that the captioner was trained on."
 _MAX_EXAMPLES = 12
@@ -21,7 +22,7 @@ def add_parser(commands):
         "probabilities and the tokens nearest to each prefix vector, and lets you choose how to decode. Press Ctrl-C "
         "to stop.",
     )
-    add_model_argument(serve, default="emoji-mini")
+    add_model_argument(serve, default="photo-mini")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     serve.add_argument("--port", type=positive, help="port (default: the first free one from 7860)")
     serve.add_argument(

@@ -7,7 +7,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
+from .colors_detector import describe_colors
 from .configuration_detector import DetectorVisionConfig
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ConvLayer(nn.Sequential):
@@ -112,41 +116,73 @@ def suppress_doubles(boxes: torch.Tensor, classes: torch.Tensor, iou_threshold: 
     return keep
 
 
-def summarize_detections(scores: torch.Tensor, boxes: torch.Tensor, config: DetectorVisionConfig) -> torch.Tensor:
+def summarize_detections(
+    scores: torch.Tensor, boxes: torch.Tensor, evidence: torch.Tensor, config: DetectorVisionConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Put what was found into embeddings (batch, 3 * num_classes).
+    Put what was found into embeddings (batch, 3 * num_classes + num_scenes).
 
-    They hold each class's highest score, then each class's count (the sum of the scores of its boxes), then each
-    class's size (the square root of the share of the image under its best box).
+    They hold each class's score, count (in fours, 8 at most) and size (the square root of the share of the image under
+    its best box), then each scene's probability. A box gains by the classifier's belief in its class, and of boxes of
+    whatever class on one place only the best is left. A class that the classifier is sure of needs no box. The box of
+    the main thing (batch, 4), the likeliest and largest but for the first class, persons, and whether there is one
+    (batch,), are returned as well.
 
     Args:
         scores (`torch.Tensor` of shape `(batch, locations, num_classes)`): Between 0 and 1.
         boxes (`torch.Tensor` of shape `(batch, locations, 4)`): The box at each location.
+        evidence (`torch.Tensor` of shape `(batch, num_classes + num_scenes)`): The classifier's probabilities.
         config ([`DetectorVisionConfig`]): Its thresholds.
     """
-    highest = scores.amax(1)
+    belief, scenes = evidence.split([config.num_classes, config.num_scenes], dim=1)
+    belief = config.classifier_weight * belief
     top = min(config.max_detections, scores.shape[1] * scores.shape[2])
-    top_scores, places = scores.flatten(1).topk(top)
+    found, places = scores.flatten(1).topk(top)
+    found = found * (found > config.candidate_threshold)
     locations, classes = places // config.num_classes, places % config.num_classes
+    # Boxes that the detector hardly believes in gain less.
+    found = found + (1 - found) * belief.gather(1, classes) * (found / config.score_threshold).clamp(max=1)
+    found, order = found.sort(dim=1, descending=True)
+    locations, classes = locations.gather(1, order), classes.gather(1, order)
     boxes = boxes.gather(1, locations.unsqueeze(-1).expand(-1, -1, 4))
-    keep = suppress_doubles(boxes, classes, config.iou_threshold) & (top_scores > config.score_threshold)
-    count = torch.zeros_like(highest).scatter_add(1, classes, top_scores * keep)
-    best = keep & (top_scores == highest.gather(1, classes))
+    keep = suppress_doubles(boxes, torch.zeros_like(classes), config.iou_threshold) & (found > config.score_threshold)
+
+    score = torch.zeros_like(belief).scatter_reduce(1, classes, found * keep, "amax")
+    best = score.gather(1, classes)
+    count = torch.zeros_like(score).scatter_add(1, classes, (keep & (found >= 0.65 * best)).to(score.dtype))
     side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
-    size = torch.zeros_like(highest).scatter_reduce(1, classes, side * best, "amax")
-    return torch.cat([highest, count, size], dim=-1)
+    size = torch.zeros_like(score).scatter_reduce(1, classes, side * (keep & (found == best)), "amax")
+    # Without a box, take the thing for a single one of middling size.
+    no_box = (score == 0) & (belief > config.score_threshold)
+    score = torch.where(no_box, belief, score)
+    count = torch.where(no_box, 1.0, count).clamp(max=8) / 4
+    size = torch.where(no_box, 0.4, size)
+    main, place = (found * side * keep * (classes != 0)).max(1)
+    box = boxes[torch.arange(len(boxes), device=boxes.device), place]
+    return torch.cat([score, count, size, scenes * (scenes > 0.03)], dim=-1), box, main > 0
+
+
+def _new_classifier(config: DetectorVisionConfig) -> nn.Module:
+    try:
+        from timm import create_model
+    except ImportError as error:
+        raise ImportError("This model needs timm for its image classifier: `pip install timm`.") from error
+    return create_model(config.classifier, pretrained=False, num_classes=config.num_classifier_classes)
 
 
 class DetectorVisionModel(PreTrainedModel):
     r"""
     The object detector NanoDet-g (RangiLyu 2021, Apache-2.0), whose findings are the image embedding.
 
-    What the embedding holds can be read off a caption as well ("two dogs" is a count), so a captioner can learn from
-    text alone.
+    What the embedding holds can be read off a caption as well ("two dogs on a beach" is a count and a scene), so a
+    captioner can learn from text alone. An image classifier of timm helps, if the configuration names one: its classes
+    support the detector's, and tell scenes for which there are no boxes.
 
-    It takes `pixel_values` (batch, 3, height, width): RGB, normalised by ImageNet's mean and deviation. It gives a
-    `pooler_output` (batch, 3 * num_classes), see [`summarize_detections`], and a `last_hidden_state` (batch,
-    neck_width, height / 32, width / 32), the coarsest level of the neck.
+    It takes `pixel_values` (batch, 3, height, width): RGB, normalised by ImageNet's mean and deviation. It gives
+    a `pooler_output` (batch, hidden_size), see [`summarize_detections`] and [`describe_colors`], and a
+    `last_hidden_state` (batch, neck_width, height / 32, width / 32), the coarsest level of the neck. Parameters
+    of the classifier: `classifier`, and `class_map` (num_classifier_classes, num_classes + num_scenes), 1 where a
+    class shows an object or a scene.
     """
 
     config: DetectorVisionConfig
@@ -169,6 +205,11 @@ class DetectorVisionModel(PreTrainedModel):
             nn.Sequential(ConvLayer(config.neck_width, config.neck_width), nn.Conv2d(config.neck_width, outputs, 1))
             for _ in range(3)
         )
+        if config.classifier:
+            self.classifier = _new_classifier(config)
+            self.class_map = nn.Parameter(
+                torch.zeros(config.num_classifier_classes, config.num_classes + config.num_scenes)
+            )
         self.post_init()
 
     def detect(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -194,11 +235,30 @@ class DetectorVisionModel(PreTrainedModel):
             boxes.append(decode_boxes(distances, level.shape[-2:], self.config.num_bins))
         return torch.cat(scores, dim=1), torch.cat(boxes, dim=1), levels[-1]
 
+    def classify(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Compute how probable each object and scene is (batch, num_classes + num_scenes), by the classifier.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB from 0 to 1.
+        """
+        config = self.config
+        if not config.classifier:
+            return pixels.new_zeros(len(pixels), config.num_classes + config.num_scenes)
+        size = (config.classifier_size, config.classifier_size)
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+        # The classifier was trained with mean and deviation 0.5.
+        probabilities = self.classifier((2 * pixels - 1).to(self.dtype)).float().softmax(-1)
+        return (probabilities @ self.class_map.float()).clamp(max=1)
+
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         scores, boxes, features = self.detect(pixel_values)
-        embeds = summarize_detections(scores, boxes, self.config).to(self.dtype)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
+        mean, std = (features.new_tensor(values)[:, None, None].float() for values in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = pixel_values.float() * std + mean
+        embeds, box, known = summarize_detections(scores, boxes, self.classify(pixels), self.config)
+        if self.config.use_colors:
+            embeds = torch.cat([embeds, describe_colors(pixels, box, known)], dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds.to(self.dtype))
 
 
 __all__ = ["DetectorVisionModel"]

@@ -17,7 +17,6 @@ from transformers.utils import ModelOutput
 from .checkpoints_open_clip import is_open_clip_name, list_open_clip_names
 from .configuration_clipcap import PROJECTED_TOWERS, check_config_sizes, clip_embed_dim_of
 from .damage_clipcap import load_config, named, naming
-from .modeling_conse import ConseVisionModel
 from .modeling_detector import DetectorVisionModel
 from .modeling_open_clip import OpenClipVisionModel, clip_vision_obstacle, load_open_clip_config
 from .modeling_xclip import XCLIPVideoModel
@@ -29,7 +28,6 @@ _TOWER_CLASSES = {
     "metaclip_2_vision_model": MetaClip2VisionModelWithProjection,
     "open_clip_vision_model": OpenClipVisionModel,
     "xclip_vision_model": XCLIPVideoModel,
-    "conse_vision_model": ConseVisionModel,
     "detector_vision_model": DetectorVisionModel,
 }
 

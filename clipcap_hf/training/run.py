@@ -73,7 +73,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
             remove_leftovers(args.output_dir)
             _say_what_is_trained(model)
         data = prepare(train, evaluation, model, processor, model_args, data_args, args)
-        return _run(model, processor, data, checkpoint, model_args.warm_start, data_args, args)
+        return _run(model, processor, data, checkpoint, model_args, data_args, args)
 
 
 def _run(
@@ -81,13 +81,13 @@ def _run(
     processor: ClipCapProcessor,
     data,
     checkpoint: str | None,
-    warm_start: int,
+    model_args: ModelArguments,
     data_args: DataArguments,
     args: CaptioningArguments,
 ) -> dict:
     """Train and save, as the only run that writes the output folder."""
-    if warm_start and checkpoint is None:
-        _warm_start(model, processor, data.train, warm_start, args.seed)
+    if model_args.warm_start and checkpoint is None:
+        _warm_start(model, processor, data.train, model_args.warm_start, args.seed)
 
     trainer = _trainer(model, processor, data, data_args, args)
     before = look_before(trainer) if data.evaluation is not None else HeldOut([], {})

@@ -1,103 +1,190 @@
-"""What captions say about objects, and what a detector would have found: for train_photo_captioner.py."""
+"""What captions say about objects and scenes, and what the tower would have found: for train_photo_mini.py."""
 
 import re
 import statistics
 
 import numpy as np
 import torch
+from clipcap_hf.model.colors_detector import COLORS, GROUNDS
 
 
-# COCO's classes of objects in the detector's order, each with the words that captions use for it.
+# COCO's classes of objects in the detector's order: words that captions use for it | ImageNet classes that show it.
 OBJECTS = """
 person: person persons people man men woman women boy boys girl girls child children kid kids lady ladies guy \
     guys player players toddler baby skier skiers surfer surfers snowboarder skateboarder rider riders batter \
     pitcher catcher umpire crowd male female adult adults gentleman someone couple bicyclist cyclist \
-    motorcyclist tourists pedestrians family team
-bicycle: bicycle bicycles bike bikes
-car: car cars suv vehicle vehicles taxi cab cabs jeep minivan
-motorcycle: motorcycle motorcycles motorbike motorbikes scooter scooters moped mopeds
-airplane: airplane airplanes plane planes jet jets airliner aircraft jetliner
-bus: bus buses busses double-decker
-train: train trains locomotive subway trolley
-truck: truck trucks pickup van vans firetruck
-boat: boat boats sailboat sailboats ship canoe kayak kayaks raft yacht ferry gondola
-traffic light: traffic_light traffic_lights stoplight stoplights stop_light stop_lights traffic_signal traffic_signals
+    motorcyclist tourists pedestrians family team | 981
+bicycle: bicycle bicycles bike bikes | 444 671
+car: car cars suv vehicle vehicles taxi cab cabs jeep minivan | 436 468 475 479 511 609 661 751 757 817
+motorcycle: motorcycle motorcycles motorbike motorbikes scooter scooters moped mopeds | 665 670
+airplane: airplane airplanes plane planes jet jets airliner aircraft jetliner | 404 726 895 908
+bus: bus buses busses double-decker | 654 779 874
+train: train trains locomotive subway trolley | 466 547 565 705 820
+truck: truck trucks pickup van vans firetruck | 555 569 656 675 717 734 864 867
+boat: boat boats sailboat sailboats ship canoe kayak kayaks raft yacht ferry gondola | 403 472 484 510 554 576 \
+    625 780 814 871 914
+traffic light: traffic_light traffic_lights stoplight stoplights stop_light stop_lights traffic_signal \
+    traffic_signals | 920
 fire hydrant: fire_hydrant fire_hydrants hydrant hydrants
-stop sign: stop_sign stop_signs
-parking meter: parking_meter parking_meters meter meters
-bench: bench benches
+stop sign: stop_sign stop_signs | 919
+parking meter: parking_meter parking_meters meter meters | 704
+bench: bench benches | 703
 bird: bird birds pigeon pigeons seagull seagulls duck ducks goose geese parrot parrots owl swan swans hawk \
-    eagle flamingos
-cat: cat cats kitten kittens kitty
-dog: dog dogs puppy puppies
-horse: horse horses pony ponies
-sheep: sheep lamb lambs goat goats ram
-cow: cow cows cattle bull bulls calf ox
-elephant: elephant elephants
-bear: bear bears polar_bear polar_bears
-zebra: zebra zebras
+    eagle flamingos | 7-24 80-100 127-146
+cat: cat cats kitten kittens kitty | 281-285
+dog: dog dogs puppy puppies | 151-268 274-275
+horse: horse horses pony ponies | 339 603
+sheep: sheep lamb lambs goat goats ram | 348-349
+cow: cow cows cattle bull bulls calf ox | 345-347 690
+elephant: elephant elephants | 101 385-386
+bear: bear bears polar_bear polar_bears | 294-297
+zebra: zebra zebras | 340
 giraffe: giraffe giraffes
-backpack: backpack backpacks
-umbrella: umbrella umbrellas parasol parasols
-handbag: handbag handbags purse purses
-tie: tie ties necktie bow_tie
+backpack: backpack backpacks | 414
+umbrella: umbrella umbrellas parasol parasols | 879
+handbag: handbag handbags purse purses | 636 748
+tie: tie ties necktie bow_tie | 451 457 906 982
 suitcase: suitcase suitcases luggage suit_case
 frisbee: frisbee frisbees frisbe
-skis: ski skis
+skis: ski skis | 795-796
 snowboard: snowboard snowboards
-sports ball: ball balls soccer_ball basketball
+sports ball: ball balls soccer_ball basketball | 430 522 574 722 768 805 852 890
 kite: kite kites
-baseball bat: bat bats baseball_bat
+baseball bat: bat bats baseball_bat | 429 981
 baseball glove: glove mitt baseball_glove
 skateboard: skateboard skateboards skate_board
 surfboard: surfboard surfboards surf_board surf_boards
-tennis racket: racket rackets racquet racquets tennis_racket tennis_racquet
-bottle: bottle bottles
-wine glass: wine_glass wine_glasses wine
-cup: cup cups mug mugs glass
+tennis racket: racket rackets racquet racquets tennis_racket tennis_racquet | 752 852
+bottle: bottle bottles | 440 720 737 898 907
+wine glass: wine_glass wine_glasses wine | 572 966
+cup: cup cups mug mugs glass | 441 504 647 968
 fork: fork forks
 knife: knife knives
-spoon: spoon spoons
-bowl: bowl bowls
-banana: banana bananas
-apple: apple apples
-sandwich: sandwich sandwiches burger hamburger
-orange: oranges tangerines
-broccoli: broccoli
+spoon: spoon spoons | 910
+bowl: bowl bowls | 659 809
+banana: banana bananas | 954
+apple: apple apples | 948 956
+sandwich: sandwich sandwiches burger hamburger | 933
+orange: oranges tangerines | 950
+broccoli: broccoli | 937
 carrot: carrot carrots
-hot dog: hot_dog hot_dogs hotdog hotdogs
-pizza: pizza pizzas
+hot dog: hot_dog hot_dogs hotdog hotdogs | 934
+pizza: pizza pizzas | 963
 donut: donut donuts doughnut doughnuts
 cake: cake cakes cupcake cupcakes
-chair: chair chairs stool
-couch: couch couches sofa sofas loveseat
-potted plant: plant plants potted_plant
-bed: bed beds
-dining table: table tables desk
-toilet: toilet toilets urinal urinals
-tv: tv television televisions tvs monitor monitors
-laptop: laptop laptops computer computers
-mouse: mouse
-remote: remote remotes remote_control controller controllers wii
-keyboard: keyboard keyboards
-cell phone: cell_phone cell_phones cellphone cellphones phone phones smartphone
-microwave: microwave microwaves
-oven: oven ovens stove
-toaster: toaster
-sink: sink sinks
-refrigerator: refrigerator refrigerators fridge
-book: book books
-clock: clock clocks
-vase: vase vases
+chair: chair chairs stool | 423 559 765
+couch: couch couches sofa sofas loveseat | 831
+potted plant: plant plants potted_plant | 738
+bed: bed beds | 564
+dining table: table tables desk | 526 532
+toilet: toilet toilets urinal urinals | 861 999
+tv: tv television televisions tvs monitor monitors | 548 598 664 782 851
+laptop: laptop laptops computer computers | 527 590 620 681
+mouse: mouse | 673
+remote: remote remotes remote_control controller controllers wii | 761
+keyboard: keyboard keyboards | 508 878
+cell phone: cell_phone cell_phones cellphone cellphones phone phones smartphone | 487
+microwave: microwave microwaves | 651
+oven: oven ovens stove | 544 827
+toaster: toaster | 859
+sink: sink sinks | 896
+refrigerator: refrigerator refrigerators fridge | 760
+book: book books | 453-454 624 917 921
+clock: clock clocks | 409 530 892
+vase: vase vases | 883
 scissors: scissors
-teddy bear: teddy_bear teddy_bears teddy teddies stuffed_animal stuffed_animals stuffed_bear stuffed_bears
-hair drier: hair_dryer blow_dryer hairdryer
+teddy bear: teddy_bear teddy_bears teddy teddies stuffed_animal stuffed_animals stuffed_bear stuffed_bears | 850
+hair drier: hair_dryer blow_dryer hairdryer | 589
 toothbrush: toothbrush toothbrushes
 """
-CLASSES = [line.partition(":")[0] for line in OBJECTS.strip().splitlines()]
-CLASS_OF_WORD = {
-    word: index for index, line in enumerate(OBJECTS.strip().splitlines()) for word in line.partition(": ")[2].split()
-}
+
+# What else captions speak of, in the same form. The tower has no boxes for these.
+SCENES = """
+snow: ski skiing skis slope slopes snow snowboard snowboarding snowy | 450 537 795 802-803 970
+beach: beach ocean sand sandy sea seashore shore wave waves | 460 976-978
+water: bay canal dock harbor lake pier pond river water | 449 472 484 510 525 536 554 576 625 628 693 718 780 \
+    814 871 914 975
+mountain: cliff hill hills hillside mountain mountains rocks rocky valley | 970 972 976 979-980
+field: field grass grassy hay lawn meadow pasture | 522 574 595 621 856 912 958 984
+street: city highway intersection parking road sidewalk street traffic | 468 627 654 675 704 734 829 874 919-920
+sign: sign signs | 919
+building: building buildings castle church house tower | 437 442 483 497-498 538 663 668 682 698 832 858 873 900
+clock tower: clock_tower steeple | 442 497
+bridge: bridge | 821 839 888
+kitchen: cabinets cooking counter kitchen microwave oven refrigerator stove | 534 544 550 567 651 729 760 827 \
+    859 909
+bathroom: bathroom bathtub restroom shower toilet tub | 435 648 700 731 794 804 861 876 896-897 999
+living room: couch fireplace furniture living_room room sofa | 548 556 598 765 831 846 851 905
+bedroom: bed bedroom blanket pillow pillows | 516 520 564 721 750
+library: bookcase books bookshelf library shelf shelves | 453-454 624
+office: computer desk keyboard laptop monitor office | 508 526-527 592 620 662 664 673 681 713 742 782 810
+restaurant: cafe dining dinner meal restaurant | 532 762
+plate: dish food meal plate plates | 868 923-924 933-935 959 962 964-965
+soup: bowl soup | 659 809 925-926
+bread: bagel bread bun sandwich toast | 415 930-934 965
+vegetables: broccoli carrots salad vegetable vegetables | 936-947
+fruit: apples bananas fruit fruits oranges | 948-957
+dessert: birthday cake chocolate cream dessert frosting | 415 470 509 927-929 960
+market: display market shop stand store | 415 467 509 582 788 860 865
+coffee: coffee drink tea | 504-505 550 849 967-968
+wine: bar beer bottles drinking wine | 440-441 503 572 907 966
+flowers: flower flowers roses vase | 580 738 883 984-986
+baseball: baseball batter pitch umpire | 429 781 981
+tennis: court racket racquet tennis | 752 852
+soccer: soccer | 805
+basketball: basketball | 430
+football: football rugby | 560 768
+volleyball: volleyball | 890
+swimming: bikini pool swim swimming swimsuit | 433 445 638-639 801 842 983
+trick: air jump jumping ramp skate skateboard trick | 416 602 702 880
+fence: fence fenced | 489 716 912
+suit: dressed formal suit tie uniform | 400 451 457 652 834 906 982
+wedding: bride groom wedding | 578 982
+hat: cap hat hats | 452 515 808
+helmet: helmet helmets | 518 560
+phone: cellphone phone phones | 487 528 590 605 707
+game: controller game remote video wii | 613 761
+camera: camera photographer | 622 732 759 872
+night: dark lights lit night | 818-819 862
+stage: band concert guitar music stage | 402 486 541 546 650 776 819 889
+park: park playground | 562 645 703 843
+tent: camping tent tents | 672 915
+balloon: balloon balloons | 405 417
+parade: crowd parade | 523 557
+station: platform railroad station track tracks | 466 547 565 705 820 829
+airport: airport jet runway tarmac | 403-404 895 908
+barn: barn farm shed | 425 690 730 866
+stuffed: doll stuffed toy toys | 850 865
+statue: monument sculpture statue | 649 708 863
+umbrella: rain rainy umbrella umbrellas | 879
+fire: fire | 470 555 862
+wave: surf surfboard surfer surfing wave waves | 693 977-978
+child: baby crib infant toddler | 431 443 516 520 529 680
+window: window windows | 799 904-905
+desktop: lamp | 619 846
+"""
+
+
+def _read(table: str) -> tuple[list[str], list[list[str]], list[list[int]]]:
+    """Return the names, words and ImageNet classes of a table's lines."""
+    names, words, classes = [], [], []
+    for line in table.strip().splitlines():
+        name, _, rest = line.partition(": ")
+        texts, _, ranges = rest.partition(" | ")
+        names.append(name)
+        words.append(texts.split())
+        ends = [part.split("-") for part in ranges.split()]
+        classes.append([index for end in ends for index in range(int(end[0]), int(end[-1]) + 1)])
+    return names, words, classes
+
+
+CLASSES, _words, _classes = _read(OBJECTS)
+SCENE_NAMES, _scene_words, _scene_classes = _read(SCENES)
+CLASS_OF_WORD = {word: index for index, words in enumerate(_words) for word in words}
+SCENES_OF_WORD: dict[str, list[int]] = {}
+for _index, _texts in enumerate(_scene_words):
+    for _text in _texts:
+        SCENES_OF_WORD.setdefault(_text, []).append(_index)
 PLURALS = {"people", "men", "women", "children", "geese", "cattle", "ladies", "team", "family", "luggage"}
 NUMBERS = {
     "two": 2, "both": 2, "couple": 2, "pair": 2, "three": 3, "four": 4, "five": 5, "six": 6, "some": 3,
@@ -129,11 +216,30 @@ IMPLIED = {
     "train": "railroad",
     "tie": "suit tuxedo",
 }
-IMPLIED_BY = {}
-for _name, _words in IMPLIED.items():
-    for _word in _words.split():
+IMPLIED_BY: dict[str, list[int]] = {}
+for _name, _implied in IMPLIED.items():
+    for _word in _implied.split():
         IMPLIED_BY.setdefault(_word, []).append(CLASSES.index(_name))
 MOST = 8
+GROUND_WORDS = {
+    "green": {"grass", "grassy", "field", "lawn", "pasture", "meadow"},
+    "white": {"snow", "snowy", "ski", "skiing", "snowboard", "snowboarding"},
+    "blue": {"water", "ocean", "sea", "lake", "pool", "wave", "waves", "surfing"},
+}
+COLOR_OF_WORD = {color: index for index, color in enumerate(COLORS)} | {
+    word: COLORS.index(color)
+    for word, color in {"grey": "gray", "silver": "gray", "tan": "brown", "wooden": "brown", "pink": "purple"}.items()
+}
+# How often things have these colours, at a guess.
+COLOR_SHARES = np.array([0.2, 0.2, 0.17, 0.25, 0.04, 0.02, 0.03, 0.04, 0.04, 0.01])
+
+
+def class_map() -> torch.Tensor:
+    """Return which ImageNet class shows which object or scene, (1000, objects + scenes) of 0 and 1."""
+    table = torch.zeros(1000, len(CLASSES) + len(SCENE_NAMES))
+    for column, classes in enumerate(_classes + _scene_classes):
+        table[classes, column] = 1
+    return table
 
 
 def clean(caption: str) -> str:
@@ -174,115 +280,124 @@ def objects_of_image(captions: list[str]) -> list[tuple[int, int, float]]:
     return found
 
 
+def scenes_of_image(captions: list[str]) -> np.ndarray:
+    """Share of an image's captions that speak of each scene, (scenes,)."""
+    shares = np.zeros(len(SCENE_NAMES), np.float32)
+    for caption in captions:
+        words = re.findall(r"[a-z]+", caption.lower())
+        words += ["_".join(pair) for pair in zip(words, words[1:])]
+        shares[list({scene for word in words for scene in SCENES_OF_WORD.get(word, ())})] += 1
+    return shares / len(captions)
+
+
+def grounds_of_image(captions: list[str]) -> list[float]:
+    """Share of an image's captions that speak of each kind of ground: grass, snow and water."""
+    texts = [set(re.findall(r"[a-z]+", caption.lower())) for caption in captions]
+    return [sum(bool(GROUND_WORDS[ground] & text) for text in texts) / len(texts) for ground in GROUNDS]
+
+
+def colors_of_image(captions: list[str]) -> dict[int, list[int]]:
+    """List the colours that an image's captions give to each class of objects: "a red and white bus" is red."""
+    colors: dict[int, list[int]] = {}
+    for caption in captions:
+        words = re.findall(r"[a-z]+", caption.lower())
+        for place, word in enumerate(words):
+            named = [COLOR_OF_WORD[before] for before in words[max(0, place - 4) : place] if before in COLOR_OF_WORD]
+            if word in CLASS_OF_WORD and named:
+                colors.setdefault(CLASS_OF_WORD[word], []).append(named[0])
+    return colors
+
+
 class DetectorNoise:
-    """Draws what the detector would have found on photographs that show given objects.
+    """Draws what the tower would have found on photographs that show what captions name.
+
+    Nothing here was measured on photographs. Which class is taken for which comes from the detector's own weights;
+    the other figures are guesses.
 
     Args:
-        statistics (`dict[str, torch.Tensor]`): From [`measure`].
-    """
-
-    def __init__(self, statistics: dict[str, torch.Tensor], threshold: float, seed: int = 0):
-        self.statistics, self.threshold = statistics, threshold
-        self.random = np.random.default_rng(seed)
-        self.scores = statistics["scores"].numpy()
-        self.sizes = statistics["sizes"].numpy()
-        self.popularity = statistics["popularity"].numpy()
-
-    def _quantile(self, quantiles: np.ndarray) -> float:
-        return float(np.interp(self.random.random(), np.linspace(0, 1, len(quantiles)), quantiles))
-
-    def _instances(self, objects: list[tuple[int, int, float]]):
-        """Class, score and size of each thing found on one photograph."""
-        random = self.random
-        for index, count, share in objects:
-            if random.random() > 0.75 + 0.2 * share:  # missed altogether
-                continue
-            count = count + int(random.random() < 0.1) - int(random.random() < 0.15 and count > 1)
-            for instance in range(max(1, count)):
-                if instance and random.random() < 0.25:
-                    continue
-                score = max(self._quantile(self.scores), self._quantile(self.scores) if share > 0.5 else 0)
-                size = max(self._quantile(self.sizes[index]), self._quantile(self.sizes[index]) if share > 0.5 else 0)
-                yield index, score, size * max(1, count) ** -0.25
-        for _ in range(random.poisson(0.5)):  # things that nobody speaks of
-            index = int(random.choice(len(self.popularity), p=self.popularity))
-            score = self.threshold + 0.6 * (self._quantile(self.scores) - self.threshold)
-            yield index, score, min(self._quantile(self.sizes[index]), self._quantile(self.sizes[index]))
-
-    def embed(self, images: list[list[tuple[int, int, float]]]) -> torch.Tensor:
-        """Embeddings (images, 3 * classes), as the tower would give them, of photographs with these objects."""
-        measured = self.statistics
-        classes = len(self.popularity)
-        generator = torch.Generator().manual_seed(int(self.random.integers(2**31)))
-        common = torch.randn(len(images), 1, generator=generator)
-        own = torch.randn(len(images), classes, generator=generator)
-        highest = (measured["background_mean"] + measured["background_std"] * (0.6 * common + 0.8 * own)).sigmoid()
-        count, size = torch.zeros_like(highest), torch.zeros_like(highest)
-        found = [(image, *thing) for image, objects in enumerate(images) for thing in self._instances(objects)]
-        if not found:
-            return torch.cat([highest, count, size], dim=1)
-        image, index, score, side = (torch.tensor(column) for column in zip(*found))
-        noise = (0.4 * torch.randn(len(found), classes, generator=generator)).exp()
-        rows = (score[:, None] * measured["confusion"][index] * noise).clamp(max=0.95)
-        rows[torch.arange(len(found)), index] = score.float()
-        place = image[:, None].expand(-1, classes)
-        highest = highest.scatter_reduce(0, place, rows, "amax")
-        boxed = rows * (rows > self.threshold)
-        count = count.scatter_add(0, place, boxed)
-        best = (rows == highest[image]) & (boxed > 0)
-        size = size.scatter_reduce(0, place, best * side[:, None].float(), "amax")
-        return torch.cat([highest, count, size], dim=1)
-
-
-def measure(
-    embeds: torch.Tensor,
-    detections: list[tuple[torch.Tensor, torch.Tensor]],
-    class_weights: torch.Tensor,
-    threshold: float,
-):
-    """Statistics of a detector on photographs whose contents nobody told.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(photographs, 3 * classes)`): The tower's embeddings.
-        detections (`list`): For each photograph the class scores (boxes, classes) and the sizes (boxes,) of its boxes.
-        class_weights (`torch.Tensor` of shape `(classes, channels)`): Of the detector's last layer: classes of similar
-            weights are confused, also those that are on none of the photographs.
+        texts (`list[list[str]]`): The captions of each image.
+        class_weights (`torch.Tensor` of shape `(classes, channels)`): Of the detector's last layer. Classes of similar
+            weights are confused.
         threshold (`float`): Boxes with lower scores are not counted.
     """
-    classes = embeds.shape[1] // 3
-    rows = torch.cat([scores.float() for scores, _ in detections])
-    sides = torch.cat([sizes.float() for _, sizes in detections])
-    top, index = rows.max(1)
-    sure = top > threshold
-    rows, sides, top, index = rows[sure], sides[sure], top[sure], index[sure]
-    ratios = rows / top[:, None]
-    number = torch.bincount(index, minlength=classes).float()
-    confusion = torch.zeros(classes, classes).index_add(0, index, ratios) / number.clamp(min=1)[:, None]
-    similarity = torch.nn.functional.normalize(class_weights, dim=-1)
-    similarity = similarity @ similarity.T
-    known = (number >= 50)[:, None] & ~torch.eye(classes, dtype=torch.bool)
-    slope, offset = np.polyfit(similarity[known].numpy(), confusion[known].clamp(min=1e-3).log().numpy(), 1)
-    guess = (slope * similarity + offset).exp().clamp(max=0.9)
-    confusion = (number[:, None] * confusion + 20 * guess) / (number[:, None] + 20)
-    confusion.fill_diagonal_(1)
 
-    highest = embeds[:, :classes].clamp(1e-4, 1 - 1e-4)
-    absent = highest < threshold
-    logits = highest.logit()
-    mean = (logits * absent).sum(0) / absent.sum(0)
-    std = (((logits - mean) ** 2 * absent).sum(0) / absent.sum(0)).sqrt()
-    steps = torch.linspace(0, 1, 21)
-    pooled = sides.quantile(steps)
-    sizes = torch.stack([
-        sides[index == one].quantile(steps) if number[one] >= 20 else pooled for one in range(classes)
-    ])  # fmt: skip
-    best = highest[highest > threshold + 0.05]
-    popularity = number.sqrt() + 1
-    return {
-        "confusion": confusion,
-        "background_mean": mean,
-        "background_std": std,
-        "scores": best.quantile(steps),
-        "sizes": sizes,
-        "popularity": popularity / popularity.sum(),
-    }
+    def __init__(self, texts: list[list[str]], class_weights: torch.Tensor, threshold: float, seed: int = 0):
+        self.random, self.threshold = np.random.default_rng(seed), threshold
+        self.share, self.count = np.zeros((2, len(texts), len(CLASSES)), np.float32)
+        for image, captions in enumerate(texts):
+            for index, count, share in objects_of_image(captions):
+                self.share[image, index], self.count[image, index] = share, count
+        self.scenes = np.stack([scenes_of_image(captions) for captions in texts])
+        self.grounds = np.array([grounds_of_image(captions) for captions in texts])
+        self.colors = [colors_of_image(captions) for captions in texts]
+        self.images_with = [np.flatnonzero(column) for column in self.share.T]
+        self.popularity = np.sqrt((self.share > 0).sum(0))
+        self.popularity /= self.popularity.sum()
+        self.classifier_knows = class_map()[:, : len(CLASSES)].sum(0).numpy() > 0
+        directions = torch.nn.functional.normalize(class_weights - class_weights.mean(0), dim=-1)
+        confusion = (12 * directions @ directions.T).exp().fill_diagonal_(0).double().numpy()
+        self.confusion = confusion / confusion.sum(1, keepdims=True)
+
+    def _confuse(self, share: np.ndarray, count: np.ndarray):
+        """Take some things for others, in place; of several things, perhaps only some."""
+        random = self.random
+        for row, index in zip(*np.nonzero((share > 0) & (random.random(share.shape) < 0.12 * (1.3 - share)))):
+            other = random.choice(len(CLASSES), p=self.confusion[index])
+            if share[row, other] == 0:
+                share[row, other], count[row, other] = share[row, index] * 0.5, count[row, index]
+                if count[row, index] == 1 or random.random() < 0.5:
+                    share[row, index] = 0
+
+    def _unnamed(self, named: np.ndarray):
+        """Classes of things on one image that its captions do not name: often those that others name with them."""
+        random = self.random
+        for _ in range(random.poisson(0.7)):
+            if len(named) and random.random() < 0.6:
+                images = self.images_with[random.choice(named)]
+                if len(images):
+                    yield random.choice(np.flatnonzero(self.share[random.choice(images)]))
+            else:
+                yield random.choice(len(CLASSES), p=self.popularity)
+
+    def _colors(self, images: np.ndarray, score: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Shares of the kinds of ground, and the colour of the main thing, (images, 3 + 10)."""
+        random = self.random
+        grounds = self.grounds[images]
+        seen = (grounds > 0) & (random.random(grounds.shape) < 0.2 + 0.6 * grounds)
+        share = np.where(seen, random.beta(2, 1.5, grounds.shape), random.beta(0.35, 2, grounds.shape))
+        colors = np.zeros((len(images), len(COLORS)))
+        main = (score * size)[:, 1:]
+        for row in np.flatnonzero(main.max(1) > 0):
+            known = self.colors[images[row]].get(int(main[row].argmax()) + 1)
+            told = known is not None and random.random() < 0.6
+            colors[row, random.choice(known) if told else random.choice(len(COLORS), p=COLOR_SHARES)] = 1
+        return np.concatenate([share, colors], axis=1)
+
+    def embed(self, images: np.ndarray) -> torch.Tensor:
+        """Embeddings (images, width), as the tower would give them, of the images with these indices."""
+        random, lowest = self.random, self.threshold
+        share, named = self.share[images], self.count[images]
+        self._confuse(share, named)
+        shape = share.shape
+        found = (share > 0) & (random.random(shape) < 0.45 + 0.5 * share)
+        score = np.where(found, random.normal(0.42 + 0.25 * share, 0.14).clip(lowest, 0.95), 0)
+        sure = found & self.classifier_knows & (random.random(shape) < 0.4 * share)
+        score = np.where(sure, np.maximum(score, random.uniform(0.5, 1, shape)), score)
+        size = np.where(found, random.normal(0.15 + 0.5 * share, 0.18).clip(0.03, 1), 0)
+        count = named + (random.random(shape) < 0.15)
+        count = count - (random.random(shape) < 0.25) * (named > 1) - (random.random(shape) < 0.25) * (named > 2)
+        count = np.where(found, count.clip(1, MOST), 0)
+        for row in range(len(images)):
+            for index in self._unnamed(np.flatnonzero(share[row])):
+                if score[row, index] == 0:
+                    score[row, index] = min(0.9, lowest + random.exponential(0.08))
+                    size[row, index] = np.clip(random.normal(0.18, 0.14), 0.02, 1)
+                    count[row, index] = 1 + (random.random() < 0.2)
+        scenes = self.scenes[images]
+        seen = (scenes > 0) & (random.random(scenes.shape) < 0.1 + 0.65 * scenes)
+        wrong = ~seen & (random.random(scenes.shape) < 0.025)
+        belief = np.where(seen, random.beta(1, 1.5, scenes.shape) * (0.3 + 0.7 * scenes), 0)
+        belief = np.where(wrong, random.beta(1, 5, scenes.shape), belief)
+        belief[belief <= 0.03] = 0
+        parts = [score, count / 4, size, belief, self._colors(images, score, size)]
+        return torch.from_numpy(np.concatenate(parts, axis=1)).float()

@@ -49,7 +49,19 @@ def test_captions_good_images_and_lists_bad_ones(tmp_path, drawings):
     (tmp_path / "no images").mkdir()
 
     missing, nothing = tmp_path / "missing.png", tmp_path / "*.tiff"
-    result = run("caption", tmp_path, missing, tmp_path / "no images", nothing, "--batch-size", 4, "--workers", 2)
+    result = run(
+        "caption",
+        tmp_path,
+        missing,
+        tmp_path / "no images",
+        nothing,
+        "--batch-size",
+        4,
+        "--workers",
+        2,
+        "--model",
+        "emoji-mini",
+    )
 
     assert result.returncode == 1
     lines = [line.split("\t") for line in result.stdout.splitlines()]
@@ -58,14 +70,31 @@ def test_captions_good_images_and_lists_bad_ones(tmp_path, drawings):
     assert lines[0][1] == lines[2][1] == lines[5][1], "the file format must not change the caption"
     for bad in ("truncated.png", "empty.png", "page.png", "missing.png", "no images", "*.tiff"):
         assert sum(f"{tmp_path / bad}: " in line for line in result.stderr.splitlines()) == 1, bad
-    assert "emoji only" in result.stderr
+    assert "emoji-mini knows drawings of emoji only" in result.stderr
     assert "notes.txt" not in result.stderr and "Traceback" not in result.stderr
 
 
 def test_json_prompt_and_several_captions(tmp_path, drawings, capsys):
     path = tmp_path / "näme with spaces.png"
     drawings[3]["image"].save(path)
-    assert main(["caption", str(path), "--json", "--captions", "3", "--beams", "4", "--prompt", "flag of"]) == 0
+    assert (
+        main(
+            [
+                "caption",
+                str(path),
+                "--model",
+                "emoji-mini",
+                "--json",
+                "--captions",
+                "3",
+                "--beams",
+                "4",
+                "--prompt",
+                "flag of",
+            ]
+        )
+        == 0
+    )
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)
     assert record["image"] == str(path)
@@ -106,7 +135,7 @@ def test_batches_and_workers_do_not_change_captions(tmp_path, drawings, capsys):
         drawings[index]["image"].save(tmp_path / f"{index:02}.png")
     outputs = []
     for extra in (["--batch-size", "1"], ["--batch-size", "4", "--workers", "2"], []):
-        assert main(["caption", str(tmp_path), *extra]) == 0
+        assert main(["caption", str(tmp_path), "--model", "emoji-mini", *extra]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] == outputs[2]
     assert len(outputs[0].splitlines()) == 10
@@ -150,7 +179,7 @@ def test_dtype(tmp_path, drawings, capsys):
         drawings[50 * number]["image"].save(tmp_path / f"{number:02d}.png")
     captions = {}
     for dtype in ("float32", "bfloat16", "float16"):
-        assert main(["caption", str(tmp_path), "--dtype", dtype]) == 0
+        assert main(["caption", str(tmp_path), "--model", "emoji-mini", "--dtype", dtype]) == 0
         captions[dtype] = capsys.readouterr().out.splitlines()
         assert str(load_captioner("emoji-mini", "cpu", dtype)[0].dtype) == f"torch.{dtype}"
     assert str(load_captioner("emoji-mini", "cpu")[0].dtype) == "torch.float32"

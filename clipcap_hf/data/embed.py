@@ -109,7 +109,9 @@ def embed(
     check_folder_of_splits(out)
     for name, split in dataset.items():
         _embed_split(encoder, split, out / name, image_processor, batch_size, num_workers, shard_size, progress, name)
-    EmbeddingsFolder(out).write_splits(list(dataset))
+    if process_state().is_main_process:
+        EmbeddingsFolder(out).write_splits(list(dataset))
+    process_state().wait_for_everyone()
     return load_embeddings(out)
 
 

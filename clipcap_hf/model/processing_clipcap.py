@@ -144,6 +144,8 @@ class ClipCapProcessor(ProcessorMixin):
             )
             visual_inputs, count = self.image_processor(images, **merged["images_kwargs"]), len(images)
         elif videos is not None:
+            if self.video_processor is None:  # the image processor was set later
+                self.video_processor = ClipCapVideoProcessor(self.image_processor)
             videos = list_videos(videos, wanted=str(text).count(IMAGE_TOKEN))  # in a single text or a list of them
             # What is for images alone (open_clip's `resize_mode`) is for frames, too.
             visual_inputs = self.video_processor(videos, **{**merged["images_kwargs"], **merged["videos_kwargs"]})
@@ -305,10 +307,9 @@ class ClipCapProcessor(ProcessorMixin):
         return super().check_argument_for_proper_class(argument_name, argument)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        if self.image_processor is not None:
-            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         # ProcessorMixin saves every part that the class can have.
-        self.get_attributes = lambda: ["tokenizer"]  # type: ignore[method-assign]
+        parts = [name for name in self.get_attributes() if getattr(self, name) is not None]
+        self.get_attributes = lambda: parts  # type: ignore[method-assign]
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:

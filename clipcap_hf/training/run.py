@@ -124,6 +124,11 @@ def _warm_start(model, processor: ClipCapProcessor, train, steps: int, seed: int
     logger.info(f"Warm start of {steps} steps: loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
 
+def _may_pack(train, args: CaptioningArguments) -> bool:
+    # The batches of streams, and of several GPUs of one process, are cut by rows, of which a packed batch has fewer.
+    return args.objective == "cross_entropy" and has_length(train) and args.n_gpu <= 1 and not args.torch_compile
+
+
 def _trainer(model, processor: ClipCapProcessor, data, data_args: DataArguments, args: CaptioningArguments):
     """Build the trainer: rows, collator, metrics, callbacks."""
     reward = CiderReward(data.train_captions, args.eval_tokenizer) if args.objective == "scst" else None
@@ -135,7 +140,7 @@ def _trainer(model, processor: ClipCapProcessor, data, data_args: DataArguments,
         embeds_noise=data.embeds_noise,
         return_references=reward is not None,
         captions_together=data_args.references == "together",
-        packed=args.objective == "cross_entropy" and args.n_gpu <= 1 and not args.torch_compile and can_pack(model),
+        packed=_may_pack(data.train, args) and can_pack(model),
     )
     captions_images = data.evaluation is not None and args.predict_with_generate
     trainer = ClipCapTrainer(

@@ -322,3 +322,12 @@ def test_without_torchvision(tmp_path, model_folder, processor):
     video = [Image.new("RGB", (40, 32), color) for color in ("red", "green", "blue")]
     expected = processor(images=video, return_tensors="pt")["pixel_values"].double().sum().item()
     assert report == {"images": pytest.approx(expected), "videos": pytest.approx(expected)}
+
+
+def test_an_image_processor_that_is_set_later(make_tokenizer, tmp_path):
+    processor = ClipCapProcessor(None, make_tokenizer())
+    processor.image_processor = CLIPImageProcessorPil()
+    processor.save_pretrained(tmp_path)
+    video = np.random.default_rng(0).integers(0, 256, (9, 40, 50, 3), dtype=np.uint8)
+    expected = ClipCapProcessor.from_pretrained(tmp_path)(videos=[video], return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(videos=[video], return_tensors="pt")["pixel_values"], expected)

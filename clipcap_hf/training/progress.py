@@ -74,7 +74,8 @@ class TableCallback(ProgressCallback):
             names = [title for name, title in COLUMNS.items() if name in values or name == "loss"]
             self._say("  ".join([f"{'epoch':>7}", f"{'step':>7}", *(f"{title:>13}" for title in names), "minutes"]))
             self.header_said = True
-        cells = [f"{state.epoch or 0:>7.1f}", f"{state.global_step:>7}", f"{values.pop('loss', float('nan')):>13.3f}"]
+        loss = f"{values.pop('loss'):.3f}" if "loss" in values else "-"  # none since the line before
+        cells = [f"{state.epoch or 0:>7.1f}", f"{state.global_step:>7}", f"{loss:>13}"]
         cells += [f"{value:>13.{3 if 'loss' in name else 1}f}" for name, value in values.items()]
         self._say("  ".join([*cells, f"{(time.monotonic() - self.started) / 60:>7.1f}"]))
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..captioning import caption_files
 from ..model.processing_clipcap import load_image
-from ..processes import cores
+from ..processes import cores, default_workers
 from .captioners import make_captioner, write_jpegs
 from .limits import decode_flops, matmul_flops, read_bytes, seconds, weights_read
 from .naive import naive_beams, naive_greedy
@@ -248,7 +248,7 @@ def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -
 
 def _files(model, processor, paths: list[str], tokens: int, report: dict, place: torch.device) -> dict[str, Any]:
     """Caption files as `clipcap caption` does, and compare with the stages."""
-    workers = min(4, cores()) if len(paths) >= 64 else 0
+    workers = default_workers(len(paths))
     process = psutil.Process()
     started = time.perf_counter()
     first = early = None

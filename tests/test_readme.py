@@ -76,7 +76,7 @@ def test_training_block(tmp_path, monkeypatch, tiny_clip_folder, tiny_gpt2_folde
     assert isinstance(captions[0]["generated_text"], str)
 
 
-@pytest.mark.parametrize("command", ["pip install . && clipcap demo", "pip install '.[test]' && pytest"])
+@pytest.mark.parametrize("command", ["pip install . && clipcap demo", "pip install '.[test]' && pytest -n 2"])
 def test_two_commands_are_given(command):
     assert any(command in block.splitlines() for block in code_blocks("bash"))
 
@@ -102,7 +102,7 @@ def test_length_and_order():
     assert text.split("\n\n")[1].startswith("![")
 
 
-@pytest.mark.parametrize("command", ["pip install . && clipcap demo", "pip install '.[test]' && pytest"])
+@pytest.mark.parametrize("command", ["pip install . && clipcap demo", "pip install '.[test]' && pytest -n 2"])
 def test_each_set_up_command_has_a_block_of_its_own(command):
     assert f"{command}\n" in code_blocks("bash")
 

@@ -150,8 +150,8 @@ class EmbedsInputs(CaptionerParts):
             raise ValueError(
                 f"Prefix and text are {before + length} tokens long, but the language model's context is {context}: "
                 f"shorten the text (for the processor `truncation=True, max_length={context}`; for the collator "
-                f"`max_caption_length={max(1, context - self.config.prefix_length)}`, less with a prompt), or choose a "
-                "language model with a longer context."
+                f"`max_caption_length={max(1, context - self.config.prefix_length)}`, less with a prompt), or choose "
+                "a language model with a longer context."
             )
 
     def _attention_mask(self, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

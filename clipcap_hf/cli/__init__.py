@@ -7,13 +7,12 @@ import sys
 
 from .. import __version__
 from . import benchmark, caption, completion, convert, demo, embed, evaluate, export, reproduce, serve, train
-from .output import escape, make_streams_safe
+from .output import escape, make_streams_safe, message_lines
 from .parser import Parser, one_spelling
 
 
 # Each has `add_parser(commands)`, and postpones slow imports until it runs; a default `check` comes before them.
 COMMANDS = (demo, caption, train, embed, evaluate, reproduce, serve, convert, export, benchmark, completion)
-LONGEST_MESSAGE = 2000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,8 +106,4 @@ def _message(error: Exception) -> str:
     elif not isinstance(error, (ValueError, OSError, ImportError)):
         # An unexpected error, whose text may say little.
         text = f"{type(error).__name__}: {escape(text)} (--debug prints the traceback)"
-    text = text or type(error).__name__
-    if len(text) > LONGEST_MESSAGE:
-        half = LONGEST_MESSAGE // 2
-        text = f"{text[:half]} [...] {text[-half:]}"
-    return "\n".join(map(escape, text.split("\n")))  # names of files can hold codes that change the terminal
+    return message_lines(text or type(error).__name__)

@@ -1,12 +1,12 @@
 """Arguments that several commands share, and how to load the devices, captioners and data that they name."""
 
 import argparse
-import math
 import os
 import sys
 
+from ..ranges import BEAMS, COUNT, COUNT_OR_NONE, SEED, WORKERS, number
 
-MOST_BEAMS = 1000  # memory and time grow with the number of beams
+
 DTYPES = ("float32", "bfloat16", "float16")
 #: The names of `clipcap_hf.data.READERS`, whose import takes seconds.
 DATA_FORMATS = (
@@ -27,10 +27,8 @@ DATA_FORMATS = (
 _ABOUT = {"emoji-mini": "drawings of emoji", "photo-mini": "photographs of everyday things"}
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+positive, not_negative = number(int, COUNT), number(int, COUNT_OR_NONE)
+beams, workers, seed = number(int, BEAMS), number(int, WORKERS), number(int, SEED)
 
 
 def add_model_argument(parser: argparse.ArgumentParser, default: str | None = None, **kwargs):
@@ -56,7 +54,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser, batch_size: int = 32, d
     )
     parser.add_argument(
         "--workers",
-        type=not_negative,
+        type=workers,
         metavar="N",
         help="processes that read images (default: by the number of images)",
     )
@@ -92,7 +90,7 @@ def add_rerank_arguments(parser):
     )
     parser.add_argument(
         "--rerank-weight",
-        type=float,
+        type=number(float, COUNT_OR_NONE),
         metavar="W",
         help="weight of the cosine of image and text, added to the mean log-probability (default: the text tower's, "
         "or 10)",
@@ -102,11 +100,8 @@ def add_rerank_arguments(parser):
 def check_rerank(arguments) -> bool:
     """Tell whether to re-rank; refuse settings that cannot, before anything is loaded."""
     reranks = arguments.rerank or arguments.text_tower is not None
-    if arguments.rerank_weight is not None:
-        if not reranks:
-            raise ValueError("--rerank-weight goes with --rerank or --text-tower")
-        if not (math.isfinite(arguments.rerank_weight) and arguments.rerank_weight >= 0):
-            raise ValueError(f"--rerank-weight must be a number of at least 0, got {arguments.rerank_weight}")
+    if arguments.rerank_weight is not None and not reranks:
+        raise ValueError("--rerank-weight goes with --rerank or --text-tower")
     if reranks and arguments.beams == 1:
         raise ValueError("--rerank chooses among the captions of several beams: give --beams of 2 or more, or none")
     return reranks
@@ -118,18 +113,6 @@ def load_reranker(arguments, model, processor):
 
     text_tower = None if arguments.text_tower is None else resolve(arguments.text_tower)
     return CaptionReranker.from_pretrained(model, processor, text_tower, arguments.rerank_weight)
-
-
-def not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
-
-
-def beams(text: str) -> int:
-    if (value := positive(text)) > MOST_BEAMS:
-        raise argparse.ArgumentTypeError(f"must be at most {MOST_BEAMS}, got {value}")
-    return value
 
 
 def reading_workers(workers: int | None, images: int) -> int:

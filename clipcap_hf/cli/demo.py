@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .arguments import positive
+from .arguments import positive, seed
 from .output import show_runs
 
 
@@ -20,7 +20,7 @@ def add_parser(commands):
     demo.add_argument(
         "--language", choices=["en", "ja"], default="en", help="language of the captions (default: %(default)s)"
     )
-    demo.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    demo.add_argument("--seed", type=seed, default=0, help="seed of the training (default: %(default)s)")
     demo.add_argument(
         "--epochs", type=positive, help="passes over the training set (default: as many as fit into a few minutes)"
     )

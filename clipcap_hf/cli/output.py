@@ -7,6 +7,9 @@ import re
 import sys
 
 
+LONGEST_MESSAGE = 2000
+
+
 def make_streams_safe():
     """Make standard output and error accept every character.
 
@@ -58,6 +61,14 @@ def escape(text: str) -> str:
     ```
     """
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def message_lines(text: str) -> str:
+    """Escape the lines of a message, which may repeat any input, and cut a long one in its middle."""
+    if len(text) > LONGEST_MESSAGE:
+        half = LONGEST_MESSAGE // 2
+        text = f"{text[:half]} [...] {text[-half:]}"
+    return "\n".join(map(escape, text.split("\n")))  # names of files can hold codes that change the terminal
 
 
 def json_line(record: dict) -> str:

@@ -5,6 +5,8 @@ import difflib
 import os
 import sys
 
+from .output import message_lines
+
 
 #: Other names of options: those of transformers' Trainer and of `generate`.
 ALIASES = {
@@ -70,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help shows the options.\n")
+        self.exit(2, f"{self.prog}: error: {message_lines(message)}\n{self.prog} --help shows the options.\n")
 
     def unknown(self, words: list[str]):
         """Refuse options that do not exist, and name the nearest that does."""

@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from .arguments import add_device_arguments, not_negative, positive
+from .arguments import add_device_arguments, positive, workers
 from .output import show_runs
 
 
@@ -83,7 +83,7 @@ def _add_run_arguments(where):
     add_device_arguments(where)
     where.add_argument("--compile", action="store_true", help="compile the model for training")
     where.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at once (default: 32)")
-    where.add_argument("--workers", type=not_negative, metavar="N", help="processes that read images")
+    where.add_argument("--workers", type=workers, metavar="N", help="processes that read images")
     where.add_argument(
         "--tokenizer", choices=["ptb", "python"], help="python needs no Java, and is no reproduction (default: ptb)"
     )

@@ -1,5 +1,6 @@
 """Caption images in the browser: `clipcap serve`."""
 
+from ..ranges import PORT, number
 from .arguments import add_device_arguments, add_model_argument, load_captioner, positive
 
 
@@ -24,7 +25,7 @@ def add_parser(commands):
     )
     add_model_argument(serve, default="photo-mini")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    serve.add_argument("--port", type=positive, help="port (default: the first free one from 7860)")
+    serve.add_argument("--port", type=number(int, PORT), help="port (default: the first free one from 7860)")
     serve.add_argument(
         "--allowed-host",
         action="append",

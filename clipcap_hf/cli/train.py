@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any
 
+from ..ranges import ANY, TRAINING, number
 from .arguments import DTYPES, add_device_arguments, pick_device
 from .output import show_runs
 from .parser import Parser, one_spelling
@@ -84,8 +85,12 @@ def _add_option(group, option: Option, text: str | None = None):
     numbers = {"int": "N", "float": "X"}
     metavar = None if option.choices else METAVARS.get(option.field, numbers.get(kind, option.field.upper()))
     group.add_argument(
-        option.name, type=TYPES.get(kind, str), choices=option.choices, metavar=metavar, help=text, **settings
+        option.name, type=_type(option.field, kind), choices=option.choices, metavar=metavar, help=text, **settings
     )
+
+
+def _type(field: str, kind: str):
+    return number(TYPES[kind], TRAINING.get(field, ANY)) if kind in TYPES else str
 
 
 def _switch(text: str) -> bool:

@@ -71,6 +71,10 @@ def _map_style(
 ) -> Dataset:
     from .raster_image import RasterImage
 
+    if "__key__" in dataset.column_names:
+        dataset = _one_image_column(dataset, image_column)
+        keys = _column(dataset, "__key__")
+        id_column = "__key__" if id_column is None and len(set(keys)) == len(keys) else id_column
     image_column, caption_columns = _find_columns(dataset, source, image_column, caption_column, id_column)
     ids_of_rows = None if id_column in (None, image_column) else _column(dataset, id_column)
     dataset = dataset.cast_column(image_column, RasterImage())
@@ -169,7 +173,7 @@ def _streamed(
 
     first_column, caption_columns = _find_columns(dataset, source, image_column, caption_column, id_column)
     id_column = id_column or ("__key__" if "__key__" in dataset.column_names else None)
-    image_columns = [name for name, feature in dataset.features.items() if _kind(feature) == "Image"]
+    image_columns = _image_columns(dataset)
     for name in image_columns:
         dataset = dataset.cast_column(name, Image(decode=False))
     # Shards may hold images with several extensions, each in its own column.
@@ -194,6 +198,29 @@ def _streamed(
     # Cast last: `map` with features would leave images as bytes.
     dataset = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
     return dataset.filter(bool, input_columns="captions").cast(caption_features(int_ids=False))
+
+
+def _image_columns(dataset) -> list[str]:
+    return [name for name, feature in dataset.features.items() if _kind(feature) == "Image"]
+
+
+def _one_image_column(shards: Dataset, image_column: str | None) -> Dataset:
+    """Join the image columns of shards, one for each extension, into the first of them."""
+    import pyarrow.compute as pc
+
+    columns = _image_columns(shards)
+    if image_column is not None or len(columns) < 2:
+        return shards
+    first = columns[0]
+    joined = shards.with_format("arrow").map(
+        lambda table: table.set_column(
+            table.column_names.index(first), first, pc.coalesce(*(table[name] for name in columns))
+        ),
+        batched=True,
+        batch_size=100,
+        remove_columns=columns[1:],
+    )
+    return joined.with_format(None)
 
 
 def _column(dataset: Dataset, name: str) -> list:

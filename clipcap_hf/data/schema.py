@@ -123,7 +123,8 @@ def clean_caption(caption: Any, where: str = "the data") -> str | None:
             f"A caption must be a string, but {where} has {str(caption)[:80]!r} ({type(caption).__name__}): is this "
             "the column of the captions?"
         )
-    caption = _LINE_SEPARATORS.sub(" ", caption).strip()
+    # Text files of Windows may begin with a byte order mark, which is no space.
+    caption = _LINE_SEPARATORS.sub(" ", caption).strip().strip("\ufeff").strip()
     if not caption or len(caption) > MAX_CAPTION_LENGTH:
         return None
     # JSON can hold half a surrogate pair, which cannot be written to a file.

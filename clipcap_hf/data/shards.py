@@ -1,10 +1,9 @@
-"""Read WebDataset shards: tar archives, which are checked first, with all their image columns."""
+"""Read WebDataset shards: tar archives, which are checked first, with the columns of all their samples."""
 
 from __future__ import annotations
 
 import glob
 import io
-import json
 import logging
 import os
 import tarfile
@@ -17,27 +16,24 @@ from ..files import check_file
 logger = logging.getLogger(__name__)
 
 _BLOCK = 512  # bytes; a tar archive consists of blocks, and ends with two that are empty
+_MOST_FIELDS = 100
+# Files whose content can be wrong, and is small enough to be read in advance.
+_CHECKED = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn"}
 
 
 def load_shards(source, load_kwargs: dict, missing: str):
-    """Load tar shards with all their image columns: `datasets` itself looks only at the first samples."""
-    from datasets import Image, load_dataset
+    """
+    Load tar shards with the columns of all their samples.
+
+    `datasets` itself takes the columns of the first five samples for those of all, and refuses them if they differ.
+    """
+    from datasets import load_dataset
 
     files = _tar_files(source)
-    local = isinstance(files, list) and all(os.path.isfile(file) for file in files)
-    # A dictionary keeps the order of the columns.
-    fields = dict.fromkeys(field for file in files for field in _image_fields(file, missing)) if local else {}
+    if load_kwargs.get("features") is None and (paths := _local_paths(files)):
+        load_kwargs = {**load_kwargs, "features": _features(paths, missing)}
     with _naming(source):
-        data = load_dataset("webdataset", data_files=files, **load_kwargs)
-        if not local or load_kwargs.get("features") is not None:
-            return data
-        features = next(iter(data.values())).features
-        unseen = {name: Image() for name in fields if name not in features}
-        if not unseen:
-            return data
-        return load_dataset(
-            "webdataset", data_files=files, **load_kwargs, features=type(features)({**features, **unseen})
-        )
+        return load_dataset("webdataset", data_files=files, **load_kwargs)
 
 
 @contextmanager
@@ -60,6 +56,13 @@ def _tar_files(source) -> str | list[str] | dict:
     return files
 
 
+def _local_paths(files) -> list[str]:
+    """Return the paths of shards on this machine; none if some are elsewhere, where reading twice takes long."""
+    paths = list(files.values()) if isinstance(files, dict) else [files]
+    paths = [path for each in paths for path in (each if isinstance(each, (list, tuple)) else [each])]
+    return [os.fspath(path) for path in paths] if all(map(os.path.isfile, paths)) else []
+
+
 class _CheckedMember(tarfile.TarInfo):
     """A member whose header must be sound: tarfile itself takes a damaged one for the end of the archive."""
 
@@ -73,39 +76,102 @@ class _CheckedMember(tarfile.TarInfo):
             raise
 
 
-def _image_fields(file: str, missing: str) -> list[str]:
-    """Check an archive, reading the headers of all its members, and return the extensions of its images."""
+def _features(files: list[str], missing: str):
+    """Check archives, reading the headers of all their members, and return the columns of all their samples."""
+    import pyarrow as pa
+    from datasets import Audio, Features, Image, Mesh, Value, Video
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+    schema = pa.schema([])
+    for file in files:
+        found = _schema(file, missing)
+        with _damaged(file):
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+    kinds = ("IMAGE", Image), ("AUDIO", Audio), ("VIDEO", Video), ("MESH", Mesh)
+    media = {name: feature for kind, feature in kinds for name in getattr(WebDataset, f"{kind}_EXTENSIONS")}
+    features = Features.from_arrow_schema(schema)
+    for field in schema.names:
+        if (feature := media.get(_extension(field))) is not None:
+            features[field] = feature()
+    return Features({**features, "__key__": Value("string"), "__url__": Value("string")})
+
+
+def _schema(file: str, missing: str):
+    """Return the Arrow types of an archive's fields, the parts of its names after the first dot."""
+    import pyarrow as pa
+
     check_file(file, "shard")
-    fields: dict[str, None] = {}
-    try:
+    types: dict[str, pa.DataType] = {}
+    with _damaged(file):
         with tarfile.open(file, tarinfo=_CheckedMember) as archive:
-            for member in archive:
-                field = os.path.basename(member.name).partition(".")[2].lower()
-                if member.isfile() and field.rpartition(".")[2] in WebDataset.IMAGE_EXTENSIONS:
-                    fields[field] = None
-                _check_text(archive, member, field)
+            for member, field in _members(archive, file):
+                if field not in types or _extension(field) in _CHECKED:
+                    found = _type(archive, member, field)
+                    if types.setdefault(field, found) != found:
+                        pair = [pa.schema([(field, each)]) for each in (types[field], found)]
+                        types[field] = pa.unify_schemas(pair, promote_options="permissive").field(0).type
+                if len(types) > _MOST_FIELDS:
+                    raise ValueError(
+                        f"its samples have more than {_MOST_FIELDS} kinds of files, such as {field!r}. WebDataset "
+                        "takes all that follows the first dot of a name for the kind: write names without other dots"
+                    )
             # A compressed archive has its own end mark.
             end = archive.offset if isinstance(archive.fileobj, io.BufferedReader) else None
-    except Exception as error:  # decompression raises errors of many kinds
-        raise ValueError(f"{file} is not a tar archive, or is damaged: {error}.") from error
     if end is not None:
         _check_end(file, end, missing)
-    return list(fields)
+    return pa.schema(list(types.items()))
 
 
-def _check_text(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str):
-    """Refuse text that is not UTF-8 and damaged JSON, at which `datasets` would stop in the middle of a run."""
-    is_json = field.endswith("json")
-    if not (member.isfile() and (is_json or field.endswith("txt"))):
-        return
+@contextmanager
+def _damaged(file: str) -> Iterator[None]:
+    """Name the archive in errors, of which decompression raises many kinds."""
     try:
-        with archive.extractfile(member) as file:  # type: ignore[union-attr]  # not None, since the member is a file
-            text = file.read().decode("utf-8")
-        if is_json:
-            json.loads(text)
-    except (ValueError, RecursionError) as error:
+        yield
+    except Exception as error:
+        raise ValueError(f"{file} is not a tar archive, or is damaged: {error}.") from error
+
+
+def _members(archive: tarfile.TarFile, file: str) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Go through the files of an archive that belong to samples, with the field of each."""
+    from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
+
+    last, keys, hidden = None, set(), []
+    for member in archive:
+        key, field = base_plus_ext(member.name)
+        if key is None or not member.isreg():
+            continue
+        if os.path.basename(member.name).startswith("__"):
+            hidden.append(member.name)
+            continue
+        if key != last and key in keys:
+            raise ValueError(
+                f"the files of the sample {key!r} do not follow each other, as in a WebDataset. Write the archive in "
+                "the order of names, such as with tar --sort=name"
+            )
+        last = key
+        keys.add(key)
+        yield member, field
+    if hidden:
+        logger.warning(f"{file}: {len(hidden)} files are left out, since WebDataset hides names in __: {hidden[0]!r}.")
+
+
+def _extension(field: str) -> str:
+    return field.rpartition(".")[2].lower()
+
+
+def _type(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str):
+    """Read a file as `datasets` would, which stops at what it cannot read in the middle of a run; return its type."""
+    import pyarrow as pa
+    from datasets.features.features import cast_to_python_objects
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    if _extension(field) in WebDataset.IMAGE_EXTENSIONS:
+        return pa.binary()
+    try:
+        [sample] = WebDataset._get_pipeline_from_tar(archive.name, [(member.name, archive.extractfile(member))])
+        [value] = cast_to_python_objects([sample[field]], only_1d_for_numpy=True)
+        return pa.array([value]).type
+    except (ValueError, RecursionError, pa.ArrowException) as error:
         raise ValueError(f"{member.name!r}: {error}") from error
 
 

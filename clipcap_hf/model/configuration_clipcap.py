@@ -34,6 +34,10 @@ UNSUITED_LANGUAGE_MODELS = {
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm"), _RECURRENT),
 }
 
+# Language models whose positions begin after the id of the padding token, and which so have fewer than their table.
+_COUNT_FROM_PADDING = {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xmod"}
+_COUNT_FROM_PADDING |= {"xlm-roberta", "xlm-roberta-xl"}
+
 # Sizes beyond those of any model. A larger one is a mistake or a damaged file, and memory would be taken for it.
 _LARGEST = {
     "clip_embed_dim": 2**18,
@@ -122,6 +126,8 @@ def context_length(text_config: PreTrainedConfig) -> int | None:
     # MPT has a name of its own. XLNet says -1 for no limit.
     for name in ("max_position_embeddings", "max_seq_len"):
         if (length := getattr(text_config, name, None)) is not None:
+            if text_config.model_type in _COUNT_FROM_PADDING:
+                length -= text_config.pad_token_id + 1
             return length if length > 0 else None
     return None
 

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .base_clipcap import CaptionerParts
+from .configuration_clipcap import context_length
 from .modeling_mapping import pool_patches
 from .modeling_vision import embed_pixels
 
@@ -136,6 +138,21 @@ class EmbedsInputs(CaptionerParts):
             )
         token = torch.tensor(self.config.image_token_id, device=embeddings.weight.device)
         return (inputs_embeds == embeddings(token)).all(-1)
+
+    def _check_context(self, length: int, position_ids: torch.Tensor | None, cache: Cache | None):
+        """Refuse inputs that have more positions than the language model; given ones are not looked at."""
+        if not self._positions_are_limited or position_ids is not None or torch.compiler.is_compiling():
+            return
+        before = 0 if cache is None else cache.get_seq_length()
+        context = context_length(self.config.text_config)
+        # A static cache keeps its length on the device, where looking at it would wait.
+        if context is not None and isinstance(before, int) and before + length > context:
+            raise ValueError(
+                f"Prefix and text are {before + length} tokens long, but the language model's context is {context}: "
+                f"shorten the text (for the processor `truncation=True, max_length={context}`; for the collator "
+                f"`max_caption_length={max(1, context - self.config.prefix_length)}`, less with a prompt), or choose "
+                "a language model with a longer context."
+            )
 
     def _attention_mask(self, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         if attention_mask is None or attention_mask.ndim != 4:

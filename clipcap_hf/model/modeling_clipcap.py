@@ -34,7 +34,7 @@ from .interpretation_clipcap import InterpretsPrefix
 from .lora_clipcap import MergesLora, add_lora
 from .model_card_clipcap import PushesModelCard
 from .modeling_mapping import MAPPING_NETWORKS, ClipCapTransformerMappingNetwork
-from .modeling_text import fuse_gelu
+from .modeling_text import fuse_gelu, has_limited_positions
 from .modeling_vision import build_vision_tower
 from .pretrained_clipcap import LoadsAndSaves
 from .versions_clipcap import CACHE, one_cache
@@ -105,6 +105,7 @@ class ClipCapPreTrainedModel(LoadsAndSaves, FreezesParts, EmbedsInputs, PreTrain
     def post_init(self):
         super().post_init()
         self._donor_hashes: dict[str, str] = {}  # of the parts that are known to equal their donors
+        self._positions_are_limited = has_limited_positions(self.language_model)
         # FSDP and device maps look these classes up in this very model: MLP mappings have no layers, for example.
         here = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in here}
@@ -206,6 +207,7 @@ class ClipCapModel(ClipCapPreTrainedModel):
 
         Raises:
             TypeError: If neither this model nor its language model has such an argument.
+            ValueError: If the input is longer than the context of a language model that stores its positions.
         """
         body = self.language_model.base_model
         cache = one_cache(cache, past_key_values)
@@ -213,6 +215,7 @@ class ClipCapModel(ClipCapPreTrainedModel):
         embeds, prefix, image_outputs = self._embed_inputs(
             input_ids, inputs_embeds, pixel_values, clip_embeds, mm_encoder_outputs, prefix_index
         )
+        self._check_context(embeds.shape[1], position_ids, cache)
         outputs = body(
             inputs_embeds=embeds,
             attention_mask=self._attention_mask(attention_mask, embeds.dtype),
@@ -343,6 +346,7 @@ class ClipCapForConditionalGeneration(
 
         Raises:
             TypeError: If neither this model nor its language model has such an argument.
+            ValueError: If the input is longer than the context of a language model that stores its positions.
         """
         cache = one_cache(cache, past_key_values)
         shift_labels = kwargs.pop("shift_labels", None)  # labels that the trainer has shifted, for parallel sequences
@@ -350,6 +354,7 @@ class ClipCapForConditionalGeneration(
         embeds, prefix, image_outputs = self._embed_inputs(
             input_ids, inputs_embeds, pixel_values, clip_embeds, mm_encoder_outputs, prefix_index
         )
+        self._check_context(embeds.shape[1], position_ids, cache)
         outputs = self.language_model(
             inputs_embeds=embeds,
             attention_mask=self._attention_mask(attention_mask, embeds.dtype),

@@ -61,6 +61,13 @@ def fuse_gelu(language_model: PreTrainedModel):
                 setattr(module, name, GELUTanh())
 
 
+def has_limited_positions(language_model: PreTrainedModel) -> bool:
+    """Tell whether a language model looks its positions up in a table, beyond which it cannot read; RoPE has none."""
+    if language_model.config.get_text_config().model_type == "xglm":  # its table grows
+        return False
+    return not any(name.endswith("inv_freq") for name, _ in language_model.named_buffers())
+
+
 def caption_generation_config(
     language_model: PreTrainedModel, config: ClipCapConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> GenerationConfig:

@@ -1,7 +1,6 @@
 """Define and check the options of a training run: the captioner, the data and the recipe."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from ..extras import install_hint
+from ..ranges import check_ranges
 
 
 # Lets a switch whose default is None be given without a value.
@@ -41,28 +41,6 @@ RECIPES: dict[str, dict[str, float]] = {
 }
 
 METRICS = ("loss", "cider", "bleu_4", "rouge_l", "words")
-
-
-def check_range(
-    values: Any, name: str, low: float, high: float = math.inf, above: bool = False, hint: str = ""
-) -> None:
-    """Refuse a number outside its range; None passes.
-
-    Args:
-        values: The object that has the field.
-        name (`str`): Name of the field.
-        low (`float`): The smallest allowed value; with `above`, the value itself is too small.
-        high (`float`): The largest allowed value.
-        above (`bool`): Whether the value must be above `low`.
-        hint (`str`): What to do instead.
-    """
-    value = getattr(values, name)
-    if value is None:
-        return
-    if not math.isfinite(value) or value < low or value > high or (above and value == low):
-        wanted = f"above {low:g}" if above else f"at least {low:g}"
-        wanted += "" if math.isinf(high) else f" and at most {high:g}"
-        raise ValueError(f"`{name}` must be {wanted}, but is {value}{': ' + hint if hint else '.'}")
 
 
 @dataclass
@@ -136,9 +114,7 @@ class ModelArguments:
             raise ValueError("Pass either `model`, to train it further, or `vision` and `text`, for a new captioner.")
         if self.vision is not None and self.text is None:
             raise ValueError("Pass `text`, the language model of the new captioner, together with `vision`.")
-        for name in ("prefix_length", "clip_length", "clip_embed_dim", "lora_r"):
-            check_range(self, name, 1)
-        check_range(self, "warm_start", 0)
+        check_ranges(self)
         self.config_overrides = self.overrides()
 
     def overrides(self) -> dict[str, Any]:
@@ -241,12 +217,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for name in ("max_train_samples", "max_eval_samples"):
-            instead = " or `eval_split none` for no evaluation" if name == "max_eval_samples" else ""
-            check_range(self, name, 1, hint=f"leave it out for all images{instead}.")
-        check_range(self, "max_caption_length", 1)
-        check_range(self, "embeds_noise", 0, 1)
-        check_range(self, "validation_share", 0, 0.5)
+        check_ranges(self)
         if self.text_only and self.text_tower is None:
             raise ValueError("`text_only` needs `text_tower`, the CLIP that the vision tower belongs to.")
 
@@ -333,7 +304,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("Pass `output_dir` (--out), the folder for the captioner and its checkpoints.")
-        self._check_ranges()
+        check_ranges(self)
         if self.recipe not in RECIPES:
             raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, but is {self.recipe!r}.")
         recipe = RECIPES[self.recipe]
@@ -346,22 +317,6 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise ValueError("`remove_unused_columns` must be False: the collator reads the images and captions.")
         super().__post_init__()
         self._check_reporters()
-
-    def _check_ranges(self):
-        if not self.max_steps or self.max_steps < 0:
-            check_range(self, "num_train_epochs", 0, above=True)
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"`max_steps` must be at least 1, or -1 for all epochs, but is {self.max_steps}.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_range(self, name, 1)
-        for name in ("save_total_limit", "early_stopping_patience", "generation_num_beams", "generation_max_length"):
-            check_range(self, name, 1)
-        for name in ("learning_rate", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"):
-            check_range(self, name, 0, above=True)
-        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "dataloader_num_workers"):
-            check_range(self, name, 0)
-        check_range(self, "label_smoothing_factor", 0, 0.99)
-        check_range(self, "num_samples", 0, hint="0 writes no samples.")
 
     def _choose_best_model(self):
         evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"

@@ -48,7 +48,7 @@ def picture(tmp_path):
         (["evaluate", "--model", "m"], 1, "give the images that --model captions"),
         (["caption", "a.png", "--beans", "5"], 2, "usage: clipcap caption"),
         (["convert", "official", "a.pt", "--out", "b", "more"], 2, "usage: clipcap convert official"),
-        (["caption", "a.png", "--beams", "100000"], 2, "must be at most 1000"),
+        (["caption", "a.png", "--beams", "100000"], 2, "must be at least 1 and at most 1000"),
         (["completion"], 0, "complete -o default -F _clipcap clipcap"),
     ],
 )

@@ -164,7 +164,7 @@ def test_recipe_files_take_the_names_of_the_command_line(tmp_path):
         ("train --data d", "the following arguments are required: --out"),
         ("train my-images --out o", "a file of options ends in .yaml"),
         ("train --data d --out o --learnin-rate 1", "did you mean --learning-rate?"),
-        ("train --data d --out o --epochs many", "argument --epochs: invalid float value"),
+        ("train --data d --out o --epochs many", "argument --epochs: invalid number value"),
         ("train --data d --out o --recipe papers", "invalid choice: 'papers'"),
         ("train --data d --out o --resume maybe", "'maybe' is neither True nor False"),
         ("export onnx --out o", "give the captioner once: --model NAME"),

@@ -16,7 +16,7 @@ def write_shard(path, samples):
         for key, extensions in samples:
             for extension in extensions:
                 content = io.BytesIO()
-                if extension == "txt":
+                if extension in ("txt", "note"):
                     content.write(f"text of {key}".encode())
                 else:
                     Image.new("RGB", (8, 8), "red").save(content, {"jpg": "JPEG"}.get(extension, extension))
@@ -102,3 +102,103 @@ def test_a_pointer_in_place_of_a_shard(tmp_path):
     (tmp_path / "0.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(ValueError, match="0.tar is a Git LFS pointer.*git lfs pull"):
         load_captions("webdataset", tmp_path)
+
+
+def write_files(path, files):
+    """Write files, each given by its name and content."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def png():
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(content, "png")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        [("jpg", "txt"), ("png", "txt")],
+        [("png", "txt"), ("txt",)],
+        [("txt",), ("webp", "txt"), ("jpg", "txt")],
+        [("jpg", "txt", "note"), ("jpg", "txt")],
+    ],
+)
+def test_the_first_samples_differ_in_their_files(tmp_path, monkeypatch, extensions, streaming):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    of_each = [extensions[index % len(extensions)] for index in range(7)]
+    write_shard(tmp_path / "0.tar", [(f"{index:04d}", each) for index, each in enumerate(of_each)])
+    data = load_captions("webdataset", tmp_path, split="train", streaming=streaming)
+    found = {row["image_id"]: (row["captions"], row["image"] is not None) for row in data}
+    assert list(found.values()) == [([f"text of {i:04d}"], len(each) > 1) for i, each in enumerate(of_each)]
+
+
+def test_samples_without_a_caption_among_the_first(tmp_path, caplog):
+    write_shard(tmp_path / "0.tar", [(f"{i:04d}", ("jpg", "txt") if i else ("jpg",)) for i in range(4)])
+    rows = list(load_captions("webdataset", tmp_path, split="train"))
+    assert [row["image_id"] for row in rows] == ["0001", "0002", "0003"]
+    assert "the image 0000 is left out (it has no caption); 1 rows left out so far" in caplog.text
+
+
+def test_json_of_all_samples_decides_its_type(tmp_path):
+    records = [{"error": None}, {"score": 1}, {"score": 0.5, "tags": ["a"]}, {"size": {"width": 3}}]
+    for number, record in enumerate(records):
+        text = json.dumps({"caption": f"text {number}", **record}).encode()
+        write_files(tmp_path / f"{number}.tar", [(f"{number}.png", png()), (f"{number}.json", text)])
+    rows = list(load_captions("webdataset", tmp_path, split="train"))
+    assert [row["captions"] for row in rows] == [[f"text {number}"] for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([("0.json", b'{"caption": "a"}'), ("1.json", b'{"caption": ["a", "b"]}')], "0.tar is .*damaged: .*json"),
+        ([("0.jpg", b""), ("1.jpg", b""), ("0.txt", b"a"), ("1.txt", b"b")], "0.tar.*sample '0' do not follow"),
+        ([("0.cls", b"3"), ("1.cls", b"dog")], "0.tar.*'1.cls': invalid literal"),
+        ([(f"photo.{i}.jpg", b"") for i in range(200)], "0.tar.*all that follows the first dot"),
+        ([("0.npy", b"no numbers"), ("0.txt", b"a")], "0.tar.*'0.npy'"),
+        ([("0.jpg", b""), ("0.txt", b"\xff\xfea\0")], "0.tar.*'0.txt'"),
+    ],
+)
+def test_samples_that_cannot_be_told_apart_or_read(tmp_path, files, message):
+    write_files(tmp_path / "0.tar", files)
+    with pytest.raises(ValueError, match=message):
+        load_captions("webdataset", tmp_path)
+
+
+def test_columns_of_one_type_in_each_shard(tmp_path):
+    for number, caption in enumerate(["a", ["b"]]):
+        text = json.dumps({"caption": caption}).encode()
+        write_files(tmp_path / f"{number}.tar", [(f"{number}.png", png()), (f"{number}.json", text)])
+    with pytest.raises(ValueError, match="1.tar"):
+        load_captions("webdataset", tmp_path)
+
+
+def test_names_that_webdataset_hides_are_counted(tmp_path, caplog):
+    image = png()
+    files = [("__0.png", image), ("__0.txt", b"a"), ("1.png", image), ("1.txt", b"b")]
+    write_files(tmp_path / "0.tar", files)
+    assert len(list(load_captions("webdataset", tmp_path, split="train"))) == 1
+    assert "0.tar: 2 files are left out, since WebDataset hides names in __: '__0.png'" in caplog.text
+
+
+def test_shards_of_several_splits_by_a_dictionary(tmp_path):
+    for name, extension in (("a", "jpg"), ("b", "png")):
+        write_shard(tmp_path / f"{name}.tar", [(f"{name}{index}", (extension, "txt")) for index in range(6)])
+    files = {"train": str(tmp_path / "a.tar"), "test": [str(tmp_path / "b.tar")]}
+    splits = load_captions("webdataset", files)
+    assert {name: sum(row["image"] is not None for row in rows) for name, rows in splits.items()} == {
+        "train": 6,
+        "test": 6,
+    }
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_caption(tmp_path):
+    write_files(tmp_path / "0.tar", [("0.png", png()), ("0.txt", b"\xef\xbb\xbfa red heart\r\n")])
+    assert [row["captions"] for row in load_captions("webdataset", tmp_path, split="train")] == [["a red heart"]]

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf.model.configuration_clipcap import context_length
 from clipcap_hf.model.modeling_text import fuse_gelu, load_language_model
+from clipcap_hf.model.versions_clipcap import CACHE
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -46,6 +48,42 @@ def start(folder, **kwargs):
 def training_batch(processor, captions):
     torch.manual_seed(0)
     return CaptioningCollator(processor)([{"clip_embeds": torch.randn(16), "captions": text} for text in captions])
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_inputs_beyond_the_context(language_model, with_cache):
+    model, processor = start(language_model)
+    model.eval()
+    inputs = processor(clip_embeds=torch.randn(1, 16), text="heart" * 40, return_tensors="pt")
+    tokens = inputs["input_ids"][:, :97]
+    assert tokens.shape[1] == 97  # the context is 96
+    for network in (model, model.model):
+        kwargs, ids = {"clip_embeds": inputs["clip_embeds"]}, tokens
+        assert network(input_ids=tokens[:, :96], **kwargs)[0].shape[1] == 96
+        if with_cache:
+            kwargs, ids = {CACHE: network(input_ids=tokens[:, :90], **kwargs, use_cache=True)[CACHE]}, tokens[:, 90:]
+        if model.config.text_config.model_type in ("gpt2", "opt"):
+            with pytest.raises(ValueError, match="97 tokens long, but the language model's context is 96"):
+                network(input_ids=ids, **kwargs)
+        else:  # rotary positions
+            assert network(input_ids=ids, **kwargs)[0].isfinite().all()
+
+
+def test_a_batch_beyond_the_context_in_a_loop_of_ones_own(make_model, processor):
+    batch = CaptioningCollator(processor)([{"clip_embeds": torch.randn(16), "captions": "a red heart " * 40}])
+    with pytest.raises(ValueError, match="language model's context is 64: shorten .*`max_caption_length=60`"):
+        make_model()(**batch)
+    fits = CaptioningCollator(processor, max_caption_length=60)
+    assert make_model()(**fits([{"clip_embeds": torch.randn(16), "captions": "a red heart " * 40}])).loss.isfinite()
+
+
+def test_positions_that_begin_after_padding():
+    config = AutoConfig.for_model("roberta", **SMALL, intermediate_size=48, pad_token_id=1, is_decoder=True)
+    assert context_length(config) == 94
+    language_model = AutoModelForCausalLM.from_config(config).eval()
+    assert language_model(input_ids=torch.full((1, 94), 5)).logits.shape[1] == 94
+    with pytest.raises(RuntimeError):
+        language_model(input_ids=torch.full((1, 95), 5))
 
 
 @pytest.mark.parametrize("freeze_language_model", [True, False])

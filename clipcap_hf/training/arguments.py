@@ -184,9 +184,7 @@ class DataArguments:
         default=0.1,
         metadata={"help": "Share of the images to hold out if the data has no split to evaluate on; 0: none."},
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the training set during training, never all at once; needs max_steps."}
-    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training set as it is used; needs max_steps."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     caption_column: str = field(
         default="captions",

@@ -160,12 +160,24 @@ def training_data(embeds: torch.Tensor, captions: list[list[str]]):
     return data.with_transform(DesignShift(embeds, [names[0] for names in captions]))
 
 
-def train_tokenizer(captions, vocab_size: int = 3000):
-    """Train a byte-level BPE tokenizer on the captions. It needs no spaces between words, so it works for Japanese."""
-    from tokenizers import ByteLevelBPETokenizer
+def train_tokenizer(captions, vocab_size: int = 3000, split_scripts: bool = False):
+    """Train a byte-level BPE tokenizer on the captions. It needs no spaces between words, so it works for Japanese.
+
+    Args:
+        captions (iterable of `str`): The captions.
+        vocab_size (`int`): Tokens, the end token included.
+        split_scripts (`bool`): Also split where Kanji, Hiragana and Katakana meet, which is mostly where words and
+            endings do. Without it, tokens of Japanese sentences span words ("a small girl is"): there are too many
+            of them for a small language model to learn from few captions.
+    """
+    from tokenizers import ByteLevelBPETokenizer, Regex
+    from tokenizers.pre_tokenizers import Sequence, Split
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = ByteLevelBPETokenizer()
+    if split_scripts:
+        scripts = Split(Regex(r"\p{Han}+|\p{Hiragana}+|[\p{Katakana}ー]+"), "isolated")
+        tokenizer._tokenizer.pre_tokenizer = Sequence([scripts, tokenizer._tokenizer.pre_tokenizer])
     tokenizer.train_from_iterator(
         captions, vocab_size=vocab_size, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False
     )

@@ -160,9 +160,7 @@ class DataArguments:
         default=0.1,
         metadata={"help": "Share of the images to hold out if the data has no split to evaluate on; 0: none."},
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the training set during training, never all at once; needs max_steps."}
-    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training set as it is used; needs max_steps."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     caption_column: str = field(
         default="captions",
@@ -247,6 +245,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
     max_grad_norm: float = of_recipe("Clip gradients to this norm; 0 disables clipping")
     logging_steps: float = of_recipe("Steps between log entries; below 1, a share of all steps")
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator reads columns."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Training stops at NaN by itself."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})

@@ -23,13 +23,15 @@ class TableCallback(ProgressCallback):
     def __init__(self, bar: bool = True):
         super().__init__()
         self.bar = bar and sys.stderr.isatty()
-        self.losses: list[float] = []
+        self.loss_sum = 0.0  # over the steps since the last line, up to `logged_step`
+        self.logged_step = self.line_step = 0
         self.header_said = False
         self.evaluates = False
         self.owes_line = False  # for an epoch whose loss is logged after its end
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic()
+        self.logged_step = self.line_step = state.global_step
         self.evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
@@ -48,7 +50,8 @@ class TableCallback(ProgressCallback):
         if "loss" in logs:
             if not any("loss" in entry for entry in state.log_history[:-1]):
                 self._say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}")
-            self.losses.append(logs["loss"])
+            self.loss_sum += logs["loss"] * (state.global_step - self.logged_step)
+            self.logged_step = state.global_step
             if self.owes_line:
                 self._line(state, {})
         if "eval_loss" in logs:
@@ -56,8 +59,8 @@ class TableCallback(ProgressCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero and not self.evaluates:
-            self.owes_line = not self.losses
-            if self.losses:
+            self.owes_line = self.logged_step == self.line_step
+            if not self.owes_line:
                 self._line(state, {})
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -67,9 +70,9 @@ class TableCallback(ProgressCallback):
     def _line(self, state, logs: dict):
         self.owes_line = False
         values = {name: logs[name] for name in COLUMNS if name in logs}
-        if self.losses:
-            values["loss"] = sum(self.losses) / len(self.losses)
-            self.losses = []
+        if self.logged_step > self.line_step:
+            values["loss"] = self.loss_sum / (self.logged_step - self.line_step)
+            self.loss_sum, self.line_step = 0.0, self.logged_step
         if not self.header_said:
             names = [title for name, title in COLUMNS.items() if name in values or name == "loss"]
             self._say("  ".join([f"{'epoch':>7}", f"{'step':>7}", *(f"{title:>13}" for title in names), "minutes"]))

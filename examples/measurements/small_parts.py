@@ -47,7 +47,7 @@ def make_tower(out: Path):
 def make_language_model(captions: list[str], out: Path, hidden_size: int, layers: int, vocabulary: int, seed: int):
     """Write a tokenizer trained on the captions, and a GPT-2 with random weights."""
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(captions, vocabulary)
+    tokenizer = train_tokenizer(captions, vocabulary, split_scripts=True)  # the same tokens in English
     end = tokenizer.eos_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer),

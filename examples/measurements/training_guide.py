@@ -8,10 +8,11 @@ The second measures on photographs, from the folder that `clipcap embed` wrote f
 validation splits (see `examples/measurements/small_parts.py`). Each row of the table is trained by `clipcap train`,
 from
 
-- an existing captioner: `emoji-mini` for drawings; for photographs, one that is first trained on every other
-  photograph, so that only the rest are new to it;
+- an existing captioner: `emoji-mini` for drawings; for photographs `--existing`, such as `photo-mini` with embeddings
+  of its tower, or `half`, one that is first trained on every other photograph, so that only the rest are new to it;
 - the same, made to learn the words that all captions start with (`--caption-start ''`), for drawings;
-- a new captioner, with a small GPT-2 that starts from random weights.
+- a new captioner with a language model that has seen text (`--texts photo-mini`: the one of `photo-mini`);
+- a new captioner with a small GPT-2 that starts from random weights (`--widths`).
 
 Of each run, the checkpoint with the lowest loss on held-out images is scored. Finished runs are kept, so an
 interrupted measurement continues, and other sizes, rates and widths can be added. Writes `table.md`, `results.json`.
@@ -72,6 +73,7 @@ def train(out: Path, data: Path, start: list[str], *options) -> dict:
             "epochs": round(state["epoch"]),
             "loss": round(scores["eval_loss"], 3),
             "CIDEr": round(scores["eval_cider"], 1),
+            "BLEU-4": round(scores["eval_bleu_4"], 1),
             "exact": round(100 * sum(row["caption"] in row["references"] for row in samples) / len(samples), 1),
             "CPU s": round(time.process_time() - begin),
         }
@@ -81,10 +83,13 @@ def train(out: Path, data: Path, start: list[str], *options) -> dict:
     return json.loads(result.read_text())
 
 
-def photographs(embeddings: str, out: Path):
-    """Return the photographs, a captioner trained on the last half of them, and how many are new to it."""
+def photographs(embeddings: str, existing: str, out: Path):
+    """Return the photographs, the captioner to start from, and how many photographs are new to it."""
     data = load_embeddings(embeddings)
     held_out = data["validation"].select(range(HELD_OUT["photographs"]))
+    if existing != "half":
+        start = [] if existing == "none" else ["--model", existing]
+        return DatasetDict({"train": data["train"], "validation": held_out}), start, len(data["train"])
     halves = [data["train"].select(range(first, len(data["train"]), 2)) for first in (0, 1)]
     text, folder, captioner = out / "photographs-text", out / "photographs-other-half", out / "photographs-captioner"
     if not folder.is_dir():
@@ -96,6 +101,25 @@ def photographs(embeddings: str, out: Path):
     return DatasetDict({"train": rows, "validation": held_out}), ["--model", captioner], len(halves[1])
 
 
+def cells_of(name: str, captions: list[str], width: int, existing: list[str], text: Path, arguments):
+    """List the rows of the table: where each starts, the options for that, and what is trained."""
+    cells = []
+    if existing:
+        start = "existing" if name == "drawings" or arguments.existing == "half" else arguments.existing
+        cells += [(start, existing, part) for part in arguments.parts]
+    if name == "drawings" and "everything" in arguments.parts:
+        cells.append(("existing, all words", [*existing, "--caption-start", ""], "everything"))
+    new = ["--clip_embed_dim", width, "--prefix_length", 6]
+    for known in arguments.texts:
+        cells += [(f"new, text of {known}", ["--text", known, *new], part) for part in arguments.parts]
+    for hidden in arguments.widths:
+        folder = text.with_name(f"{text.name}-{hidden}")
+        if not folder.is_dir():
+            make_language_model(captions, folder, hidden, layers=2, vocabulary=3000, seed=0)
+        cells.append((f"new, width {hidden}", ["--text", folder, *new], "everything"))
+    return cells
+
+
 def rows_of(name: str, data, existing: list[str], unseen: int, out: Path, arguments):
     """Train each kind of captioner on each number of images at each rate, and yield the rows of the table."""
     for images in arguments.images:
@@ -103,18 +127,9 @@ def rows_of(name: str, data, existing: list[str], unseen: int, out: Path, argume
         folder = out / f"{name}-{images}"
         if not folder.is_dir():
             subset.save_to_disk(folder)
-        width = len(subset["train"][0]["clip_embeds"])
-        cells = [("existing", existing, part) for part in arguments.parts] if images <= unseen else []
-        if name == "drawings" and "everything" in arguments.parts:
-            cells.append(("existing, all words", [*existing, "--caption-start", ""], "everything"))
-        for hidden in arguments.widths:
-            text = out / f"{name}-{images}-text-{hidden}"
-            if not text.is_dir():
-                captions = [caption for captions in subset["train"]["captions"] for caption in captions]
-                make_language_model(captions, text, hidden, layers=2, vocabulary=3000, seed=0)
-            start = ["--text", text, "--clip_embed_dim", width, "--prefix_length", 6]
-            cells.append((f"new, width {hidden}", start, "everything"))
-        for start, options, part in cells:
+        captions = [caption for captions in subset["train"]["captions"] for caption in captions]
+        width, known = len(subset["train"][0]["clip_embeds"]), existing if images <= unseen else []
+        for start, options, part in cells_of(name, captions, width, known, out / f"{folder.name}-text", arguments):
             for rate in arguments.rates:
                 row = {"data": name, "images": images, "start": start, "trained": part, "rate": rate}
                 run = out / "runs" / "-".join(str(value).replace(", ", "-") for value in row.values())
@@ -126,9 +141,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, table.md and results.json")
     parser.add_argument("--photographs", help="embeddings of photographs, by clipcap embed (default: none)")
+    parser.add_argument("--existing", default="half", help="captioner of photographs, half or none (default: half)")
     parser.add_argument("--images", type=int, nargs="+", default=[50, 300], help="default: %(default)s")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 3e-3], help="learning rates")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), help="trained of an existing one")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), help="trained parts, but of --widths")
+    parser.add_argument("--texts", nargs="*", default=[], help="language models of new captioners that know text")
     parser.add_argument("--widths", type=int, nargs="*", default=[192], help="widths of new language models")
     parser.add_argument("--no-drawings", action="store_true", help="photographs only")
     arguments = parser.parse_args()
@@ -140,7 +157,7 @@ def main():
         data = drawings(max(arguments.images), out / "drawings")
         found.append(("drawings", data, ["--model", "emoji-mini"], len(data["train"])))
     if arguments.photographs:
-        found.append(("photographs", *photographs(arguments.photographs, out)))
+        found.append(("photographs", *photographs(arguments.photographs, arguments.existing, out)))
     table = out / "results.json"
     rows = json.loads(table.read_text()) if table.is_file() else []
     for name, data, existing, unseen in found:

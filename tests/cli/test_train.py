@@ -183,6 +183,18 @@ def test_a_run_leaves_a_captioner_with_scores_curve_and_samples(tmp_path, gpt2_f
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
+def test_the_first_step_is_shown_and_the_table_shows_mean_losses(tmp_path, gpt2_folder, data_folder, caplog):
+    with caplog.at_level("INFO", logger="clipcap_hf"):
+        assert main(flags(tmp_path, gpt2_folder, data_folder, max_steps=20, predict_with_generate=False)) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    assert list(losses) == [1, 10, 20]
+    assert f"step 1 of 20: loss {losses[1]:.3f}" in caplog.text
+    mean = (losses[1] + 9 * losses[10] + 10 * losses[20]) / 20
+    shown = re.search(r"\n +\S+ +20 +(\S+) ", "\n".join(caplog.messages))[1]
+    assert abs(float(shown) - mean) < 2e-3
+
+
 def test_images_of_the_embedded_set(tmp_path, gpt2_folder):
     """Train with the tower of a captioner: images are encoded once, and sample captions are drawn at the end."""
     command = flags(tmp_path, gpt2_folder, "emoji", vision="emoji-mini", clip_embed_dim=384, max_steps=3)

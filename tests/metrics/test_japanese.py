@@ -6,6 +6,7 @@ import torch
 from clipcap_hf import CaptioningCollator, ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
+from clipcap_hf.demo import train_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Tokenizer
 
@@ -90,3 +91,13 @@ def test_embedded_set_in_japanese_trains_and_captions(embedded, make, tmp_path):
     continued = processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
     assert all(text.strip().startswith(caption[0]) for text, caption in zip(continued, captions))
     assert sum(" " not in text.strip() for text in continued) >= 28
+
+
+def test_a_new_tokenizer_keeps_scripts_apart():
+    """Without spaces, the tokens of sentences span words: "ボールで遊ぶ" was one."""
+    captions = ["小さな女の子がボールで遊ぶ", "小さな女の子がボールを見る", "a girl plays"] * 5
+    plain, split = (train_tokenizer(captions, 400, split_scripts=split) for split in (False, True))
+    assert len(plain(captions[0]).input_ids) < 4
+    assert [split.decode([token]) for token in split(captions[0]).input_ids[-4:]] == ["ボール", "で", "遊", "ぶ"]
+    assert split.decode(split(captions[0]).input_ids) == captions[0]
+    assert split.tokenize("a girl plays") == plain.tokenize("a girl plays")

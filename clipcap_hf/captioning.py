@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from .drawings import looks_drawn
 from .model.generation_clipcap import mean_log_probs
 from .model.images_clipcap import stored_images
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 class CaptionedImage:
     """Result for one image: its `captions`, best first, or an `error` that says why there are none.
 
-    On request, `scores` holds the mean log-probability of each caption's tokens, and `prefix_tokens` the texts and
-    cosines of the tokens nearest to each prefix vector.
+    `drawn` says whether it looks like a drawing. On request, `scores` holds the mean log-probability of each caption's
+    tokens, and `prefix_tokens` the texts and cosines of the tokens nearest to each prefix vector.
     """
 
     path: str | None = None
@@ -36,10 +37,11 @@ class CaptionedImage:
     error: str | None = None
     scores: list[float] | None = None
     prefix_tokens: list[list[tuple[str, float]]] | None = None
+    drawn: bool | None = None
 
 
 class _Images(Dataset):
-    """Images that are read and preprocessed when indexed: `(pixel_values, None)` or `(None, error)`."""
+    """Images that are read and preprocessed when indexed: `(pixel_values, drawn, None)` or `(None, None, error)`."""
 
     def __init__(self, images: Sequence, processor: ClipCapProcessor):
         self.images = stored_images(images)
@@ -48,12 +50,13 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str | None]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, bool | None, str | None]:
         try:
             image = load_image(self.images[index])
-            return self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
+            pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+            return pixels, looks_drawn(image), None
         except (ValueError, OSError, MemoryError) as error:
-            return None, str(error) or type(error).__name__
+            return None, None, str(error) or type(error).__name__
 
 
 def caption_files(
@@ -134,13 +137,13 @@ def caption_images(
     fits = batch_size
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for batch in batches:
-            readable = [pixels for pixels, error in batch if error is None]
+            readable = [pixels for pixels, _, error in batch if error is None]
             captioned, fits = _caption_what_fits(
                 readable, fits, lambda part: caption_pixels(model, processor, part, prompt, explain, **generate_kwargs)
             )
             of_readable = iter(captioned)
-            for _, error in batch:
-                yield CaptionedImage(error=error) if error else next(of_readable)
+            for _, drawn, error in batch:
+                yield CaptionedImage(error=error) if error else replace(next(of_readable), drawn=drawn)
             bar.update(len(batch))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .captioning import CaptionedImage, caption_pixels
+from .drawings import looks_drawn
 from .extras import install_hint
 from .model.images_clipcap import load_image
 from .serve_page import STYLE, results_page, thumbnail
@@ -124,7 +125,7 @@ class BatchedCaptioner:
         except ValueError as error:
             # Visitors know the file by its name, and must not learn its path on this machine.
             return CaptionedImage(path=name, error=str(error).replace(str(path), name)), None, None
-        return CaptionedImage(path=name), thumbnail(image), pixels
+        return CaptionedImage(path=name, drawn=looks_drawn(image)), thumbnail(image), pixels
 
     def _open(self, path: str) -> Image.Image:
         try:
@@ -167,6 +168,7 @@ def build_app(
     batch_size: int = 16,
     about: str = "",
     examples: list | None = None,
+    knows: str | None = None,
 ):
     """
     Build the page as a `gradio.Blocks`.
@@ -179,6 +181,8 @@ def build_app(
         batch_size (`int`): Images per batch, from any visitors.
         about (`str`): One sentence on what the captioner was trained on.
         examples (`list`, *optional*): Example images to click, in any form that [`load_image`] reads.
+        knows (`str`, *optional*): What the captioner knows, `"drawing"` or `"photograph"`; the page marks images that
+            look like the other.
 
     Raises:
         ImportError: If gradio is not installed.
@@ -189,7 +193,7 @@ def build_app(
     except ImportError as error:
         raise ImportError(f"The page needs gradio: {install_hint('serve')}") from error
 
-    caption = _caption_function(gr, BatchedCaptioner(model, processor, max_pixels, batch_size))
+    caption = _caption_function(gr, BatchedCaptioner(model, processor, max_pixels, batch_size), knows)
     # Use the visitor's system fonts, so that nothing is fetched from other sites.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
@@ -213,7 +217,7 @@ def build_app(
     return app
 
 
-def _caption_function(gr, captioner: BatchedCaptioner):
+def _caption_function(gr, captioner: BatchedCaptioner, knows: str | None):
     # These names are also the API's parameters.
     def caption(files, decoding, beams, captions, temperature, top_p, max_new_tokens, prompt):
         files = files or []
@@ -222,7 +226,7 @@ def _caption_function(gr, captioner: BatchedCaptioner):
         settings = Settings(decoding, beams, captions, temperature, top_p, max_new_tokens, prompt)
         results = captioner.caption(files, settings)
         records = [_record(result) for result, _ in results]
-        return results_page(results) if results else "<p>Drop an image first.</p>", records
+        return results_page(results, knows) if results else "<p>Drop an image first.</p>", records
 
     return caption
 

@@ -9,6 +9,7 @@ import math
 from PIL import Image, ImageOps
 
 from .captioning import CaptionedImage
+from .drawings import other_kind
 
 
 STYLE = """
@@ -19,6 +20,7 @@ STYLE = """
 .clipcap-card .file {font-size: .8rem; opacity: .7; overflow-wrap: anywhere}
 .clipcap-card .caption {display: flex; justify-content: space-between; gap: 1rem; font-size: 1.05rem; margin: .35rem 0}
 .clipcap-card .probability {opacity: .7; white-space: nowrap; font-variant-numeric: tabular-nums}
+.clipcap-card .note {font-size: .85rem; color: #8a5a00}
 .clipcap-card .error {color: #b3261e; overflow-wrap: anywhere}
 .clipcap-card table {font-size: .85rem; width: 100%; border-collapse: collapse}
 .clipcap-card td {padding: .1rem .4rem .1rem 0; border: none}
@@ -27,9 +29,12 @@ STYLE = """
 """
 
 
-def results_page(results: list[tuple[CaptionedImage, str | None]]) -> str:
-    """Show captioned images as HTML. Everything that a visitor sent is escaped."""
-    cards = "".join(_card(*result) for result in results)
+def results_page(results: list[tuple[CaptionedImage, str | None]], knows: str | None = None) -> str:
+    """Show captioned images as HTML, those marked that look unlike what the captioner knows.
+
+    Everything that a visitor sent is escaped.
+    """
+    cards = "".join(_card(*result, knows) for result in results)
     return f'{_copy_and_csv([result for result, _ in results])}<div class="clipcap-results">{cards}</div>'
 
 
@@ -58,7 +63,7 @@ def results_csv(results: list[CaptionedImage]) -> str:
     return file.getvalue()
 
 
-def _card(result: CaptionedImage, thumbnail: str | None) -> str:
+def _card(result: CaptionedImage, thumbnail: str | None, knows: str | None) -> str:
     parts = []
     if thumbnail:
         parts.append(f'<img src="{thumbnail}" alt="{html.escape(result.path)}">')
@@ -66,6 +71,8 @@ def _card(result: CaptionedImage, thumbnail: str | None) -> str:
         parts.append(f'<div class="error">{html.escape(result.error)}</div>')
         return f'<div class="clipcap-card">{"".join(parts)}</div>'
     parts.append(f'<div class="file">{html.escape(result.path)}</div>')
+    if other := other_kind(knows, result.drawn):
+        parts.append(f'<div class="note">Looks like a {other}; this captioner knows {knows}s only.</div>')
     for caption, score in zip(result.captions, result.scores):
         parts.append(
             f'<div class="caption"><span>{html.escape(caption) or "<i>no words</i>"}</span>'

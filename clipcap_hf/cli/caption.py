@@ -151,7 +151,9 @@ def _caption(arguments, model, processor, paths: list[str]):
 
 def _write(arguments, results, table, sidecars, writes: bool) -> int:
     """Print or save each result as it comes, and return the number of images that could not be read."""
-    failed, opened = 0, False
+    from ..drawings import KINDS, other_kind
+
+    failed, opened, unlike = 0, False, []
     try:
         for result in results:
             if not writes:
@@ -163,6 +165,8 @@ def _write(arguments, results, table, sidecars, writes: bool) -> int:
                 failed += 1
                 print(f"clipcap: {escape(result.error)}", file=sys.stderr)
                 continue
+            if other_kind(KINDS.get(arguments.model), result.drawn):
+                unlike.append(result.path)
             if table is not None and result.path not in table:
                 table.add(result.path, result.captions, _record(result))
             if sidecars is not None and result.path not in sidecars:
@@ -172,7 +176,23 @@ def _write(arguments, results, table, sidecars, writes: bool) -> int:
     finally:
         if table is not None:
             table.close()
+    if unlike:
+        _warn(arguments.model, unlike)
     return failed
+
+
+def _warn(model: str, unlike: list[str]):
+    """Say once which images are not of the kind that the embedded captioner knows."""
+    from ..drawings import KINDS
+    from ..files import listed
+
+    kind, other = KINDS[model], {"drawing": "photograph", "photograph": "drawing"}[KINDS[model]]
+    looks = f"looks like a {other}" if len(unlike) == 1 else f"look like {other}s"
+    print(
+        f"clipcap: {len(unlike)} of these images {looks}, but {model} knows {kind}s only, so the captions are "
+        f"probably wrong: {listed([escape(path) for path in unlike], 3)}",
+        file=sys.stderr,
+    )
 
 
 def _print(arguments, result):

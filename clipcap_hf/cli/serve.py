@@ -48,6 +48,7 @@ def add_parser(commands):
 
 
 def run(arguments) -> int:
+    from ..drawings import KINDS
     from ..serve import build_app, check_address, launch
 
     check_address(arguments.host, arguments.port)  # before the model is loaded
@@ -61,6 +62,7 @@ def run(arguments) -> int:
         batch_size=arguments.batch_size,
         about=_ABOUT.get(arguments.model, _ABOUT_OTHERS),
         examples=examples,
+        knows=KINDS.get(arguments.model),
     )
     _, url, shared = launch(
         app,

@@ -177,7 +177,7 @@ def train_tokenizer(captions, vocab_size: int = 3000, split_scripts: bool = Fals
     tokenizer = ByteLevelBPETokenizer()
     if split_scripts:
         scripts = Split(Regex(r"\p{Han}+|\p{Hiragana}+|[\p{Katakana}ー]+"), "isolated")
-        tokenizer._tokenizer.pre_tokenizer = Sequence([scripts, tokenizer._tokenizer.pre_tokenizer])
+        tokenizer.pre_tokenizer = Sequence([scripts, tokenizer.pre_tokenizer])
     tokenizer.train_from_iterator(
         captions, vocab_size=vocab_size, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False
     )

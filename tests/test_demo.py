@@ -11,7 +11,7 @@ from clipcap_hf.demo import run_demo, score_beside_baselines
 from PIL import Image
 
 
-@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize("language", ["en", pytest.param("ja", marks=pytest.mark.slow)])
 def test_demo_trains_scores_and_saves(tmp_path, language, caplog):
     from transformers import pipeline
 

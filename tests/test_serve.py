@@ -19,6 +19,7 @@ import clipcap_hf
 import pytest
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import caption_images
+from clipcap_hf.cli import main
 from clipcap_hf.data import load_emoji
 from clipcap_hf.serve import BatchedCaptioner, Settings, check_address
 from clipcap_hf.serve_page import results_csv, results_page
@@ -158,10 +159,12 @@ def test_addresses_are_checked_before_anything_is_loaded():
 
 
 @pytest.mark.parametrize("option", [("--host", "999.1.1.1"), ("--port", "70000"), ("--examples", "/nowhere")])
-def test_a_bad_option_ends_at_once(option):
-    command = [sys.executable, "-m", "clipcap_hf.cli", "serve", *option]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0 and option[0] in result.stderr and "Traceback" not in result.stderr
+def test_a_bad_option_ends_at_once(option, capsys):
+    try:
+        code = main(["serve", *option])
+    except SystemExit as end:
+        code = end.code
+    assert code != 0 and option[0] in capsys.readouterr().err
 
 
 def test_import_is_lazy():

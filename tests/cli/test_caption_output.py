@@ -64,7 +64,7 @@ def test_files_hold_what_is_printed(tmp_path, pictures, capsys, suffix):
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", pytest.param(".tsv", marks=pytest.mark.slow), ".jsonl"])
 def test_goes_on_after_any_cut(tmp_path, pictures, capsys, suffix):
     out = tmp_path / f"captions{suffix}"
     assert main(["caption", str(pictures), "--out", str(out)]) == 0

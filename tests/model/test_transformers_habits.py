@@ -133,7 +133,7 @@ if sharded:
 """
 
 
-@pytest.mark.parametrize("mapping_type", ["mlp", "transformer"])
+@pytest.mark.parametrize("mapping_type", [pytest.param("mlp", marks=pytest.mark.slow), "transformer"])
 def test_fsdp2_on_two_ranks_trains_as_one_process(tmp_path, make_model, mapping_type):
     make_model(mapping_type=mapping_type).save_pretrained(tmp_path / "captioner")
     script = tmp_path / "train.py"

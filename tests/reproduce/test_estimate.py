@@ -33,6 +33,7 @@ def test_every_stage_has_hours_and_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_existing_captioners_are_not_trained(tmp_path):
     chosen = settings(tmp_path, "nocaps", source="checkpoint", path=str(EMOJI_MINI))
     costs = estimate(chosen, shape="tiny", seconds=0.1, images=24)[1]

@@ -118,6 +118,7 @@ def test_the_other_split_file_is_no_reproduction(out):
     assert "80 training images of 113287" in reasons and "has 5000 images, and these are" in reasons
 
 
+@pytest.mark.slow
 def test_seeds_train_one_captioner_each_and_are_averaged(out):
     rows, said = run(settings(out, seeds=2))
     assert sum(line.startswith("train-") for line in said) == 2

@@ -132,6 +132,8 @@ def _locked(lock: Path, what: Path) -> Iterator[None]:
     try:
         file_lock.acquire()
     except Timeout:
+        if not lock.exists():
+            raise OSError(f"{what.parent} takes no new files: choose another folder.") from None
         raise ValueError(f"{what} is being written by {_holder(lock)}: wait for it, or choose another.") from None
     except NotImplementedError:  # some network file systems have no locks
         yield
@@ -211,7 +213,7 @@ def files_below(folder: str | os.PathLike, errors: list[str]) -> list[Path]:
             else:
                 above[path] = {*entered, target}
         found += [Path(parent) / name for name in names]
-    return sorted(path for path in found if path.is_file() or path.is_symlink())
+    return sorted(found)
 
 
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:

@@ -64,6 +64,13 @@ def named(name: str | os.PathLike | None) -> Iterator[None]:
         raise ValueError(f"{name}: {text}") from error
     except KeyError as error:  # of tables of what transformers knows, such as activations
         raise ValueError(f"{name or 'The model'}: {error} is missing in its files, or is unknown there.") from error
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        # Wrong arguments are the caller's fault, and too little memory is nobody's.
+        if name is None or "unexpected keyword" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{name}: a value in its files has the wrong type or size ({type(error).__name__}: {shorten(error)})."
+        ) from error
 
 
 def load_config(name: str, **kwargs) -> PreTrainedConfig:

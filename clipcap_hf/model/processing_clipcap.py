@@ -16,7 +16,7 @@ from .donors_clipcap import donor_folder
 from .image_processing_pillow import load_saved_image_processor, named_for_pillow
 from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
-from .tokenization_clipcap import captioning_tokenizer
+from .tokenization_clipcap import captioning_tokenizer, encodable
 from .video_frames import list_videos
 from .video_processing_clipcap import ClipCapVideoProcessor, ClipCapVideoProcessorKwargs
 
@@ -280,7 +280,7 @@ class ClipCapProcessor(ProcessorMixin):
                 f"{num_images} images need as many {IMAGE_TOKEN} placeholders, one in each of {num_images} texts; "
                 f"found {found} in {len(text)} texts."
             )
-        return list(text)
+        return encodable(list(text))
 
     def _check_no_placeholder_is_cut(self, input_ids, num_images: int, max_length: int | None):
         kept = sum(list(map(int, ids)).count(self.image_token_id) for ids in input_ids)

@@ -137,10 +137,14 @@ def check_transform(image_processor: Any):
         sizes = getattr(image_processor, name, None) or {}
         for side in ("height", "width", "shortest_edge"):
             value = sizes.get(side) if hasattr(sizes, "get") else getattr(sizes, side, None)
-            if value is not None and not (_is_number(value) and 0 < value <= _LARGEST_SIDE):
+            if value is not None and not (_is_number(value) and value in range(1, _LARGEST_SIDE + 1)):
                 raise ValueError(
                     f"`{name}` in the image processor must be 1 to {_LARGEST_SIDE} pixels, got {str(value)[:80]}."
                 )
+    sizes = getattr(image_processor, "crop_size", None) or {}
+    sides = [sizes.get(side) if hasattr(sizes, "get") else getattr(sizes, side, None) for side in ("height", "width")]
+    if getattr(image_processor, "do_center_crop", False) and None in sides:
+        raise ValueError("`crop_size` in the image processor needs a `height` and a `width`.")
     for name, used, kind, allowed in (
         ("image_mean", "do_normalize", "finite numbers", lambda number: True),
         ("image_std", "do_normalize", "positive numbers", lambda number: number > 0),

@@ -75,6 +75,7 @@ class ClipCapProcessor(ProcessorMixin):
         caption_start: str = "",
         **kwargs,
     ):
+        encodable([prompt_template, caption_start])
         if prompt_template.count(IMAGE_TOKEN) != 1:
             raise ValueError(f"`prompt_template` must hold exactly one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
@@ -330,10 +331,7 @@ class ClipCapProcessor(ProcessorMixin):
         """Load a processor as transformers does; errors of damaged files name the folder."""
         name = pretrained_model_name_or_path
         with named(name), naming(f"The files of the processor in {name}"):
-            try:
-                return super().from_pretrained(name, *args, **kwargs)
-            except TypeError as error:  # a value of another type in tokenizer.json
-                raise ValueError(f"The processor in {name} cannot be used: {error}") from error
+            return super().from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

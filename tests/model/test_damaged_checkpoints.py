@@ -158,7 +158,13 @@ def test_damaged_configurations_of_towers_are_named(tmp_path):
     "file, old, new, message",
     [
         ("tokenizer.json", '"rstrip"', '"Pstrip"', "incomplete or damaged"),
-        ("tokenizer.json", '"special": true', '"special": "x"', "cannot be used"),
+        ("tokenizer.json", '"special": true', '"special": "x"', "has the wrong type or size"),
+        ("tokenizer.json", '"added_tokens": [', '"added_tokens": [3, ', "has the wrong type or size"),
+        ("processor_config.json", '"caption_start": ""', '"caption_start": 3', "A prompt must be text in UTF-8"),
+        ("processor_config.json", '"caption_start": ""', '"caption_start": ["a"]', "A prompt must be text in UTF-8"),
+        ("processor_config.json", '"image_processor": {', '"image_processor": 3, "x": {', "has the wrong type or size"),
+        ("processor_config.json", '"height": 32', '"height": null', "needs a `height` and a `width`"),
+        ("processor_config.json", '"height": 32', '"height": 0.5', "must be 1 to 8192 pixels, got 0.5"),
         (
             "processor_config.json",
             '"image_processor_type": "',

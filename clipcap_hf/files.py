@@ -101,11 +101,15 @@ def lock_folder(folder: str | os.PathLike, name: str = LOCK) -> Iterator[None]:
         name (`str`): Name of the lock file in it.
 
     Raises:
+        OSError: If there can be no such folder, or it takes no files.
         ValueError: If another process holds the lock; the message names it.
     """
     folder = Path(folder)
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"There can be no folder {folder} ({error.strerror}): choose another one.") from error
     try:
         with _locked(folder / name, folder):
             yield
@@ -132,10 +136,14 @@ def _locked(lock: Path, what: Path) -> Iterator[None]:
     try:
         file_lock.acquire()
     except Timeout:
+        if not lock.exists():
+            raise OSError(f"{lock.parent} takes no new files: choose another folder.") from None
         raise ValueError(f"{what} is being written by {_holder(lock)}: wait for it, or choose another.") from None
     except NotImplementedError:  # some network file systems have no locks
         yield
         return
+    except OSError as error:
+        raise OSError(f"{lock.parent} cannot be written to ({error.strerror}): choose another folder.") from error
     try:
         with suppress(OSError):  # on a full disk, or on Windows, the lock holds, but names no holder
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
@@ -211,7 +219,7 @@ def files_below(folder: str | os.PathLike, errors: list[str]) -> list[Path]:
             else:
                 above[path] = {*entered, target}
         found += [Path(parent) / name for name in names]
-    return sorted(path for path in found if path.is_file() or path.is_symlink())
+    return sorted(found)
 
 
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[str], list[str]]:

@@ -4,7 +4,8 @@ import errno
 import os
 
 import pytest
-from clipcap_hf.files import files_below, lock_folder, whole_file
+from clipcap_hf.data import load_captions
+from clipcap_hf.files import files_below, find_images, lock_file, lock_folder, whole_file
 
 
 def names(folder) -> list[str]:
@@ -39,6 +40,21 @@ def test_circles_end(tmp_path):
 def test_links_to_nothing_are_files_that_cannot_be_read(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert names(tmp_path) == ["gone.png"]
+
+
+def test_pipes_in_a_folder_are_files_that_cannot_be_read(tmp_path, processor):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    assert find_images([tmp_path])[0] == [str(tmp_path / "pipe.png")]
+    with pytest.raises(ValueError, match="not a regular file"):
+        processor(images=[str(tmp_path / "pipe.png")])
+    with pytest.raises(ValueError, match="metadata.jsonl is not a file, but a pipe"):
+        load_captions("imagefolder", tmp_path)
+
+
+def test_folders_that_take_no_files_are_not_taken_for_locked():
+    with pytest.raises(OSError, match="/proc"), lock_file("/proc/captions.csv"):
+        pass
 
 
 def test_a_lock_leaves_nothing(tmp_path):

@@ -49,6 +49,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.more: list[argparse.Action] = []
+        self.words: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.words = list(args or [])
+        return super().parse_known_args(args, namespace)
 
     def add_more_arguments(self, title: str) -> "MoreArguments":
         """Add a group of options that only `--help-all` shows."""
@@ -71,6 +76,9 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str):
+        files = [word for word in self.words if word[:1] == "-" and os.path.exists(word)]
+        if files and "required" in message:
+            message += f" (write ./{files[0]} for the file)"
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message_lines(message)}\n{self.prog} --help shows the options.\n")
 

@@ -83,6 +83,8 @@ def check_image_id(image_id: Any, place: str) -> int | str:
     """Return the image id if it is a whole number or a string; otherwise raise a ValueError that names the place."""
     if isinstance(image_id, bool) or not (isinstance(image_id, int) or is_name(image_id)):
         raise ValueError(f"{place} must be a whole number or a string, not {image_id!r:.80}.")
+    if isinstance(image_id, int) and not -(2**63) <= image_id < 2**63:
+        raise ValueError(f"{place} must fit into 64 bits, but is {image_id!s:.80}.")
     return image_id
 
 

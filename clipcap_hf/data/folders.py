@@ -7,11 +7,12 @@ import io
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import files_below, find_images, listed
+from ..files import check_file, files_below, find_images, listed
 from .records import CaptionedRecord, ImageFolder, present_records, records_to_dataset
 from .schema import CAPTION_COLUMNS, SPLIT_NAMES, select_split, split_name, warn_of_overlap
 
@@ -122,6 +123,7 @@ def _one_per_image(records: list[CaptionedRecord]) -> list[CaptionedRecord]:
 
 
 def _read_metadata(file: Path, root: Path, image_column, caption_column, id_column) -> Iterator[CaptionedRecord]:
+    check_file(file, "file of captions")
     rows = list(_read_rows(file))
     if not rows:
         raise ValueError(f"{file} has no rows.")
@@ -186,7 +188,7 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = json.loads(content, object_pairs_hook=_without_repetition)
         except (ValueError, RecursionError) as error:
             array = " The file is a JSON array; write one object per line." if text.lstrip()[:1] == "[" else ""
             raise ValueError(f"Line {line} of {file} is not a JSON object: {error}.{array}") from None
@@ -195,10 +197,21 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, row
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; of fields of the same name, Python would keep the last without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has several fields {repeated!r:.80}")
+    return row
+
+
 def _read_csv(text: str, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
+        if repeated := [name for name, count in Counter(header).items() if count > 1]:
+            raise ValueError(f"{file} has several columns {repeated[0]!r:.80}: give each a name of its own.")
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import check_file
 from .coco import check_image_id, is_name, read_coco, read_json
 from .columns import load_columns
 from .folders import load_flickr8k, load_folder, read_text
@@ -109,8 +110,7 @@ def _load_files(
     splits: dict[str, list[CaptionedRecord]] = {}
     for name, file in files.items():
         file = Path(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"There is no annotation file {file}.")
+        check_file(file, "annotation file")
         folder = ImageFolder(file.parent if images is None else Path(images))
         for record in present_records(list(read(file, folder)), folder, missing or "error", file):
             splits.setdefault(split_name(name or record.split), []).append(record)
@@ -145,10 +145,14 @@ def _field(entry: Any, name: str, path: Path, number: int) -> Any:
 
 def _read_karpathy(path: Path, folder: ImageFolder) -> Iterator[CaptionedRecord]:
     images = _read_json(path, ["images"], "a Karpathy split (dataset_coco.json)")["images"]
-    for number, image in enumerate(_list(images, f"`images` of {path}")):
+    if not _list(images, f"`images` of {path}"):
+        raise ValueError(f"{path} lists no images.")
+    for number, image in enumerate(images):
         place = f"Entry {number} of {path}"
         filename = _text(_field(image, "filename", path, number), f"{place}: filename")
         split = _text(_field(image, "split", path, number), f"{place}: split")
+        if not re.fullmatch(r"\w+(\.\w+)*", split):  # as data sets name them
+            raise ValueError(f"{place}: split must be a name of letters and digits, not {split!r:.80}.")
         sentences = _list(_field(image, "sentences", path, number), f"{place}: sentences")
         yield CaptionedRecord(
             image_id=check_image_id(image.get("cocoid", image.get("imgid", filename)), f"{place}: cocoid or imgid"),

@@ -57,7 +57,9 @@ _LARGEST = {
     "projection_dim": 2**18,
     "vocab_size": 2**24,
     "width": 2**18,
+    **dict.fromkeys(("n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"), 2**22),
 }
+_LARGEST_OTHER = 2**28  # of any other whole number but ids and the bases of rotary positions
 
 
 def check_sizes(owner: str, sizes: dict[str, Any]):
@@ -65,7 +67,7 @@ def check_sizes(owner: str, sizes: dict[str, Any]):
 
     Args:
         owner (`str`): Whose sizes they are, for the message.
-        sizes (`dict`): Sizes by name; a size may be a list, such as height and width. Other names are ignored.
+        sizes (`dict`): Sizes by name; a size may be a list, such as height and width.
 
     Raises:
         ValueError: If a size is not a whole number from 0 to what models have.
@@ -79,12 +81,17 @@ def check_sizes(owner: str, sizes: dict[str, Any]):
                 raise ValueError(
                     f"`{name}` of the {owner} must be a whole number up to {largest:,}, got {str(value)[:80]}."
                 )
+    for name, value in sizes.items():
+        if isinstance(value, int) and abs(value) > _LARGEST_OTHER and not name.endswith(("_id", "theta")):
+            raise ValueError(f"`{name}` of the {owner} is larger than in any model: {str(value)[:80]}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` of the {owner} must be a number, but is {value}.")
 
 
 def check_config_sizes(owner: str, config: PreTrainedConfig):
     """Refuse a configuration with sizes that no model has, see [`check_sizes`]."""
     config = config.get_text_config() if owner == "language model" else config
-    check_sizes(owner, {name: getattr(config, name, None) for name in _LARGEST})
+    check_sizes(owner, {**vars(config), **{name: getattr(config, name, None) for name in _LARGEST}})
 
 
 def clip_embed_dim_of(vision_config: PreTrainedConfig, vision_feature: str = "pooled") -> int:

@@ -64,6 +64,13 @@ def named(name: str | os.PathLike | None) -> Iterator[None]:
         raise ValueError(f"{name}: {text}") from error
     except KeyError as error:  # of tables of what transformers knows, such as activations
         raise ValueError(f"{name or 'The model'}: {error} is missing in its files, or is unknown there.") from error
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        # Wrong arguments are the caller's fault, and too little memory is nobody's.
+        if name is None or "unexpected keyword" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{name}: a value in its files has the wrong type or size ({type(error).__name__}: {shorten(error)})."
+        ) from error
 
 
 def load_config(name: str, **kwargs) -> PreTrainedConfig:
@@ -130,10 +137,14 @@ def check_transform(image_processor: Any):
         sizes = getattr(image_processor, name, None) or {}
         for side in ("height", "width", "shortest_edge"):
             value = sizes.get(side) if hasattr(sizes, "get") else getattr(sizes, side, None)
-            if value is not None and not (_is_number(value) and 0 < value <= _LARGEST_SIDE):
+            if value is not None and not (_is_number(value) and value in range(1, _LARGEST_SIDE + 1)):
                 raise ValueError(
                     f"`{name}` in the image processor must be 1 to {_LARGEST_SIDE} pixels, got {str(value)[:80]}."
                 )
+    sizes = getattr(image_processor, "crop_size", None) or {}
+    sides = [sizes.get(side) if hasattr(sizes, "get") else getattr(sizes, side, None) for side in ("height", "width")]
+    if getattr(image_processor, "do_center_crop", False) and None in sides:
+        raise ValueError("`crop_size` in the image processor needs a `height` and a `width`.")
     for name, used, kind, allowed in (
         ("image_mean", "do_normalize", "finite numbers", lambda number: True),
         ("image_std", "do_normalize", "positive numbers", lambda number: number > 0),

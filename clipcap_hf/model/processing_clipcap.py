@@ -16,7 +16,7 @@ from .donors_clipcap import donor_folder
 from .image_processing_pillow import load_saved_image_processor, named_for_pillow
 from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
-from .tokenization_clipcap import captioning_tokenizer
+from .tokenization_clipcap import captioning_tokenizer, encodable
 from .video_frames import list_videos
 from .video_processing_clipcap import ClipCapVideoProcessor, ClipCapVideoProcessorKwargs
 
@@ -75,6 +75,7 @@ class ClipCapProcessor(ProcessorMixin):
         caption_start: str = "",
         **kwargs,
     ):
+        encodable([prompt_template, caption_start])
         if prompt_template.count(IMAGE_TOKEN) != 1:
             raise ValueError(f"`prompt_template` must hold exactly one {IMAGE_TOKEN}, got {prompt_template!r}.")
         if tokenizer is None:
@@ -280,7 +281,7 @@ class ClipCapProcessor(ProcessorMixin):
                 f"{num_images} images need as many {IMAGE_TOKEN} placeholders, one in each of {num_images} texts; "
                 f"found {found} in {len(text)} texts."
             )
-        return list(text)
+        return encodable(list(text))
 
     def _check_no_placeholder_is_cut(self, input_ids, num_images: int, max_length: int | None):
         kept = sum(list(map(int, ids)).count(self.image_token_id) for ids in input_ids)
@@ -330,10 +331,7 @@ class ClipCapProcessor(ProcessorMixin):
         """Load a processor as transformers does; errors of damaged files name the folder."""
         name = pretrained_model_name_or_path
         with named(name), naming(f"The files of the processor in {name}"):
-            try:
-                return super().from_pretrained(name, *args, **kwargs)
-            except TypeError as error:  # a value of another type in tokenizer.json
-                raise ValueError(f"The processor in {name} cannot be used: {error}") from error
+            return super().from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

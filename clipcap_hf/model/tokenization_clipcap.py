@@ -25,4 +25,12 @@ def captioning_tokenizer(tokenizer):
     return tokenizer
 
 
-__all__ = ["captioning_tokenizer"]
+def encodable(texts: list[str]) -> list[str]:
+    """Return the texts if tokenizers can read them: a byte of the command line may be no character."""
+    for text in texts:
+        if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"A prompt must be text in UTF-8, but one is {repr(text)[:80]}.")
+    return texts
+
+
+__all__ = ["captioning_tokenizer", "encodable"]

@@ -145,14 +145,17 @@ def training_arguments(
     """Return the arguments of `clipcap train` that are the paper's recipe."""
     choices = dict(captioner.choices)
     _, has_validation = _splits(embeddings)
+    data = DataArguments(
+        data=str(embeddings),
+        data_format="saved",
+        eval_split="validation" if has_validation else "none",
+        append_eos=choices["captions-end"] == "end-token",
+    )
+    if not data.append_eos:
+        data.stop_token = _full_stop  # type: ignore[misc]  # of this one only
     return (
         _model_arguments(choices, captioner.variant),
-        DataArguments(
-            data=str(embeddings),
-            data_format="saved",
-            eval_split="validation" if has_validation else "none",
-            append_eos=choices["captions-end"] == "end-token",
-        ),
+        data,
         _recipe(settings, choices, captioner.seed, out, has_validation),
     )
 

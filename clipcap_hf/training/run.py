@@ -58,17 +58,15 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
     leave_at_exit()
     if args.device.type == "cpu":
         keep_freed_memory()
-    checkpoint = checkpoint_to_resume(args)
-    set_seed(args.seed)
-    check_names(model_args, data_args)
-    tokenize(["a caption"], args.eval_tokenizer)  # what it needs may be missing: Java, or an extra
-    train, evaluation = load_data(data_args, args.seed)
-    model, processor = load_captioner(model_args, data_args)
-    check_writable(args.output_dir, model)
     # A name that `push_to_hub` leaves out.
     with lock_folder(args.output_dir, "_lock") if args.process_index == 0 else nullcontext():
-        if not args.resume:
-            checkpoint = checkpoint_to_resume(args)  # again: another run may have ended in the meantime
+        checkpoint = checkpoint_to_resume(args)
+        set_seed(args.seed)
+        check_names(model_args, data_args)
+        tokenize(["a caption"], args.eval_tokenizer)  # what it needs may be missing: Java, or an extra
+        train, evaluation = load_data(data_args, args.seed)
+        model, processor = load_captioner(model_args, data_args)
+        check_writable(args.output_dir, model)
         if args.process_index == 0:
             remove_leftovers(args.output_dir)
             _say_what_is_trained(model)

@@ -201,3 +201,12 @@ def test_arguments_are_checked_before_anything_slow_is_imported(words, said, cap
     monkeypatch.setattr("clipcap_hf.cli._import_package", lambda: pytest.fail("something slow was imported"))
     assert main(words.split()) == 1
     assert said in capsys.readouterr().err
+
+
+def test_files_whose_names_look_like_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-a.png").touch()
+    for words in (["caption", "-a.png"], ["caption", "b.png", "-a.png"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "(write ./-a.png for the file)" in capsys.readouterr().err

@@ -149,6 +149,12 @@ def test_csv_is_text(make):
         ),
         ("metadata.csv", "image,text\na.jpg,x\n", r"no column 'file_name'; the columns are image, text"),
         ("metadata.csv", "", r"metadata.csv has no rows"),
+        ("metadata.csv", "file_name,text,text\na.jpg,x,y\n", r"metadata.csv has several columns 'text'"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.jpg", "text": "x", "text": "y"}',
+            r"Line 1 of .*it has several fields 'text'",
+        ),
         ("metadata.jsonl", '{"file_name": "b.jpg", "text": "x"}', r"1 images in .* have no caption: a.jpg"),
         ("notes.md", "x", r"no captions in a known form: metadata.jsonl"),
     ],

@@ -347,6 +347,9 @@ def test_clean_caption():
         ({"images": [{"file": "a.jpg"}]}, "Entry 0 .* no 'filename'; it has file"),
         ({"images": [karpathy_image("a.jpg", "train", 5)]}, "must be a string.*image 0.*int"),
         ({"images": [karpathy_image("a.jpg", "train", "x"), karpathy_image("a.jpg", "train", "y")]}, "same image id"),
+        ({"images": []}, "dataset.json lists no images"),
+        ({"images": [karpathy_image("a.jpg", "", "x")]}, "Entry 0 of .*dataset.json: split must be a name"),
+        ({"images": [karpathy_image("a.jpg", "tr/ain", "x")]}, "Entry 0 of .*dataset.json: split must be a name"),
         (
             {"images": [karpathy_image("b.jpg", "train", "x"), karpathy_image("a.jpg", "train", "y")]},
             "1 of the 2 images",
@@ -357,6 +360,11 @@ def test_wrong_annotation_files(tmp_path, write, content, complaint):
     write("a.jpg")
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         load_captions("karpathy", write("dataset.json", content))
+
+
+def test_a_folder_in_place_of_an_annotation_file(tmp_path):
+    with pytest.raises(ValueError, match="annotation file .* is not a file, but a folder"):
+        load_captions("coco", tmp_path)
 
 
 def test_wrong_arguments(tmp_path, write):

@@ -22,6 +22,7 @@ LONG = "x" * 100_000
         ({"annotations": [{"caption": "a"}]}, "annotation 0: image_id must be a whole number or a string, not None"),
         ({"annotations": [{"image_id": [1], "caption": "a"}]}, r"annotation 0: image_id .* not \[1\]"),
         ({"annotations": [{"image_id": True, "caption": "a"}]}, "annotation 0: image_id .* not True"),
+        ({"annotations": [{"image_id": 2**70, "caption": "a"}]}, "annotation 0: image_id must fit into 64 bits"),
         ({"annotations": [{"image_id": 1}]}, "annotation 0: the caption must be a string, not None"),
         (
             {"annotations": [{"image_id": 1, "caption": ["a"]}]},

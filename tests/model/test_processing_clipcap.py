@@ -213,6 +213,12 @@ def test_numbers_of_images_and_texts_differ(processor, images, text):
         processor(images=images[:2], text=text)
 
 
+@pytest.mark.parametrize("text", ["a\udcff", ["\ud83d"]])
+def test_prompts_that_are_not_unicode(processor, images, text):
+    with pytest.raises(ValueError, match="A prompt must be text in UTF-8, but one is '<image>"):
+        processor(images=images[:1], text=text)
+
+
 def test_text_alone(processor):
     inputs = processor(text=["a red heart", "x"], return_tensors="pt")
     assert processor.image_token_id not in inputs["input_ids"]

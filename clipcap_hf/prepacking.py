@@ -43,7 +43,7 @@ def prepack_weights(model: nn.Module) -> int:
 
     ```
     """
-    if not _can_prepack():
+    if not has_onednn():
         return 0
     layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, Conv1D)]
     for layer in layers:
@@ -72,7 +72,7 @@ class _PrepackedForward:
         if self.packed_from != (version := (weight.data_ptr(), weight._version)):
             rows = weight.t() if isinstance(self.layer, Conv1D) else weight
             self.packed, self.packed_from = _pack(rows.detach().contiguous(), None), version
-        return _multiply(inputs, self.packed, self.layer.bias, "none", [], "")
+        return multiply(inputs, self.packed, self.layer.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layer": self.layer, "packed": None, "packed_from": None}  # a laid-out copy cannot be copied
@@ -91,17 +91,23 @@ def _is_plain_inference(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _can_prepack() -> bool:
+def multiply(inputs: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply inputs (..., in) by a weight (out, in), laid out by oneDNN or not; without gradients."""
+    return _multiply(inputs, rows, bias, "none", [], "")
+
+
+def has_onednn() -> bool:
+    """Test whether this is an x86 processor and torch offers oneDNN's products."""
     if _pack is None or _multiply is None or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     with torch.no_grad():
         inputs, weight = torch.ones(2, 16), torch.arange(64.0).view(4, 16)
         try:
-            product = _multiply(inputs, _pack(weight, None), None, "none", [], "")
+            product = multiply(inputs, _pack(weight, None))
         except RuntimeError as error:
             logger.debug(f"No prepacked weights: {error}")
             return False
         return torch.allclose(product, inputs @ weight.t())
 
 
-__all__ = ["prepack_weights", "prepack_where_it_fits"]
+__all__ = ["has_onednn", "multiply", "prepack_weights", "prepack_where_it_fits"]

@@ -312,6 +312,7 @@ class ClipCapForConditionalGeneration(
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         prefix_index: torch.Tensor | None = None,
+        predictor_index: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | ClipCapCausalLMOutputWithPast:
@@ -340,7 +341,10 @@ class ClipCapForConditionalGeneration(
                 embeddings.
             prefix_index (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which vector of the images'
                 prefixes, counted over all images, stands at each placeholder, row by row. By default each stands once,
-                in order. Rows that hold several captions of an image repeat some.
+                in order.
+            predictor_index (`torch.LongTensor` of shape `(labels,)`, *optional*): The position that predicts each
+                label, counted over all rows. `labels` then have the shape `(labels,)`, and a position can have
+                several, as the end of a prompt has that several captions share.
             past_key_values ([`~transformers.Cache`], *optional*): The older name of `cache`.
             kwargs: Further arguments of the language model and of the loss.
 
@@ -369,12 +373,16 @@ class ClipCapForConditionalGeneration(
         loss = None
         if labels is not None:
             kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
-            labels = labels[:, kept]
+            logits = outputs.logits
+            if predictor_index is not None:
+                logits, shift_labels = logits.flatten(0, 1)[predictor_index], labels
+            else:
+                labels = labels[:, kept]
             if shift_labels is not None:
                 kwargs["shift_labels"] = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
             labels = labels.masked_fill(labels.eq(self.config.image_token_id), -100)
             vocab_size = self.config.language_config.vocab_size
-            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
         return ClipCapCausalLMOutputWithPast(
             loss=loss,

@@ -4,10 +4,11 @@ The prefix does not depend on the caption, so a row can hold `[prefix, caption 1
 the prefix and itself, and counts its positions from the end of the prefix. Losses and gradients equal those of five
 rows with one caption each. Several images share a row, each seeing only itself, which leaves little padding.
 
-Next-token losses are shifted by one, so the first token of each caption needs its own predictor: the last token of the
-prompt is repeated before every caption.
+The last token of the prompt predicts the first token of every caption, and the last token of a caption predicts
+nothing, so it is only a label. Labels therefore say at which position they are predicted (`predictor_index`).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class ImageWithCaptions:
     captions: list[list[int]]
 
     def __len__(self) -> int:
-        return len(self.prompt) - 1 + sum(1 + len(caption) for caption in self.captions)
+        return len(self.prompt) + sum(max(0, len(caption) - 1) for caption in self.captions)
 
 
 def pack(
@@ -51,37 +52,41 @@ def pack(
         images_per_row (`int`): Average number of images per row; rows get nearly equal lengths.
 
     Returns:
-        `dict`: `input_ids`, `position_ids` and `labels` (rows, length); `attention_mask` (rows, 1, length, length),
-        True for positions that may be attended to; `prefix_index` (placeholders,), for each placeholder the index of
-        its prefix vector, counted over the prefixes of all images.
+        `dict`: `input_ids` and `position_ids` (rows, length); `attention_mask` (rows, 1, length, length), True for
+        positions that may be attended to; `labels` (labels,) and `predictor_index` (labels,), the position that
+        predicts each, counted over all rows; `prefix_index` (placeholders,), for each placeholder the index of its
+        prefix vector, counted over the prefixes of all images.
     """
     rows = _balanced_rows(images, max(1, round(len(images) / images_per_row)))
     length = max(sum(len(images[index]) for index in row) for row in rows)
     shape = (len(rows), length)
     input_ids = torch.full(shape, pad_token_id)
     position_ids = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
     # The image and caption (0: prompt) of each position; padding sees only itself.
     image_of, caption_of = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    labels: list[int] = []
+    predictor_index: list[int] = []
     prefix_index: list[int] = []
     prefix_length = sum(token == image_token_id for token in images[0].prompt)
     for row, members in enumerate(rows):
         start = 0
         for index in members:
-            tokens, positions, targets, captions = _lay_out(images[index])
+            tokens, positions, captions, predictors = _lay_out(images[index])
             end = start + len(tokens)
             input_ids[row, start:end] = torch.tensor(tokens)
             position_ids[row, start:end] = torch.tensor(positions)
-            labels[row, start:end] = torch.tensor(targets)
             image_of[row, start:end] = index
             caption_of[row, start:end] = torch.tensor(captions)
+            labels += itertools.chain(*images[index].captions)
+            predictor_index += [row * length + start + place for place in predictors]
+            prefix_index += range(index * prefix_length, (index + 1) * prefix_length)
             start = end
-            prefix_index += _prefix_vectors(tokens, image_token_id, index * prefix_length, prefix_length)
     return {
         "input_ids": input_ids,
         "attention_mask": _mask(image_of, caption_of),
         "position_ids": position_ids,
-        "labels": labels,
+        "labels": torch.tensor(labels),
+        "predictor_index": torch.tensor(predictor_index),
         "prefix_index": torch.tensor(prefix_index),
     }
 
@@ -98,22 +103,17 @@ def _balanced_rows(images: Sequence[ImageWithCaptions], number: int) -> list[lis
 
 
 def _lay_out(image: ImageWithCaptions) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return the tokens of an image with their positions, labels and captions (0 is the prompt)."""
-    *shared, last = image.prompt
-    tokens, positions = list(shared), list(range(len(shared)))
-    labels, captions = [IGNORED] * len(shared), [0] * len(shared)
+    """Return the tokens of an image with their positions and captions (0: prompt), and the predictor of each label."""
+    prompt = len(image.prompt)
+    tokens, positions, captions = list(image.prompt), list(range(prompt)), [0] * prompt
+    predictors = []
     for number, caption in enumerate(image.captions, start=1):
-        tokens += [last, *caption]
-        positions += range(len(shared), len(shared) + 1 + len(caption))
-        labels += [IGNORED, *caption]
-        captions += [number] * (1 + len(caption))
-    return tokens, positions, labels, captions
-
-
-def _prefix_vectors(tokens: list[int], image_token_id: int, first: int, prefix_length: int) -> list[int]:
-    """Return the prefix vector of each placeholder: the last one is repeated before every caption."""
-    placeholders = sum(token == image_token_id for token in tokens)
-    return [first + min(place, prefix_length - 1) for place in range(placeholders)]
+        read = caption[:-1]
+        predictors += [prompt - 1, *range(len(tokens), len(tokens) + len(read))][: len(caption)]
+        tokens += read
+        positions += range(prompt, prompt + len(read))
+        captions += [number] * len(read)
+    return tokens, positions, captions, predictors
 
 
 def _mask(image_of: torch.Tensor, caption_of: torch.Tensor) -> torch.Tensor:
@@ -134,12 +134,12 @@ def can_pack(model: ClipCapForConditionalGeneration) -> bool:
     """
     training = model.training
     config, token = model.config, model.config.image_token_id
-    captions = [[1, 2], [3, 4]]
+    captions = [[1, 2, 5], [3, 4, 6]]
     shape = (1, config.clip_length) if config.vision_feature == "patches" else (1,)
     embeds = torch.ones(*shape, config.clip_embed_dim, device=model.device)
     prompt = [token] * config.prefix_length
     together = pack([ImageWithCaptions(prompt, captions)], token, 0)
-    alone = torch.tensor([prompt + caption for caption in captions])
+    alone = torch.tensor([prompt + caption[:-1] for caption in captions])
     try:
         model.eval()
         packed = model(**{name: value.to(model.device) for name, value in together.items()}, clip_embeds=embeds).logits
@@ -148,5 +148,5 @@ def can_pack(model: ClipCapForConditionalGeneration) -> bool:
         return False
     finally:
         model.train(training)
-    ends = torch.tensor([config.prefix_length + 1, config.prefix_length + 4])  # the last tokens of the two captions
+    ends = torch.tensor([config.prefix_length + 1, config.prefix_length + 3])  # where the last labels are predicted
     return torch.allclose(packed[0, ends].float(), rows[:, -1].float(), rtol=2e-2, atol=2e-2)

@@ -19,6 +19,7 @@ from ..model.processing_clipcap import ClipCapProcessor
 from .arguments import CaptioningArguments
 from .checkpoints import last_checkpoint
 from .collator import IGNORED, CaptioningCollator
+from .cpu_layers import cpu_layers
 from .rows import EpochRows, EpochShuffledLengths, caption_lengths
 from .self_critical import self_critical_loss
 
@@ -70,7 +71,8 @@ class ClipCapTrainer(Seq2SeqTrainer):
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train as `Trainer` does. `train_loss` is the mean over the whole run, also after a resume."""
         self._loss_sum = None
-        output = super().train(*args, **kwargs)
+        with cpu_layers(self.model):
+            output = super().train(*args, **kwargs)
         self._store_loss_sum()
         if not self.state.global_step:
             return output
@@ -180,17 +182,23 @@ class ClipCapTrainer(Seq2SeqTrainer):
     def _loss_of_labelled_tokens(self, model, inputs, **kwargs):
         # Most positions are prefix and padding, and computing logits is a third of the work, so the head sees only
         # labelled positions. (A compiled model needs constant shapes.)
-        targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        places = targets != IGNORED
+        targets, places = inputs["labels"], inputs.pop("predictor_index", None)
+        if places is None:
+            targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED).flatten()
+            places = (targets != IGNORED).nonzero().squeeze(1)
+            targets = targets[places]
 
         def loss_of(outputs, labels, num_items_in_batch=None):
             smoothing = self.args.label_smoothing_factor
-            logits = outputs["logits"][0].float()
-            loss = F.cross_entropy(logits, targets[places], reduction="sum", label_smoothing=smoothing)
-            return loss / (places.sum() if num_items_in_batch is None else num_items_in_batch)
+            logits = outputs["logits"].flatten(0, 1).float()
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+            return loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+        def labelled(head, args):
+            return args[0].flatten(0, 1).index_select(0, places).unsqueeze(0), *args[1:]
 
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][places].unsqueeze(0), *args[1:]))
+        hook = head.register_forward_pre_hook(labelled)
         self.compute_loss_func = loss_of
         try:
             return super().compute_loss(model, inputs, **kwargs)

@@ -91,9 +91,9 @@ def test_captions_do_not_see_each_other(make_model):
     embeds = torch.randn(len(images), 16)
     batch = pack(images, PLACEHOLDER, 0, images_per_row=4)
     logits = model(**batch, clip_embeds=embeds).logits
-    place = PREFIX_LENGTH - 1 + 1  # the first token of the longest image's first caption
+    place = PREFIX_LENGTH  # the first token of the longest image's first caption
     longest = max(images, key=len)
-    end = place + len(longest.captions[0])
+    end = place + len(longest.captions[0]) - 1
     batch["input_ids"][0, place] = 289 - batch["input_ids"][0, place]
     changed = (model(**batch, clip_embeds=embeds).logits - logits).abs().amax(-1)[0] > 1e-6
     assert changed[place:end].all()
@@ -115,9 +115,10 @@ def test_tokens_are_few():
     """Five captions of ten tokens after a prefix of forty take half the positions of five rows, and lose none."""
     image = ImageWithCaptions([PLACEHOLDER] * 40, [[1 + n] * 10 for n in range(5)])
     batch = pack([image], PLACEHOLDER, 0)
-    assert batch["input_ids"].numel() == 39 + 5 * 11
-    assert (batch["labels"] != IGNORED).sum() == 50
-    assert batch["position_ids"].max() == 49
+    assert batch["input_ids"].numel() == 40 + 5 * 9
+    assert len(batch["labels"]) == 50
+    assert batch["predictor_index"].unique(return_counts=True)[1].tolist() == [5] + [1] * 45
+    assert batch["position_ids"].max() == 48
 
 
 ROWS = [
@@ -169,6 +170,7 @@ def test_a_step_of_the_trainer_is_the_same(make_model, embeds_processor, tmp_pat
             per_device_train_batch_size=1,
             gradient_accumulation_steps=len(rows),
             learning_rate=1e-3,
+            adam_epsilon=1e-4,  # or the steps of the smallest gradients would be those of their rounding
             remove_unused_columns=False,
             report_to=[],
             use_cpu=True,
@@ -178,7 +180,7 @@ def test_a_step_of_the_trainer_is_the_same(make_model, embeds_processor, tmp_pat
         weights[together] = model.mapping_network.state_dict()
     start = make_model(None, freeze_language_model=True, mapping_type="transformer").mapping_network.state_dict()
     for name, weight in weights[True].items():
-        torch.testing.assert_close(weight, weights[False][name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(weight, weights[False][name], atol=2e-6, rtol=0)
     assert any(not torch.equal(weight, start[name]) for name, weight in weights[True].items())
 
 

@@ -330,18 +330,14 @@ class ClipCapForConditionalGeneration(
                 shape `(batch, 1, sequence, sequence)` and type `bool`: True where a position (third) may see another.
             cache ([`~transformers.Cache`], *optional*): The language model's keys and values of the tokens before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden)`, *optional*): Embedded tokens,
-                instead of `input_ids`. Images then need a placeholder that has an embedding (`image_token_id` in the
-                vocabulary).
+                instead of `input_ids`. Images then need a placeholder in the vocabulary (`config.image_token_id`).
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Like `input_ids`, with -100 where no
                 loss is wanted. Placeholders count as -100. Mark padding by `attention_mask`, not by the padding token,
                 which may be the end token.
-            logits_to_keep (`int` or `torch.Tensor`): Compute logits only for this many last positions, or for these
-                positions.
-            mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}`, instead of pixels and
-                embeddings.
+            logits_to_keep (`int` or `torch.Tensor`): Compute logits only for this many last positions, or for these.
+            mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}`, instead of images.
             prefix_index (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which vector of the images'
-                prefixes, counted over all images, stands at each placeholder, row by row. By default each stands once,
-                in order.
+                prefixes, counted over all images, stands at each placeholder, row by row. By default each once, in order.
             predictor_index (`torch.LongTensor` of shape `(labels,)`, *optional*): The position that predicts each
                 label, counted over all rows. `labels` then have the shape `(labels,)`, and a position can have
                 several, as the end of a prompt has that several captions share.

@@ -9,13 +9,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..clip import load_tower
 from ..convert import convert_official_checkpoint
@@ -141,22 +141,20 @@ def train(settings: Settings, captioner: Captioner, embeddings: Path, out: Path)
 
 def training_arguments(
     settings: Settings, captioner: Captioner, embeddings: Path, out: Path
-) -> tuple[ModelArguments, DataArguments, CaptioningArguments]:
-    """Return the arguments of `clipcap train` that are the paper's recipe."""
+) -> tuple[ModelArguments, DataArguments, CaptioningArguments, Callable[[PreTrainedTokenizerBase], int] | None]:
+    """Return the arguments of [`run_training`] that are the paper's recipe."""
     choices = dict(captioner.choices)
     _, has_validation = _splits(embeddings)
-    data = DataArguments(
-        data=str(embeddings),
-        data_format="saved",
-        eval_split="validation" if has_validation else "none",
-        append_eos=choices["captions-end"] == "end-token",
-    )
-    if not data.append_eos:
-        data.stop_token = _full_stop  # type: ignore[misc]  # of this one only
     return (
         _model_arguments(choices, captioner.variant),
-        data,
+        DataArguments(
+            data=str(embeddings),
+            data_format="saved",
+            eval_split="validation" if has_validation else "none",
+            append_eos=choices["captions-end"] == "end-token",
+        ),
         _recipe(settings, choices, captioner.seed, out, has_validation),
+        _full_stop if choices["captions-end"] == "full-stop" else None,
     )
 
 

@@ -1,9 +1,8 @@
 """Define and check the options of a training run: the captioner, the data and the recipe."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from transformers import Seq2SeqTrainingArguments
@@ -134,9 +133,6 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """The captioned images, or their embeddings."""
-
-    # No option: finds in a tokenizer the stop token that the captioner gets after training, if not its own.
-    stop_token: ClassVar[Callable[..., int] | None] = None
 
     data: str | None = field(
         default=None, metadata={"help": "Annotation file, folder or Hub data set; emoji is the embedded data set."}

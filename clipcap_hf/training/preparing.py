@@ -90,9 +90,7 @@ def prepare(
     data = RunData(train, evaluation, [], None, length, embeds_noise)
     if hasattr(train, "select"):
         data.train_captions = [as_list(texts) for texts in train["captions"]]
-        stops = data_args.stop_token and data_args.stop_token(tokenizer)
-        stops = model.generation_config.eos_token_id if stops is None else stops
-        warn_of_endings(data.train_captions, tokenizer, stops, data_args.append_eos)
+        warn_of_endings(data.train_captions, tokenizer, model.generation_config.eos_token_id, data_args.append_eos)
         if "clip_embeds" in train.column_names and not data_args.text_only:
             data.train_embeds = lambda: read_pooled(train)
     data.train = _rows(train, data_args, args)

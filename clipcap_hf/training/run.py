@@ -2,11 +2,12 @@
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import has_length
 
 from ..extras import install_hint
@@ -38,13 +39,20 @@ from .trainer import ClipCapTrainer
 logger = logging.getLogger(__name__)
 
 
-def run_training(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> dict:
+def run_training(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: CaptioningArguments,
+    find_stop_token: Callable[[PreTrainedTokenizerBase], int] | None = None,
+) -> dict:
     """Train a captioner and save it with its processor, scores, a curve, sample captions and a verdict.
 
     Args:
         model_args ([`ModelArguments`]): The captioner.
         data_args ([`DataArguments`]): The data.
         args ([`CaptioningArguments`]): The recipe. `output_dir` receives everything.
+        find_stop_token (`Callable`, *optional*): Finds in a tokenizer the token at which captioning stops. By default
+            it is the end token.
 
     Returns:
         `dict`: The scores of the saved captioner on the held-out images, and `train_loss`, `train_runtime` and so on
@@ -66,6 +74,8 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, args: Cap
         tokenize(["a caption"], args.eval_tokenizer)  # what it needs may be missing: Java, or an extra
         train, evaluation = load_data(data_args, args.seed)
         model, processor = load_captioner(model_args, data_args)
+        if find_stop_token is not None:
+            model.generation_config.eos_token_id = find_stop_token(processor.tokenizer)
         check_writable(args.output_dir, model)
         if args.process_index == 0:
             remove_leftovers(args.output_dir)

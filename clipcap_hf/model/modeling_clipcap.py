@@ -337,7 +337,7 @@ class ClipCapForConditionalGeneration(
             logits_to_keep (`int` or `torch.Tensor`): Compute logits only for this many last positions, or for these.
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}`, instead of images.
             prefix_index (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which vector of the images'
-                prefixes, counted over all images, stands at each placeholder, row by row. By default each once, in order.
+                prefixes, counted over all images, stands at each placeholder, row by row; by default once, in order.
             predictor_index (`torch.LongTensor` of shape `(labels,)`, *optional*): The position that predicts each
                 label, counted over all rows. `labels` then have the shape `(labels,)`, and a position can have
                 several, as the end of a prompt has that several captions share.

@@ -49,9 +49,9 @@ class Settings:
             return {**common, "num_beams": max(int(self.beams), int(self.captions)), "do_sample": False}
         if self.decoding == "sampling":
             sampling = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": 0}
-            return {**common, **sampling, "do_sample": True}
+            return {**common, **sampling, "num_beams": 1, "do_sample": True}
         if self.decoding == "greedy":
-            return {**common, "num_return_sequences": 1, "do_sample": False}
+            return {**common, "num_beams": 1, "num_return_sequences": 1, "do_sample": False}
         raise ValueError(f"decoding must be one of {', '.join(DECODING)}, got {self.decoding!r}")
 
 

@@ -37,7 +37,7 @@ def add_model_argument(parser: argparse.ArgumentParser, default: str | None = No
     parser.add_argument("--model", default=default, metavar="NAME", help=what + default_text, **kwargs)
 
 
-def add_beams_argument(parser, default: int, reranks: bool = False):
+def add_beams_argument(parser, default: int | str, reranks: bool = False):
     """Add `--beams`; a command that can re-rank leaves it None, since re-ranking has another default."""
     parser.add_argument(
         "--beams",

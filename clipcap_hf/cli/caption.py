@@ -30,7 +30,7 @@ def add_parser(commands):
     caption.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
     add_model_argument(caption, default="photo-mini")
     decoding = caption.add_argument_group("captions")
-    add_beams_argument(decoding, default=1, reranks=True)
+    add_beams_argument(decoding, default="the captioner's own; 3 for photo-mini, 1 for most", reranks=True)
     decoding.add_argument("--captions", type=beams, default=1, metavar="N", help="give the N best captions per image")
     add_rerank_arguments(decoding)
     decoding.add_argument("--prompt", help="text that every caption continues")
@@ -128,8 +128,9 @@ def _caption(arguments, model, processor, paths: list[str]):
     from .arguments import reading_workers
 
     reranks = check_rerank(arguments)
+    default = DEFAULT_BEAMS if reranks else model.generation_config.num_beams or 1
     generate_kwargs = {
-        "num_beams": max(arguments.beams or (DEFAULT_BEAMS if reranks else 1), arguments.captions),
+        "num_beams": max(arguments.beams or default, arguments.captions),
         "num_return_sequences": arguments.captions,
     }
     if reranks:

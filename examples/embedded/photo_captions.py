@@ -221,6 +221,7 @@ for _name, _implied in IMPLIED.items():
     for _word in _implied.split():
         IMPLIED_BY.setdefault(_word, []).append(CLASSES.index(_name))
 MOST = 8
+UNSURE = 0.12  # scenes that are less likely are not worth a word
 GROUND_WORDS = {
     "green": {"grass", "grassy", "field", "lawn", "pasture", "meadow"},
     "white": {"snow", "snowy", "ski", "skiing", "snowboard", "snowboarding"},
@@ -232,6 +233,21 @@ COLOR_OF_WORD = {color: index for index, color in enumerate(COLORS)} | {
 }
 # How often things have these colours, at a guess.
 COLOR_SHARES = np.array([0.2, 0.2, 0.17, 0.25, 0.04, 0.02, 0.03, 0.04, 0.04, 0.01])
+
+
+# The square root of the share of a photograph that its largest thing of a class usually covers: a guess.
+SMALL = """traffic light, bird, backpack, handbag, tie, frisbee, skis, snowboard, sports ball, kite, baseball bat,
+    baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, apple, orange,
+    carrot, mouse, remote, cell phone, book, clock, scissors, toothbrush, hair drier, parking meter, potted plant"""
+LARGE = """bus, train, airplane, motorcycle, cat, elephant, bear, zebra, giraffe, pizza, cake, sandwich, couch, bed,
+    dining table, toilet, laptop, oven, refrigerator, fire hydrant, teddy bear, stop sign, truck, horse"""
+_small, _large = (" ".join(names.split()).split(", ") for names in (SMALL, LARGE))
+USUAL_SIZES = np.array([0.14 if name in _small else 0.5 if name in _large else 0.33 for name in CLASSES])
+
+# Things that stand about on photographs of anything, and that captions seldom name.
+_background = """person, car, chair, bench, handbag, backpack, tie, bottle, cup, potted plant, book, cell phone,
+    dining table, bird, truck"""
+BACKGROUND = np.array([3.0 if name in " ".join(_background.split()).split(", ") else 1.0 for name in CLASSES])
 
 
 def class_map() -> torch.Tensor:
@@ -311,8 +327,9 @@ def colors_of_image(captions: list[str]) -> dict[int, list[int]]:
 class DetectorNoise:
     """Draws what the tower would have found on photographs that show what captions name.
 
-    Nothing here was measured on photographs. Which class is taken for which comes from the detector's own weights;
-    the other figures are guesses.
+    Which class is taken for which comes from the detector's own weights. The other figures were set by hand, until
+    scores, sizes, counts and scenes were spread as on photographs (`compare_detector_noise.py`); no caption of a
+    photograph was used.
 
     Args:
         texts (`list[list[str]]`): The captions of each image.
@@ -331,9 +348,11 @@ class DetectorNoise:
         self.grounds = np.array([grounds_of_image(captions) for captions in texts])
         self.colors = [colors_of_image(captions) for captions in texts]
         self.images_with = [np.flatnonzero(column) for column in self.share.T]
-        self.popularity = np.sqrt((self.share > 0).sum(0))
+        self.popularity = np.sqrt((self.share > 0).sum(0)) * BACKGROUND
         self.popularity /= self.popularity.sum()
-        self.classifier_knows = class_map()[:, : len(CLASSES)].sum(0).numpy() > 0
+        # Animals have many classes in ImageNet, so one of them is nearly always the likeliest.
+        classes = class_map()[:, : len(CLASSES)].sum(0).numpy()
+        self.classifier_knows = np.select([classes > 20, classes > 0], [0.8, 0.35], 0.0)
         directions = torch.nn.functional.normalize(class_weights - class_weights.mean(0), dim=-1)
         confusion = (12 * directions @ directions.T).exp().fill_diagonal_(0).double().numpy()
         self.confusion = confusion / confusion.sum(1, keepdims=True)
@@ -349,13 +368,18 @@ class DetectorNoise:
                     share[row, index] = 0
 
     def _unnamed(self, named: np.ndarray):
-        """Classes of things on one image that its captions do not name: often those that others name with them."""
+        """Classes found on one image that its captions do not name: things beside the named, and mistakes."""
         random = self.random
-        for _ in range(random.poisson(0.7)):
-            if len(named) and random.random() < 0.6:
+        if 0 not in named and random.random() < 0.15:
+            yield 0
+        for _ in range(random.poisson(1.3)):
+            kind = random.random()
+            if kind < 0.4 and len(named):  # what other captions name together with these
                 images = self.images_with[random.choice(named)]
                 if len(images):
                     yield random.choice(np.flatnonzero(self.share[random.choice(images)]))
+            elif kind < 0.6 and len(named):
+                yield random.choice(len(CLASSES), p=self.confusion[random.choice(named)])
             else:
                 yield random.choice(len(CLASSES), p=self.popularity)
 
@@ -364,40 +388,66 @@ class DetectorNoise:
         random = self.random
         grounds = self.grounds[images]
         seen = (grounds > 0) & (random.random(grounds.shape) < 0.2 + 0.6 * grounds)
-        share = np.where(seen, random.beta(2, 1.5, grounds.shape), random.beta(0.35, 2, grounds.shape))
+        share = np.where(seen, random.beta(2, 1.5, grounds.shape), random.beta(0.35, 2.5, grounds.shape))
         colors = np.zeros((len(images), len(COLORS)))
         main = (score * size)[:, 1:]
         for row in np.flatnonzero(main.max(1) > 0):
             known = self.colors[images[row]].get(int(main[row].argmax()) + 1)
-            told = known is not None and random.random() < 0.6
+            told = known is not None and random.random() < 0.45
             colors[row, random.choice(known) if told else random.choice(len(COLORS), p=COLOR_SHARES)] = 1
         return np.concatenate([share, colors], axis=1)
 
-    def embed(self, images: np.ndarray) -> torch.Tensor:
-        """Embeddings (images, width), as the tower would give them, of the images with these indices."""
-        random, lowest = self.random, self.threshold
+    def _objects(self, share: np.ndarray, named: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Scores, counts and sizes of the classes, (images, classes), and what the classifier leaves for scenes."""
+        random, shape = self.random, share.shape
+        size = USUAL_SIZES * (0.6 + 0.6 * share) * np.exp(random.normal(0, 0.5, shape))
+        size = size.clip(0.03, 1)
+        # Large things are found more often and with higher scores.
+        found = (share > 0) & (random.random(shape) < 0.35 + 0.35 * share + 0.5 * size)
+        score = random.normal(0.28 + 0.2 * share + 0.35 * size, 0.15)
+        sure = found & (random.random(shape) < self.classifier_knows * share)
+        belief = random.uniform(0.4, 1, shape) * sure
+        score = (score + (1 - score) * 0.7 * belief).clip(self.threshold, 0.95)
+        count = named + (random.random(shape) < 0.15) + (named > 3) * random.poisson(1.0, shape)
+        count = count - (random.random(shape) < 0.3) * (named > 1) - (random.random(shape) < 0.3) * (named > 2)
+        count = count.clip(1, MOST)
+        for row in range(len(share)):
+            for index in self._unnamed(np.flatnonzero(share[row])):
+                if not found[row, index]:
+                    found[row, index] = True
+                    score[row, index] = min(0.9, self.threshold + random.exponential(0.1))
+                    size[row, index] = (0.6 * USUAL_SIZES[index] * np.exp(random.normal(0, 0.6))).clip(0.02, 1)
+                    count[row, index] = 1 + random.poisson(0.3)
+        return score * found, count * found, size * found, 1 - belief.max(1)
+
+    def embed(self, images: np.ndarray, nothing: float = 0.0) -> torch.Tensor:
+        """Embeddings (images, width), as the tower would give them, of the images with these indices.
+
+        On a share `nothing` of the images, nothing was found.
+        """
+        random = self.random
         share, named = self.share[images], self.count[images]
         self._confuse(share, named)
-        shape = share.shape
-        found = (share > 0) & (random.random(shape) < 0.45 + 0.5 * share)
-        score = np.where(found, random.normal(0.42 + 0.25 * share, 0.14).clip(lowest, 0.95), 0)
-        sure = found & self.classifier_knows & (random.random(shape) < 0.4 * share)
-        score = np.where(sure, np.maximum(score, random.uniform(0.5, 1, shape)), score)
-        size = np.where(found, random.normal(0.15 + 0.5 * share, 0.18).clip(0.03, 1), 0)
-        count = named + (random.random(shape) < 0.15)
-        count = count - (random.random(shape) < 0.25) * (named > 1) - (random.random(shape) < 0.25) * (named > 2)
-        count = np.where(found, count.clip(1, MOST), 0)
-        for row in range(len(images)):
-            for index in self._unnamed(np.flatnonzero(share[row])):
-                if score[row, index] == 0:
-                    score[row, index] = min(0.9, lowest + random.exponential(0.08))
-                    size[row, index] = np.clip(random.normal(0.18, 0.14), 0.02, 1)
-                    count[row, index] = 1 + (random.random() < 0.2)
+        score, count, size, rest = self._objects(share, named)
         scenes = self.scenes[images]
-        seen = (scenes > 0) & (random.random(scenes.shape) < 0.1 + 0.65 * scenes)
+        seen = (scenes > 0) & (random.random(scenes.shape) < 0.1 + 0.55 * scenes)
+        belief = np.where(seen, random.beta(0.7, 1.3, scenes.shape) * (0.3 + 0.7 * scenes), 0)
         wrong = ~seen & (random.random(scenes.shape) < 0.025)
-        belief = np.where(seen, random.beta(1, 1.5, scenes.shape) * (0.3 + 0.7 * scenes), 0)
-        belief = np.where(wrong, random.beta(1, 5, scenes.shape), belief)
+        belief = np.where(wrong, random.beta(0.5, 3, scenes.shape), belief)
+        # The classifier's probabilities add up to 1.
+        belief *= rest[:, None]
+        blank = random.random(len(images)) < nothing
+        for part in (score, count, size):
+            part[blank] = 0
+        belief[blank] = (random.random(scenes.shape) < 0.03)[blank] * random.uniform(0, UNSURE, scenes.shape)[blank]
         belief[belief <= 0.03] = 0
-        parts = [score, count / 4, size, belief, self._colors(images, score, size)]
+        colors = self._colors(images, score, size)
+        colors[blank, : len(GROUNDS)] *= random.uniform(0, 4, (blank.sum(), 1))
+        parts = [score, count / 4, size, belief, colors.clip(0, 1)]
         return torch.from_numpy(np.concatenate(parts, axis=1)).float()
+
+
+def show_nothing(embeds: torch.Tensor) -> torch.Tensor:
+    """Tell in which embeddings (images, width) there is no object and no scene that is likely, (images,)."""
+    objects, scenes = embeds[:, : len(CLASSES)], embeds[:, 3 * len(CLASSES) :][:, : len(SCENE_NAMES)]
+    return (objects.amax(1) == 0) & (scenes.amax(1) < UNSURE)

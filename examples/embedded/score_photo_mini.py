@@ -22,6 +22,7 @@ from clipcap_hf.metrics import score_captions
 from photo_captions import DetectorNoise, clean
 from PIL import Image
 from torch.nn import functional as F
+from train_photo_mini import class_weights
 
 
 BATCH = 100
@@ -45,10 +46,7 @@ def embed_files(model, processor, paths: list[Path]) -> torch.Tensor:
 
 def nearest_captions(embeds: torch.Tensor, texts: list[list[str]], tower) -> list[str]:
     """Return the first caption of the training image with the nearest made-up embedding, for each photograph."""
-    class_weights = torch.stack([head[1].weight[: tower.config.num_classes].flatten(1) for head in tower.heads]).mean(
-        0
-    )
-    noise = DetectorNoise(texts, class_weights.detach(), tower.config.score_threshold)
+    noise = DetectorNoise(texts, class_weights(tower), tower.config.score_threshold)
     known = F.normalize(noise.embed(np.arange(len(texts))), dim=-1)
     return [clean(texts[place][0]) for place in (F.normalize(embeds, dim=-1) @ known.T).argmax(1).tolist()]
 
@@ -81,7 +79,7 @@ def main():
     captions = caption_embeds(model, processor, embeds, num_beams=arguments.beams, progress=False)
     systems = {
         "photo-mini": captions,
-        "photo-mini, greedy": caption_embeds(model, processor, embeds, progress=False),
+        "photo-mini, greedy": caption_embeds(model, processor, embeds, num_beams=1, progress=False),
         "nearest training caption": nearest_captions(
             embeds, list(json.loads(arguments.captions.read_text()).values()), model.vision_tower
         ),

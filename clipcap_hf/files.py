@@ -84,8 +84,12 @@ def write_text(path: str | os.PathLike, text: str):
 def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield a scratch folder to fill; it becomes `folder`, which must be new or empty, only once it is complete."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as temporary:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp")
+    except OSError as error:
+        raise OSError(f"There can be no folder {folder} ({error.strerror}): choose another one.") from error
+    with aside as temporary:
         scratch = Path(temporary) / folder.name
         scratch.mkdir()
         yield scratch

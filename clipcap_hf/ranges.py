@@ -32,7 +32,7 @@ class Range(NamedTuple):
 
     def complaint(self, value: Any) -> str | None:
         """Say which numbers are allowed; return None if this one is."""
-        if not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"must be a number, but is {repr(value)[:40]}"
         inside = self.low <= value <= self.high and not (self.above and value == self.low)  # False for NaN
         if inside or value in self.also:

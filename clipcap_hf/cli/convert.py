@@ -37,12 +37,11 @@ def add_parser(commands):
 
 def _run_official(arguments) -> int:
     import os
-    import tempfile
 
     from .. import ClipCapProcessor
     from ..assets import resolve
     from ..convert import convert_official_checkpoint
-    from ..files import check_file
+    from ..files import check_file, whole_folder
     from ..model.donors_clipcap import donor_folder
     from ..sources import is_captioner, text_source
 
@@ -66,11 +65,9 @@ def _run_official(arguments) -> int:
         image_token_id=processor.image_token_id,
     )
     processor.prefix_length = model.config.prefix_length
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        model.save_pretrained(Path(folder) / "captioner")
-        processor.save_pretrained(Path(folder) / "captioner")
-        (Path(folder) / "captioner").rename(out)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     config = model.config
     print(
         f"{out}: {config.mapping_type} mapping of {config.clip_embed_dim} dimensions to {config.prefix_length} vectors"

@@ -1,5 +1,8 @@
 """Caption images in the browser: `clipcap serve`."""
 
+import argparse
+import re
+
 from ..ranges import PORT, number
 from .arguments import add_device_arguments, add_model_argument, load_captioner, positive
 
@@ -38,13 +41,25 @@ def add_parser(commands):
         "--share", action="store_true", help="also serve the page at a public address that gradio provides"
     )
     serve.add_argument("--examples", metavar="DIR", help="folder of images to click (default: emoji, for emoji-mini)")
-    serve.add_argument("--max-file-size", default="20mb", metavar="SIZE", help="largest upload (default: %(default)s)")
+    serve.add_argument(
+        "--max-file-size",
+        type=_size,
+        default="20mb",
+        metavar="SIZE",
+        help="largest upload (default: %(default)s)",
+    )
     serve.add_argument(
         "--max-megapixels", type=positive, default=40, metavar="N", help="largest image (default: %(default)s)"
     )
     serve.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images per batch")
     add_device_arguments(serve)
     serve.set_defaults(run=run)
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,5}(kb|mb|gb)", text.lower()):
+        raise argparse.ArgumentTypeError(f"must be like 500kb, 20mb or 1gb, but is {text[:40]!r}")
+    return text.lower()
 
 
 def run(arguments) -> int:

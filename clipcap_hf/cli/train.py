@@ -179,6 +179,11 @@ def _recipe(path: str, parser) -> dict:
     known = {action.dest for action in parser._actions} | {"device", "dtype"}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{path} has unknown options: {', '.join(unknown)}. See clipcap train --help-all.")
+    options = read_options()
+    for name, value in values.items():
+        option = options.get(name)
+        if value is None and option and "None" not in option.kind and option.default is not None:
+            raise ValueError(f"{path}: `{name}` has no value: give it one, or leave it out.")
     # A bare no is False in YAML.
     values = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}
     for action in parser._actions:  # argparse checks the choices of flags only

@@ -74,7 +74,9 @@ def _fields(path: Path, classes: tuple[str, ...]):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name in classes:
             for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                if not isinstance(line, ast.AnnAssign) or "ClassVar" in ast.unparse(line.annotation):
+                    continue
+                if isinstance(line.target, ast.Name):
                     yield _option(line.target.id, line, node.name)
 
 

@@ -155,7 +155,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged pickle can raise almost anything
         raise ValueError(f"{path} is damaged or cut short: download it again ({error}).") from error
     _check_is_state_dict(state, path)
-    if views := [key for key, value in state.items() if is_expanded(value)]:
+    if views := [key for key, value in state.items() if value.layout == torch.strided and is_expanded(value)]:
         raise ValueError(f"{path} is damaged: {listed(views)} are larger than what is stored of them.")
     if all(key.startswith("module.") for key in state):  # saved from DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -193,12 +193,17 @@ def _split(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> tuple[d
         missing = _MAPPER if text else _LANGUAGE_MODEL
         raise ValueError(f"{path} is not an official ClipCap checkpoint: it holds no `{missing}*` weights.")
     text = {key: value for key, value in text.items() if not _OLD_BUFFER.fullmatch(key)}
-    _check_finite(text, _LANGUAGE_MODEL, path)
-    _check_finite(mapper, _MAPPER, path)
+    for part, prefix in ((text, _LANGUAGE_MODEL), (mapper, _MAPPER)):
+        _check_numbers(part, prefix, path)
     return text, mapper
 
 
-def _check_finite(weights: dict[str, torch.Tensor], prefix: str, path: str | os.PathLike):
+def _check_numbers(weights: dict[str, torch.Tensor], prefix: str, path: str | os.PathLike):
+    dense = {key: value.layout == torch.strided and value.is_floating_point() for key, value in weights.items()}
+    if odd := [prefix + key for key, is_dense in dense.items() if not is_dense]:
+        raise ValueError(
+            f"{path} holds sparse, quantised or whole numbers in {listed(odd, 6)}, which no training leaves."
+        )
     bad = [prefix + key for key, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(

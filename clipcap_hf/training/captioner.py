@@ -3,6 +3,8 @@
 import logging
 import os
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..assets import resolve
 from ..model.damage_clipcap import load_config
 from ..model.lora_clipcap import add_lora
@@ -88,9 +90,14 @@ def _new_captioner(model_args: ModelArguments, data_args: DataArguments):
     prefix_length = model_args.prefix_length or (40 if model_args.mapping_type == "transformer" else 10)
     vision, image_processor = (None, None) if model_args.vision is None else vision_source(model_args.vision)
     text = text_source(model_args.text)
-    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
-        vision, text.model, text_kwargs=text.model_kwargs, **_config(model_args, data_args, prefix_length)
-    )
+    try:
+        model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
+            vision, text.model, text_kwargs=text.model_kwargs, **_config(model_args, data_args, prefix_length)
+        )
+    except (StrictDataclassError, TypeError) as error:
+        if not model_args.overrides():
+            raise
+        raise ValueError(f"`config_overrides`: {error}") from error
     vision_name = vision if isinstance(vision, str) else None
     processor = ClipCapProcessor.from_vision_text_pretrained(
         vision_name, text.tokenizer, prefix_length, text_kwargs=text.tokenizer_kwargs

@@ -35,6 +35,8 @@ def checkpoint_to_resume(args: "CaptioningArguments") -> str | None:
     if wanted and wanted not in (True, "True", "true"):
         if not os.path.isdir(wanted):
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted}.")
+        if not _is_whole(Path(wanted)):
+            raise ValueError(f"`resume_from_checkpoint`: {wanted} holds no readable trainer_state.json of a run.")
         return wanted
     last = last_checkpoint(args.output_dir)
     if args.resume or wanted:

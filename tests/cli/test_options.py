@@ -203,6 +203,35 @@ def test_arguments_are_checked_before_anything_slow_is_imported(words, said, cap
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["nan", "", "-1", "0mb", "1e30gb", "20", "9" * 30 + "mb", "5 parsecs"])
+def test_sizes_that_make_no_sense(size, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", f"--max-file-size={size}"])
+    assert "argument --max-file-size: must be like 500kb, 20mb or 1gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("seed: null", "`seed` has no value"),
+        ("learning_rate: [1]", "`learning_rate` must be a number, but is \\[1"),
+        ("learning_rate: true", "`learning_rate` must be a number, but is True"),
+        ("epochs: {a: 1}", "`num_train_epochs` must be a number"),
+        ("epochs: !!python/object/apply:os.getpid []", "is neither YAML nor JSON"),
+    ],
+)
+def test_recipes_with_values_of_other_types(tmp_path, recipe, message):
+    (tmp_path / "r.yaml").write_text(recipe)
+    with pytest.raises(ValueError, match=message):
+        parse([str(tmp_path / "r.yaml"), "--data", "d", "--out", str(tmp_path)])
+
+
+def test_what_a_recipe_leaves_out(tmp_path):
+    (tmp_path / "r.yaml").write_text("batch_size: null\nsave_total_limit: null\nmax_caption_length: null")
+    _, _, args = parse([str(tmp_path / "r.yaml"), "--data", "d", "--out", str(tmp_path)])
+    assert args.per_device_train_batch_size == 16 and args.save_total_limit is None
+
+
 def test_files_whose_names_look_like_options(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "-a.png").touch()

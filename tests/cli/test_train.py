@@ -360,11 +360,10 @@ def test_lengths_are_of_the_longest_reference(tokenizer, captions):
         ({"streaming": True, "data_format": "coco"}, "`streaming` works with imagefolder"),
         ({"eval_split": "none", "early_stopping_patience": 2}, "needs an evaluation set"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "needs evaluations and checkpoints"),
-        ({"max_eval_samples": 0}, "`max_eval_samples` must be at least 1, but is 0"),
-        ({"max_train_samples": -1}, "`max_train_samples` must be at least 1, but is -1"),
         ({"predict_with_generate": False, "metric_for_best_model": "cider"}, "needs `predict_with_generate`"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),
         ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
+        ({"resume_from_checkpoint": "."}, "holds no readable trainer_state.json of a run"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -68,3 +68,14 @@ def test_what_is_wrong_inside_a_file_is_said_with_its_name(tmp_path):
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows))
     with pytest.raises(ValueError, match=r"rows\.pkl: Caption 0 lacks"):
         convert_official_embeddings(tmp_path / "rows.pkl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda bias: bias.int(), lambda bias: bias.bool(), lambda bias: torch.ones(2, 3).to_sparse()]
+)
+def test_weights_that_no_training_leaves(tmp_path, change):
+    weights = {"gpt.transformer.wte.weight": torch.zeros(8, 4), "clip_project.model.0.bias": torch.zeros(8)}
+    weights["clip_project.model.0.bias"] = change(weights["clip_project.model.0.bias"])
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt holds sparse, quantised or whole numbers in clip_project"):
+        convert_official_checkpoint(tmp_path / "weights.pt")

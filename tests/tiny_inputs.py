@@ -1,11 +1,27 @@
-"""Helpers of the model tests: tiny inputs, and comparisons of weights."""
+"""Helpers of the model tests: tiny inputs and language models, and comparisons of weights."""
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig
 
 
 MAPPINGS = ["mlp", "transformer", "linear"]
 TOWERS = ["clip", "vit", "resnet", "timm"]
+# What each kind of language model needs besides the sizes that all share.
+SIZES = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED_HEADS = {"num_key_value_heads": 2, "intermediate_size": 48}
+LANGUAGE_MODELS = {
+    "gpt2": {"n_positions": 128},
+    "llama": GROUPED_HEADS,
+    "mistral": {**GROUPED_HEADS, "sliding_window": 8},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
+    "qwen3": {**GROUPED_HEADS, "head_dim": 8},
+}
+
+
+def tiny_language_model(kind: str, **settings) -> PreTrainedConfig:
+    """Make the configuration of a language model of two layers."""
+    return AutoConfig.for_model(kind, **{**SIZES, **LANGUAGE_MODELS[kind], **settings})
 
 
 def pixels(model, batch=2):

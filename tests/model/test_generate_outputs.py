@@ -3,22 +3,12 @@
 import pytest
 import torch
 from clipcap_hf.model.versions_clipcap import CACHE
-from transformers import LlamaConfig, pipeline
+from tiny_inputs import tiny_language_model
+from transformers import pipeline
 
 
 BATCH, PREFIX, WORDS, NEW = 2, 4, 2, 3
-LLAMA = LlamaConfig(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=0,
-    eos_token_id=None,
-    pad_token_id=0,
-)
+LLAMA = tiny_language_model("llama", eos_token_id=None, bos_token_id=0, pad_token_id=0)
 
 
 @pytest.fixture(params=["gpt2-mlp", "llama-transformer"])

@@ -5,16 +5,8 @@ import torch
 from clipcap_hf import EMOJI_MINI, ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import embed_images
 from clipcap_hf.data import load_emoji
-from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, StoppingCriteria
-
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 290}
-LANGUAGE_MODELS = {
-    "gpt2": GPT2Config(vocab_size=290, n_embd=32, n_layer=2, n_head=4, n_positions=128),
-    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=48),
-    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, intermediate_size=48, sliding_window=8),
-    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128),
-}
+from tiny_inputs import tiny_language_model
+from transformers import StoppingCriteria
 
 
 def rows_of_each_step(model, **kwargs) -> tuple[torch.Tensor, list[int]]:
@@ -34,10 +26,10 @@ def stock(model, monkeypatch, **kwargs) -> tuple[torch.Tensor, list[int]]:
         return rows_of_each_step(model, **kwargs)
 
 
-@pytest.mark.parametrize("text", list(LANGUAGE_MODELS))
+@pytest.mark.parametrize("text", ["gpt2", "llama", "mistral", "opt"])
 @pytest.mark.parametrize("pad_token_id", [0, 7, 120])
 def test_equals_transformers(make_model, monkeypatch, text, pad_token_id):
-    model = make_model(None, text_config=LANGUAGE_MODELS[text])
+    model = make_model(None, text_config=tiny_language_model(text))
     embeds = 30 * torch.randn(24, 16, generator=torch.Generator().manual_seed(4))
     settings = {"pad_token_id": pad_token_id, "max_new_tokens": 20}
     endless = model.generate(clip_embeds=embeds, eos_token_id=None, **settings)[:, model.config.prefix_length :]

@@ -53,9 +53,9 @@ def pack(
 
     Returns:
         `dict`: `input_ids` and `position_ids` (rows, length); `attention_mask` (rows, 1, length, length), True for
-        positions that may be attended to; `labels` (labels,) and `predictor_index` (labels,), the position that
-        predicts each, counted over all rows; `prefix_index` (placeholders,), for each placeholder the index of its
-        prefix vector, counted over the prefixes of all images.
+        positions that may be attended to; `labels` (labels,), of which the first is ignored, and `predictor_index`
+        (labels,), the position that predicts each, counted over all rows; `prefix_index` (placeholders,), for each
+        placeholder the index of its prefix vector, counted over the prefixes of all images.
     """
     rows = _balanced_rows(images, max(1, round(len(images) / images_per_row)))
     length = max(sum(len(images[index]) for index in row) for row in rows)
@@ -64,8 +64,8 @@ def pack(
     position_ids = torch.zeros(shape, dtype=torch.long)
     # The image and caption (0: prompt) of each position; padding sees only itself.
     image_of, caption_of = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
-    labels: list[int] = []
-    predictor_index: list[int] = []
+    # Trainer counts the labels without the first, which in ordinary batches nothing predicts.
+    labels, predictor_index = [IGNORED], [0]
     prefix_index: list[int] = []
     prefix_length = sum(token == image_token_id for token in images[0].prompt)
     for row, members in enumerate(rows):

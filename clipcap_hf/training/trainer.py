@@ -185,8 +185,9 @@ class ClipCapTrainer(Seq2SeqTrainer):
         targets, places = inputs["labels"], inputs.pop("predictor_index", None)
         if places is None:
             targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED).flatten()
-            places = (targets != IGNORED).nonzero().squeeze(1)
-            targets = targets[places]
+            places = torch.arange(len(targets), device=targets.device)
+        labelled = targets != IGNORED
+        targets, places = targets[labelled], places[labelled]
 
         def loss_of(outputs, labels, num_items_in_batch=None):
             smoothing = self.args.label_smoothing_factor
@@ -194,11 +195,11 @@ class ClipCapTrainer(Seq2SeqTrainer):
             loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
             return loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
-        def labelled(head, args):
+        def at_labels(head, args):
             return args[0].flatten(0, 1).index_select(0, places).unsqueeze(0), *args[1:]
 
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        hook = head.register_forward_pre_hook(labelled)
+        hook = head.register_forward_pre_hook(at_labels)
         self.compute_loss_func = loss_of
         try:
             return super().compute_loss(model, inputs, **kwargs)

@@ -34,12 +34,12 @@ from transformers import TrainerCallback, set_seed
 
 # The first part with a word that is in an operation's name takes its time.
 PARTS = {
-    "matrix products": ("addmm", "::mm", "bmm", "baddbmm"),
+    "matrix products": ("addmm", "::mm", "bmm", "baddbmm", "linear_pointwise"),
     "attention": ("attention",),
     "embedding of tokens": ("embedding", "index_select"),
     "layer norm": ("layer_norm",),
     "activations": ("gelu", "tanh", "relu"),
-    "dropout": ("dropout", "bernoulli"),
+    "dropout": ("dropout", "bernoulli", "random_"),
     "loss": ("softmax", "nll_loss", "cross_entropy"),
     "gradient norm": ("norm",),
     "optimizer": ("adam", "optimizer"),

@@ -40,15 +40,14 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     scratch = Path(name)
     try:
-        yield scratch
-        share(scratch)
-        sync(scratch)
-        os.replace(scratch, path)
-    except BaseException as error:
+        with writing(path):
+            yield scratch
+            share(scratch)
+            sync(scratch)
+            os.replace(scratch, path)
+    except BaseException:
         with suppress(OSError):
             scratch.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # of a full disk, the system names no file
         raise
     sync(path.parent)
 
@@ -92,8 +91,20 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     with aside as temporary:
         scratch = Path(temporary) / folder.name
         scratch.mkdir()
-        yield scratch
-        os.replace(scratch, folder)
+        with writing(folder):
+            yield scratch
+            os.replace(scratch, folder)
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Name what is written in errors of a full disk, in which the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 from clipcap_hf.data import load_captions
@@ -71,3 +73,22 @@ def test_what_could_not_be_written_is_named(tmp_path, error):
     with pytest.raises(OSError, match="scores.json") as caught, whole_file(tmp_path / "scores.json"):
         raise error
     assert caught.value.errno == error.errno and not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_said_with_the_name_of_what_was_written(tmp_path, model_folder):
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from clipcap_hf import ClipCapForConditionalGeneration\n"
+        "from clipcap_hf.files import whole_folder\n"
+        f"model = ClipCapForConditionalGeneration.from_pretrained({str(model_folder)!r})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "for write in (model.save_pretrained, lambda out: (Path(out) / 'b').write_bytes(bytes(50_000))):\n"
+        "    try:\n"
+        f"        with whole_folder({str(tmp_path / 'out')!r}) as folder: write(folder)\n"
+        "    except OSError as error: print(error)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    weights, other = printed.splitlines()
+    assert f"The weights could not be written to {tmp_path}" in weights and "File too large" in weights
+    assert f"File too large: '{tmp_path / 'out'}'" in other
+    assert not [name for name in os.listdir(tmp_path) if "out" in name]

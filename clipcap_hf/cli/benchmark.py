@@ -48,7 +48,10 @@ def add_parser(commands):
     benchmark.add_argument("--no-scale", action="store_true", help="do not measure how cost grows")
     add_device_arguments(benchmark, default="float32", default_dtype="float32")
     benchmark.add_argument(
-        "--compile", metavar="MODE", help="decode with a static cache and torch.compile: reduce-overhead, default"
+        "--compile",
+        choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        metavar="MODE",
+        help="decode with a static cache and torch.compile: reduce-overhead, default",
     )
     benchmark.set_defaults(run=run)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import listed, write_text
+from ..files import listed, write_text, writing
 from .output import escape, json_line
 
 
@@ -104,8 +104,9 @@ class CaptionTable:
         return buffer.getvalue()
 
     def _write(self, text: str):
-        self.file.write(text.encode("utf-8", errors="surrogateescape"))
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(text.encode("utf-8", errors="surrogateescape"))
+            self.file.flush()
 
     def close(self):
         """Close the file and flush it to the disk."""

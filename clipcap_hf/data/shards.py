@@ -78,8 +78,8 @@ class _CheckedMember(tarfile.TarInfo):
 
 def _features(files: list[str], missing: str):
     """Check archives, reading the headers of all their members, and return the columns of all their samples."""
+    import datasets
     import pyarrow as pa
-    from datasets import Audio, Features, Image, Mesh, Value, Video
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     schema = pa.schema([])
@@ -87,13 +87,17 @@ def _features(files: list[str], missing: str):
         found = _schema(file, missing)
         with _damaged(file):
             schema = pa.unify_schemas([schema, found], promote_options="permissive")
-    kinds = ("IMAGE", Image), ("AUDIO", Audio), ("VIDEO", Video), ("MESH", Mesh)
-    media = {name: feature for kind, feature in kinds for name in getattr(WebDataset, f"{kind}_EXTENSIONS")}
-    features = Features.from_arrow_schema(schema)
+    media = {
+        name: getattr(datasets, kind)
+        for kind in ("Image", "Audio", "Video", "Mesh")  # older releases lack the last
+        for name in getattr(WebDataset, f"{kind.upper()}_EXTENSIONS", ())
+    }
+    features = datasets.Features.from_arrow_schema(schema)
     for field in schema.names:
         if (feature := media.get(_extension(field))) is not None:
             features[field] = feature()
-    return Features({**features, "__key__": Value("string"), "__url__": Value("string")})
+    text = datasets.Value("string")
+    return datasets.Features({**features, "__key__": text, "__url__": text})
 
 
 def _schema(file: str, missing: str):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..captioning import caption_images
-from ..files import listed
+from ..files import listed, writing
 from ..processes import process_state
 from .digests import digest
 from .evaluation_set import EvaluationSet, Subset
@@ -165,7 +165,7 @@ class _KeptCaptions:
             yield lambda *caption: None
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             if self.path.stat().st_size:
                 file.write(b"\n")  # ends a line that a killed run left incomplete
 

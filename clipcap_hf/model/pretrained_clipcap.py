@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
@@ -112,9 +113,15 @@ class LoadsAndSaves(CaptionerParts):
                 hash of its weights. A part without a donor, or one that differs from its donor, is saved all the same.
                 The default is `config.save_frozen`; set that for `Trainer` and `push_to_hub`.
             args, kwargs: As in transformers.
+
+        Raises:
+            OSError: If the weights cannot be written, for example to a full disk.
         """
         with leaving_out_frozen(self, self.config.save_frozen if save_frozen is None else save_frozen):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            try:
+                return super().save_pretrained(save_directory, *args, **kwargs)
+            except SafetensorError as error:  # of a full disk
+                raise OSError(f"The weights could not be written to {save_directory}: {error}") from error
 
     @staticmethod
     def _load_donor(part: str, name: str, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:

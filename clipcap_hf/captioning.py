@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class CaptionedImage:
     """Result for one image: its `captions`, best first, or an `error` that says why there are none.
 
-    `drawn` says whether it looks like a drawing. On request, `scores` holds the mean log-probability of each caption's
-    tokens, and `prefix_tokens` the texts and cosines of the tokens nearest to each prefix vector.
+    On request, `scores` holds the mean log-probability of each caption's tokens, `prefix_tokens` the texts and cosines
+    of the tokens nearest to each prefix vector, and `drawn` says whether the image looks like a drawing.
     """
 
     path: str | None = None
@@ -43,9 +43,10 @@ class CaptionedImage:
 class _Images(Dataset):
     """Images that are read and preprocessed when indexed: `(pixel_values, drawn, None)` or `(None, None, error)`."""
 
-    def __init__(self, images: Sequence, processor: ClipCapProcessor):
+    def __init__(self, images: Sequence, processor: ClipCapProcessor, tell_drawings: bool = False):
         self.images = stored_images(images)
         self.image_processor = processor.image_processor
+        self.tell_drawings = tell_drawings
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,7 +55,7 @@ class _Images(Dataset):
         try:
             image = load_image(self.images[index])
             pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-            return pixels, looks_drawn(image), None
+            return pixels, looks_drawn(image) if self.tell_drawings else None, None
         except (ValueError, OSError, MemoryError) as error:
             return None, None, str(error) or type(error).__name__
 
@@ -68,6 +69,7 @@ def caption_files(
     prompt: str | None = None,
     progress: bool = True,
     explain: int = 0,
+    tell_drawings: bool = False,
     **generate_kwargs,
 ) -> Iterator[CaptionedImage]:
     """Caption image files.
@@ -85,6 +87,7 @@ def caption_files(
         progress (`bool`): Show a progress bar on standard error.
         explain (`int`): How many nearest tokens to return for each prefix vector, see
             [`ClipCapForConditionalGeneration.interpret_prefix`].
+        tell_drawings (`bool`): Also tell whether each image looks like a drawing.
         generate_kwargs: For `generate()`: `num_beams`, `num_return_sequences`, `max_new_tokens`, `rerank`, ...
 
     Yields:
@@ -99,7 +102,7 @@ def caption_files(
     ]
     progress = progress and process.is_main_process
     captioned = caption_images(
-        model, processor, own, batch_size, num_workers, prompt, progress, explain, **generate_kwargs
+        model, processor, own, batch_size, num_workers, prompt, progress, explain, tell_drawings, **generate_kwargs
     )
     results = (replace(result, path=path) for result, path in zip(captioned, own))
     if process.num_processes == 1:
@@ -118,6 +121,7 @@ def caption_images(
     prompt: str | None = None,
     progress: bool = True,
     explain: int = 0,
+    tell_drawings: bool = False,
     **generate_kwargs,
 ) -> Iterator[CaptionedImage]:
     """Caption the images of any sequence, such as a column of a data set. Each is fetched by its index when needed.
@@ -129,7 +133,7 @@ def caption_images(
     """
     if processor.image_processor is None:
         raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
-    read = _Images(images, processor)
+    read = _Images(images, processor, tell_drawings)
     first, *others = _growing_batches(len(images), batch_size) or [range(0)]
     loader = DataLoader(read, batch_sampler=others, num_workers=num_workers, collate_fn=list)
     # Read the first batch here, so that its captions need not wait for the workers to start.

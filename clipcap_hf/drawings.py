@@ -33,7 +33,8 @@ def looks_drawn(image: Image.Image) -> bool:
 
     ```
     """
-    pixels = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), dtype=np.int16)
+    small = image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2)  # large images take a shortcut
+    pixels = np.asarray(small, dtype=np.int16)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     even = np.abs(border - np.median(border, axis=0)).max(axis=1) <= _TOLERANCE
     return bool(even.mean() > _EVEN_SHARE)

@@ -124,6 +124,7 @@ def _open_outputs(arguments, paths: list[str]):
 
 def _caption(arguments, model, processor, paths: list[str]):
     from ..captioning import caption_files
+    from ..drawings import KINDS
     from ..model.reranking_clipcap import DEFAULT_BEAMS
     from .arguments import reading_workers
 
@@ -146,6 +147,7 @@ def _caption(arguments, model, processor, paths: list[str]):
         prompt=arguments.prompt,
         explain=arguments.explain,
         progress=sys.stderr.isatty() and len(paths) > arguments.batch_size,
+        tell_drawings=arguments.model in KINDS,
         **generate_kwargs,
     )
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from .arguments import (
     add_beams_argument,
     add_model_argument,
+    add_reduce_jpeg_argument,
     add_rerank_arguments,
     add_speed_arguments,
     beams,
@@ -59,7 +60,9 @@ def add_parser(commands):
         help="skip images that --out or --sidecar already have, for example after an interruption",
     )
     output.add_argument("--overwrite", action="store_true", help="replace existing --out and --sidecar files")
-    add_speed_arguments(caption.add_argument_group("speed"))
+    speed = caption.add_argument_group("speed")
+    add_speed_arguments(speed)
+    add_reduce_jpeg_argument(speed)
     caption.set_defaults(run=run, check=check)
 
 
@@ -148,6 +151,7 @@ def _caption(arguments, model, processor, paths: list[str]):
         explain=arguments.explain,
         progress=sys.stderr.isatty() and len(paths) > arguments.batch_size,
         tell_drawings=arguments.model in KINDS,
+        reduce_jpeg=arguments.reduce_jpeg,
         **generate_kwargs,
     )
 

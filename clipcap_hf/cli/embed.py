@@ -1,6 +1,14 @@
 """Encode the images of a data set once: `clipcap embed`."""
 
-from .arguments import add_data_arguments, add_speed_arguments, load_captioner, load_data, pick_device, positive
+from .arguments import (
+    add_data_arguments,
+    add_reduce_jpeg_argument,
+    add_speed_arguments,
+    load_captioner,
+    load_data,
+    pick_device,
+    positive,
+)
 
 
 def add_parser(commands):
@@ -31,6 +39,7 @@ def add_parser(commands):
         help="kind of embedding to store for each image (default: the kind that the captioner reads, else pooled)",
     )
     add_speed_arguments(embed, dtype="16 bits on GPUs and on CPUs with AMX")
+    add_reduce_jpeg_argument(embed)
     embed.add_argument(
         "--shard-size", type=positive, default=4096, metavar="N", help="images per file (default: %(default)s)"
     )
@@ -65,6 +74,7 @@ def run(arguments) -> int:
         shard_size=arguments.shard_size,
         vision_feature=arguments.vision_feature,
         progress=sys.stderr.isatty(),
+        reduce_jpeg=arguments.reduce_jpeg,
     )
     if process_state().is_main_process:
         splits = embedded if isinstance(embedded, dict) else {"": embedded}

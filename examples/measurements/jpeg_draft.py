@@ -2,10 +2,9 @@
 
 python examples/measurements/jpeg_draft.py FOLDER
 
-JPEG decoders can give a half, a quarter or an eighth of the size for less work (`PIL.Image.Image.draft`). FOLDER holds
+JPEG decoders can give a half, a quarter or an eighth of the size for less work (`--reduce-jpeg`). FOLDER holds
 photographs; those that are at least twice as large as the size asked for in both directions are read in both ways,
-cropped to 224 pixels and embedded by the EfficientNet-Lite0 in `photo-mini`. clipcap_hf itself never does this, since
-its pixels are to be those of transformers.
+cropped to 224 pixels and embedded by the EfficientNet-Lite0 in `photo-mini`.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from pathlib import Path
 import clipcap_hf
 import torch
 from clipcap_hf import ClipCapForConditionalGeneration
+from clipcap_hf.model.images_clipcap import load_image
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
@@ -45,10 +45,8 @@ def main():
     processor = CLIPImageProcessorPil(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 
     def pixels(path: Path, draft: bool) -> torch.Tensor:
-        with Image.open(path) as image:
-            if draft:
-                image.draft("RGB", (arguments.times * SIZE,) * 2)
-            return processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        image = load_image(path, enough=arguments.times * SIZE if draft else None)
+        return processor(image, return_tensors="pt")["pixel_values"]
 
     def embed(pixel_values: torch.Tensor) -> torch.Tensor:
         return tower.classifier.forward_features(pixel_values).mean((2, 3))

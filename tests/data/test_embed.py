@@ -23,6 +23,9 @@ from clipcap_hf.data import (
     load_embeddings,
     load_emoji,
 )
+from clipcap_hf.model.images_clipcap import edge_that_is_enough
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 
@@ -159,6 +162,25 @@ def test_provenance_and_check(tmp_path, make_model, processor, data):
         check_embeddings(tmp_path / "embeds", model)
     with pytest.raises(ValueError, match="no column 'clip_embeds'; it has image"):
         check_embeddings(data, model)
+
+
+def test_reduced_jpeg_files_are_on_record(tmp_path, make_model, processor):
+    picture = Image.effect_noise((400, 300), 60).convert("RGB").resize((1600, 1200))
+    picture.save(tmp_path / "large.jpg")
+    rows = Dataset.from_dict({"image": [str(tmp_path / "large.jpg")]}).cast_column("image", ImageFeature())
+    model = make_model()
+    whole, reduced = (
+        embed(model, rows, tmp_path / str(reduce), processor, progress=False, reduce_jpeg=reduce)
+        for reduce in (False, True)
+    )
+    embeds = [torch.tensor(data[0]["clip_embeds"]) for data in (whole, reduced)]
+    assert not torch.equal(*embeds) and torch.cosine_similarity(*embeds, dim=0) > 0.99
+    records = [embeddings_provenance(data)["transform"] for data in (whole, reduced)]
+    assert "jpeg_reduced_to" not in records[0]
+    assert records[1].pop("jpeg_reduced_to") == edge_that_is_enough(processor.image_processor)
+    assert records[0] == records[1]
+    with pytest.raises(ValueError, match="differ in transform"):
+        embed(model, rows, tmp_path / "True", processor, progress=False)
 
 
 def test_patches(tmp_path, make_model, processor, data):

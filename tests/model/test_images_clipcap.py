@@ -13,8 +13,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from clipcap_hf import EMOJI_MINI, PHOTO_MINI, ClipCapProcessor
 from clipcap_hf.files import find_images
-from clipcap_hf.model.images_clipcap import flat_list_of_images, load_image
+from clipcap_hf.model.images_clipcap import edge_that_is_enough, flat_list_of_images, load_image
 from clipcap_hf.model.video_frames import read_frames
 from PIL import Image
 
@@ -279,3 +280,45 @@ def test_timeout_reaches_the_pipeline(web, make_model, processor):
     assert captioner(f"{web}/a.png", timeout=20) == captioner(noise())
     with pytest.raises(ValueError, match="not complete after 0.5 seconds"):
         captioner(f"{web}/slow", timeout=0.5)
+
+
+# -- large JPEG files at a smaller size
+
+
+def lifelike(size):
+    """Make soft patches of colour, as photographs have them."""
+    return noise(12, 9, seed=3).resize(size, Image.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "enough", "expected"),
+    [
+        ("JPEG", (2000, 1500), None, (2000, 1500)),
+        ("JPEG", (2000, 1500), 448, (1000, 750)),
+        ("JPEG", (2000, 1500), 187, (250, 188)),
+        ("JPEG", (2000, 1500), 751, (2000, 1500)),
+        ("PNG", (2000, 1500), 448, (2000, 1500)),
+    ],
+)
+def test_jpeg_files_are_read_at_a_size_that_is_enough(tmp_path, kind, size, enough, expected):
+    data = encoded(lifelike(size), kind)
+    (tmp_path / "large").write_bytes(data)
+    for container in (data, tmp_path / "large", io.BytesIO(data), {"bytes": data, "path": None}):
+        assert load_image(container, enough=enough).size == expected
+
+
+def test_reduced_jpeg_files_stay_upright_and_look_the_same():
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    lifelike((2000, 1500)).save(file, "JPEG", exif=exif)
+    whole, reduced = load_image(file.getvalue()), load_image(file.getvalue(), enough=448)
+    assert (whole.size, reduced.size) == ((1500, 2000), (750, 1000))
+    small = [np.asarray(image.resize((60, 80)), dtype=int) for image in (whole, reduced)]
+    assert np.abs(small[0] - small[1]).max() <= 6
+
+
+@pytest.mark.parametrize("name", [EMOJI_MINI, PHOTO_MINI])
+def test_what_is_enough_is_twice_what_the_tower_needs(name):
+    image_processor = ClipCapProcessor.from_pretrained(name).image_processor
+    pixels = image_processor(noise(), return_tensors="pt")["pixel_values"]
+    assert edge_that_is_enough(image_processor) == 2 * pixels.shape[-1]

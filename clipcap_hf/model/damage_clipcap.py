@@ -65,8 +65,8 @@ def named(name: str | os.PathLike | None) -> Iterator[None]:
     except KeyError as error:  # of tables of what transformers knows, such as activations
         raise ValueError(f"{name or 'The model'}: {error} is missing in its files, or is unknown there.") from error
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
-        # Wrong arguments are the caller's fault, and too little memory is nobody's.
-        if name is None or "unexpected keyword" in str(error) or isinstance(error, torch.OutOfMemoryError):
+        of_the_caller = any(text in str(error) for text in ("unexpected keyword", "meta device context"))
+        if name is None or of_the_caller or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
             f"{name}: a value in its files has the wrong type or size ({type(error).__name__}: {shorten(error)})."

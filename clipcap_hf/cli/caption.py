@@ -190,10 +190,11 @@ def _write(arguments, results, table, sidecars, writes: bool) -> int:
 
 def _warn(model: str, unlike: list[str]):
     """Say once which images are not of the kind that the embedded captioner knows."""
-    from ..drawings import KINDS
+    from ..drawings import KINDS, other_kind
     from ..files import listed
 
-    kind, other = KINDS[model], {"drawing": "photograph", "photograph": "drawing"}[KINDS[model]]
+    kind = KINDS[model]
+    other = other_kind(kind, drawn=kind == "photograph")
     looks = f"looks like a {other}" if len(unlike) == 1 else f"look like {other}s"
     print(
         f"clipcap: {len(unlike)} of these images {looks}, but {model} knows {kind}s only, so the captions are "

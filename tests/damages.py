@@ -58,9 +58,10 @@ def damage(content: bytes, draw: random.Random) -> tuple[bytes, str]:
     return content[:place] + between + content[place + length :], f"{how} of {length} at {place}"
 
 
-def run(argv: list, folder: Path) -> Outcome:
+def run(argv: list, folder: Path, typed: str = "") -> Outcome:
     """Run a command line in a forked child, within a deadline and a limit of memory."""
     start = time.monotonic()
+    (folder / "stdin").write_text(typed)
     child = os.fork()
     if not child:
         _in_child(list(map(str, argv)), folder)
@@ -81,6 +82,7 @@ def _in_child(argv: list[str], folder: Path):
     from clipcap_hf.cli import main
 
     os.setpgid(0, 0)
+    os.dup2(os.open(folder / "stdin", os.O_RDONLY), 0)
     _redirect(folder)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))

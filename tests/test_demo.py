@@ -38,6 +38,7 @@ def test_demo_trains_scores_and_saves(tmp_path, language, caplog):
     assert captioner(rows[0]["image"])[0]["generated_text"] == report["captions"]["new_caption"][0]
 
 
+@pytest.mark.slow
 def test_demo_repeats_with_its_seed(tmp_path):
     first = run_demo(tmp_path / "a", epochs=1, limit=30, seed=1)
     second = run_demo(tmp_path / "b", epochs=1, limit=30, seed=1)

@@ -66,6 +66,7 @@ def test_onnx_captions_are_those_of_generate(emoji_onnx, emoji_mini, drawings):
         captioner(clip_embeds=torch.zeros(1, 384).numpy())
 
 
+@pytest.mark.slow
 def test_onnx_of_llama_with_transformer_mapping_and_no_tower(tmp_path, onnx_packages, make_model, embeds_processor):
     from clipcap_hf.export import OnnxCaptioner, export_onnx
 

@@ -54,6 +54,12 @@ def test_files_hold_what_is_printed(tmp_path, pictures, capsys, suffix):
         found = [[field.replace("\t", "\\t") for field in row] for row in found]
     assert found == printed
 
+
+def test_an_existing_file_is_continued_or_replaced(tmp_path, pictures, capsys):
+    (pictures / "bad.png").write_text("no picture")
+    out = tmp_path / "captions.csv"
+    command = ["caption", str(pictures), "--out", str(out)]
+    assert main(command) == 1
     before = out.read_bytes()
     assert main(command) == 1
     assert "exists already; --skip-existing continues where it ends" in capsys.readouterr().err
@@ -64,15 +70,25 @@ def test_files_hold_what_is_printed(tmp_path, pictures, capsys, suffix):
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("suffix", [".csv", pytest.param(".tsv", marks=pytest.mark.slow), ".jsonl"])
-def test_goes_on_after_any_cut(tmp_path, pictures, capsys, suffix):
-    out = tmp_path / f"captions{suffix}"
-    assert main(["caption", str(pictures), "--out", str(out)]) == 0
-    whole = out.read_bytes()
-    for cut in (0, 3, len(whole) // 3, len(whole) // 2, len(whole) - 1):
-        out.write_bytes(whole[:cut])
-        assert main(["caption", str(pictures), "--out", str(out), "--skip-existing"]) == 0
-        assert out.read_bytes() == whole
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_table_goes_on_after_any_cut(tmp_path, suffix):
+    path = tmp_path / f"captions{suffix}"
+    captions = {"a.png": 'a "cat", it is', "b\t.png": "two\nlines", "é日.png": "", "c.png": "the end"}
+
+    def write():
+        table = CaptionTable(path, skip_existing=True)
+        table.open()
+        for image, text in captions.items():
+            if image not in table:
+                table.add(image, [text], {"image": image, "captions": [text]})
+        table.close()
+
+    write()
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        write()
+        assert path.read_bytes() == whole
 
 
 def test_killed_it_goes_on(tmp_path, pictures):

@@ -80,6 +80,7 @@ def test_an_existing_captioner_keeps_its_names_and_gets_the_style(drawings, tmp_
     assert train(drawings, tmp_path / "again", *again) == "a drawing of "
 
 
+@pytest.mark.slow
 def test_a_captioner_that_writes_the_words_itself_goes_on_doing_so(drawings, tmp_path):
     learned = tmp_path / "learned"
     train(drawings, learned, "--caption-start", "", "--max-steps", "40", "--learning-rate", "1e-3")

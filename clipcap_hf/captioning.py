@@ -40,6 +40,15 @@ class CaptionedImage:
     drawn: bool | None = None
 
 
+def check_takes_images(processor: ClipCapProcessor):
+    """Refuse images for a captioner that has no image processor."""
+    if processor.image_processor is None:
+        raise ValueError(
+            "This captioner has no image processor: it works on CLIP embeddings alone, or its processor_config.json "
+            "has lost its `image_processor`."
+        )
+
+
 class _Images(Dataset):
     """Images that are read and preprocessed when indexed: `(pixel_values, drawn, None)` or `(None, None, error)`."""
 
@@ -146,8 +155,7 @@ def caption_images(
     Yields:
         [`CaptionedImage`]: One for each image, in order, without a path.
     """
-    if processor.image_processor is None:
-        raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for image files.")
+    check_takes_images(processor)
     read = _Images(images, processor, tell_drawings, reduce_jpeg)
     first, *others = _growing_batches(len(images), batch_size) or [range(0)]
     loader = DataLoader(read, batch_sampler=others, num_workers=num_workers, collate_fn=list)

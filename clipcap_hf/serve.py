@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from .captioning import CaptionedImage, caption_pixels
+from .captioning import CaptionedImage, caption_pixels, check_takes_images
 from .drawings import looks_drawn
 from .extras import install_hint
 from .model.images_clipcap import load_image
@@ -67,8 +67,7 @@ class BatchedCaptioner:
     """
 
     def __init__(self, model, processor, max_pixels: int = 40_000_000, batch_size: int = 16):
-        if processor.image_processor is None:
-            raise ValueError("This captioner works on CLIP embeddings alone; it has no vision tower for images.")
+        check_takes_images(processor)
         self.model = model
         self.processor = processor
         self.max_pixels = max_pixels

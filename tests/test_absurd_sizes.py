@@ -144,7 +144,7 @@ def test_sizes_of_a_processor(model_folder, picture, part, changes, message):
 def test_beams_of_the_generation_settings(model_folder, picture):
     change(model_folder / "generation_config.json", None, {"num_beams": 10**9})
     message = refusal("caption", "--model", model_folder, picture)
-    assert "generation_config.json" in message and "`num_beams` must be 1 to 1000" in message
+    assert "generation_config.json" in message and "`num_beams` must be a whole number from 1 to 1000" in message
 
 
 def test_sizes_of_a_tower_and_of_a_language_model(

@@ -130,14 +130,14 @@ def check_transform(image_processor: Any):
     """Refuse a transform that would silently make infinite, NaN or equal pixels of every image.
 
     Raises:
-        ValueError: If `image_std` is not above 0, if `rescale_factor` is 0, if one of them or `image_mean` is not
-            finite, or if the images would be larger than any tower takes.
+        ValueError: If `image_std` is not above 0, if `rescale_factor` is 0, if one of them or `image_mean` is missing
+            or not finite, or if the images would be larger than any tower takes.
     """
     for name in ("size", "crop_size"):
         sizes = getattr(image_processor, name, None) or {}
         for side in ("height", "width", "shortest_edge"):
             value = sizes.get(side) if hasattr(sizes, "get") else getattr(sizes, side, None)
-            if value is not None and not (_is_number(value) and value in range(1, _LARGEST_SIDE + 1)):
+            if value is not None and not (is_finite_number(value) and value in range(1, _LARGEST_SIDE + 1)):
                 raise ValueError(
                     f"`{name}` in the image processor must be 1 to {_LARGEST_SIDE} pixels, got {str(value)[:80]}."
                 )
@@ -150,20 +150,23 @@ def check_transform(image_processor: Any):
         ("image_std", "do_normalize", "positive numbers", lambda number: number > 0),
         ("rescale_factor", "do_rescale", "a number other than 0", lambda number: number != 0),
     ):
-        value = getattr(image_processor, name, None)
-        if value is None or not getattr(image_processor, used, True):
+        value, is_used = getattr(image_processor, name, None), getattr(image_processor, used, None)
+        if value is None and is_used is True:
+            raise ValueError(f"`{used}` in the image processor needs `{name}`: {kind}.")
+        if value is None or is_used is False:
             continue
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if len(numbers) not in (1, 3):
             raise ValueError(
                 f"`{name}` in the image processor must be 3 numbers, for red, green and blue: got {value}."
             )
-        if not all(_is_number(number) and allowed(number) for number in numbers):
+        if not all(is_finite_number(number) and allowed(number) for number in numbers):
             raise ValueError(f"`{name}` must be {kind} in the image processor, got {str(value)[:80]}.")
 
 
-def _is_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
+    """Tell whether a value of a JSON file is a number, and neither infinite nor NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["check_archive", "check_transform", "is_expanded", "load_config", "named", "naming"]
+__all__ = ["check_archive", "check_transform", "is_expanded", "is_finite_number", "load_config", "named", "naming"]

@@ -224,7 +224,7 @@ def _check_size(pixel_values: torch.Tensor, config: PreTrainedConfig, kwargs: di
     if found != wanted:
         raise ValueError(
             f"The images are {found[0]} x {found[1]} pixels, but the vision tower takes {wanted[0]} x {wanted[1]}: "
-            "the image processor (preprocessor_config.json) belongs to another tower."
+            "the image processor (in processor_config.json or preprocessor_config.json) belongs to another tower."
         )
 
 

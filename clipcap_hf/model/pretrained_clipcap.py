@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .base_clipcap import CaptionerParts
 from .configuration_clipcap import ClipCapConfig, check_config_sizes
-from .damage_clipcap import load_config, named, naming
+from .damage_clipcap import is_finite_number, load_config, named, naming
 from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import load_vision_config, load_vision_tower, vision_feature_dim
@@ -23,6 +23,19 @@ from .versions_clipcap import keep_weights
 
 
 MOST_BEAMS = 1000  # memory and time grow with the number of beams
+_LARGEST_COUNT = 2**31 - 1
+
+# Generation settings by what they hold; transformers itself checks few of them before they are used.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
+_COUNTS = (
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"),
+    *("num_beams", "num_return_sequences"),
+)
+_NUMBERS = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_time"),
+    *("repetition_penalty", "length_penalty", "guidance_scale"),
+)
+_FLAGS = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "token_healing")
 
 _Captioner = TypeVar("_Captioner", bound="LoadsAndSaves")
 
@@ -296,11 +309,34 @@ def _check_generation_config(name: str | os.PathLike, kwargs: dict[str, Any]):
     try:
         with open(path, encoding="utf-8") as file:
             settings = GenerationConfig.from_dict(dict(json.load(file)))
-        for field in ("num_beams", "num_return_sequences"):
-            if not 1 <= (getattr(settings, field) or 1) <= MOST_BEAMS:
-                raise ValueError(f"`{field}` must be 1 to {MOST_BEAMS}, got {getattr(settings, field)}")
+        _check_settings(settings)
     except Exception as error:  # of any kind: transformers checks the values by using them
         raise ValueError(f"{path} cannot be read as generation settings ({error}): fix it, or delete it.") from error
+
+
+def _check_settings(settings: GenerationConfig):
+    for name in (*_TOKEN_IDS, *_COUNTS, *_NUMBERS, *_FLAGS):
+        value = getattr(settings, name, None)
+        if value is None:
+            continue
+        if name in _FLAGS:
+            wanted, good = "true or false", isinstance(value, bool)
+        elif name in _NUMBERS:
+            wanted, good = "a finite number", is_finite_number(value)
+        elif name in _COUNTS:
+            beams = name in ("num_beams", "num_return_sequences")
+            low, high = (1, MOST_BEAMS) if beams else (0, _LARGEST_COUNT)
+            wanted, good = f"a whole number from {low} to {high}", _is_whole(value) and low <= value <= high
+        else:
+            ids = value if isinstance(value, list) and value else [value]
+            wanted = "the number of a token" + (" or a list of such" if name == "eos_token_id" else "")
+            good = all(_is_whole(token) and abs(token) <= _LARGEST_COUNT for token in ids)  # -1 is none, for some
+        if not good:
+            raise ValueError(f"`{name}` must be {wanted}, got {str(value)[:80]}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_finite_weights(model: PreTrainedModel, name: str | os.PathLike):

@@ -9,9 +9,11 @@ from .configuration_clipcap import IMAGE_TOKEN
 
 def captioning_tokenizer(tokenizer):
     """Return a tokenizer with placeholder and padding token that pads on the left; a copy if anything changes."""
-    if IMAGE_TOKEN in tokenizer.get_vocab() and tokenizer.pad_token is not None and tokenizer.padding_side == "left":
+    # Their ids, since a damaged file may name tokens that the vocabulary lacks.
+    pads, ends = tokenizer.pad_token_id is not None, tokenizer.eos_token_id is not None
+    if IMAGE_TOKEN in tokenizer.get_vocab() and pads and tokenizer.padding_side == "left":
         return tokenizer
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+    if not (pads or ends):
         raise ValueError(
             "The tokenizer has neither a padding nor an end token: set `tokenizer.pad_token`, or better "
             "`tokenizer.eos_token`, which ends captions, and save the tokenizer in its language model's folder."
@@ -19,7 +21,7 @@ def captioning_tokenizer(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
+    if not pads:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer

@@ -84,6 +84,31 @@ def test_generation_settings_that_cannot_be_read(model_folder, content):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("eos_token_id", "x", "the number of a token or a list of such"),
+        ("eos_token_id", [], "the number of a token or a list of such"),
+        ("eos_token_id", [None], "the number of a token or a list of such"),
+        ("pad_token_id", float("nan"), "the number of a token"),
+        ("bos_token_id", 10**30, "the number of a token"),
+        ("bos_token_id", {"a": 1}, "the number of a token"),
+        ("num_beams", 2.5, "a whole number from 1 to 1000"),
+        ("num_beams", 10**6, "a whole number from 1 to 1000"),
+        ("num_beams", True, "a whole number from 1 to 1000"),
+        ("no_repeat_ngram_size", "2", "a whole number from 0 to"),
+        ("length_penalty", float("inf"), "a finite number"),
+        ("repetition_penalty", [1.2], "a finite number"),
+        ("do_sample", "no", "true or false"),
+    ],
+)
+def test_generation_settings_of_another_type(model_folder, name, value, wanted):
+    path = model_folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=f"{path} cannot be read as generation settings .*`{name}` must be {wanted}"):
+        load(model_folder)
+
+
+@pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
         ("text_config", {"vocab_size": 10**12}, "`vocab_size` of the language model.*got 1000000000000"),

@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 
 BAD = [
+    ({"image_std": None}, "`do_normalize` in the image processor needs `image_std`: positive numbers"),
     ({"image_std": [0, 0, 0]}, "`image_std` must be positive numbers in the image processor"),
     ({"image_std": [0.2, 0.2, float("nan")]}, "`image_std` must be positive numbers"),
     ({"image_std": [0.2, float("inf"), 0.2]}, "`image_std` must be positive numbers"),

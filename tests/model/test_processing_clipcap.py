@@ -261,6 +261,9 @@ def test_captions_are_decoded_without_placeholders(processor):
 def test_padding_token_is_set(make_tokenizer):
     assert ClipCapProcessor(None, make_tokenizer()).tokenizer.pad_token == "<|endoftext|>"
     assert ClipCapProcessor(None, make_tokenizer(pad_token="!")).tokenizer.pad_token == "!"
+    unknown = make_tokenizer()
+    unknown.pad_token = ""  # as in a damaged file: not in the vocabulary
+    assert ClipCapProcessor(None, unknown).pad_token_id == 0
     with pytest.raises(ValueError, match="neither a padding nor an end token: set `tokenizer.pad_token`"):
         ClipCapProcessor(None, make_tokenizer(eos_token=None))
     with pytest.raises(ValueError, match="needs a tokenizer"):

@@ -15,6 +15,7 @@ from clipcap_hf.cli.caption_output import CaptionTable
 from PIL import Image
 
 
+CAPTION = ("caption", "--model", "emoji-mini")  # the smaller captioner of the package
 COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
 
 
@@ -42,10 +43,10 @@ def rows(path) -> list[list[str]]:
 def test_files_hold_what_is_printed(tmp_path, pictures, capsys, suffix):
     (pictures / "00.png").rename(pictures / '00, "a"\tb.png')
     (pictures / "bad.png").write_text("no picture")
-    assert main(["caption", str(pictures), "--captions", "2"]) == 1
+    assert main([*CAPTION, str(pictures), "--captions", "2"]) == 1
     printed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     out = tmp_path / f"captions{suffix}"
-    command = ["caption", str(pictures), "--captions", "2", "--out", str(out)]
+    command = [*CAPTION, str(pictures), "--captions", "2", "--out", str(out)]
     assert main(command) == 1
     captured = capsys.readouterr()
     assert captured.out == f"{out}: 24 images captioned, 0 done before\n" and "bad.png" in captured.err
@@ -58,7 +59,7 @@ def test_files_hold_what_is_printed(tmp_path, pictures, capsys, suffix):
 def test_an_existing_file_is_continued_or_replaced(tmp_path, pictures, capsys):
     (pictures / "bad.png").write_text("no picture")
     out = tmp_path / "captions.csv"
-    command = ["caption", str(pictures), "--out", str(out)]
+    command = [*CAPTION, str(pictures), "--out", str(out)]
     assert main(command) == 1
     before = out.read_bytes()
     assert main(command) == 1
@@ -93,7 +94,7 @@ def test_a_table_goes_on_after_any_cut(tmp_path, suffix):
 
 def test_killed_it_goes_on(tmp_path, pictures):
     out, undisturbed = tmp_path / "captions.csv", tmp_path / "undisturbed.csv"
-    command = [sys.executable, "-m", "clipcap_hf", "caption", str(pictures), "--batch-size", "1", "--sidecar"]
+    command = [sys.executable, "-m", "clipcap_hf", *CAPTION, str(pictures), "--batch-size", "1", "--sidecar"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     kills = 0
     for wanted in (3, 9):
@@ -109,7 +110,7 @@ def test_killed_it_goes_on(tmp_path, pictures):
         kills += process.wait() == -signal.SIGKILL
     assert kills, "no run was killed midway"
     subprocess.run([*command, "--out", out, "--skip-existing"], env=environment, check=True, timeout=240)
-    assert main(["caption", str(pictures), "--out", str(undisturbed), "--batch-size", "1"]) == 0
+    assert main([*CAPTION, str(pictures), "--out", str(undisturbed), "--batch-size", "1"]) == 0
     assert out.read_bytes() == undisturbed.read_bytes()
     for image, text in rows(out):
         assert (pictures / image.replace(".png", ".txt")).read_text() == f"{text}\n"
@@ -117,13 +118,13 @@ def test_killed_it_goes_on(tmp_path, pictures):
 
 def test_sidecars_overwrite_nothing_foreign(pictures, capsys):
     (pictures / "05.txt").write_text("my own words")
-    assert main(["caption", str(pictures), "--sidecar"]) == 1
+    assert main([*CAPTION, str(pictures), "--sidecar"]) == 1
     assert "05.txt exist already" in capsys.readouterr().err
     assert len(list(pictures.glob("*.txt"))) == 1, "found before any work"
-    assert main(["caption", str(pictures), "--sidecar", "--skip-existing"]) == 0
+    assert main([*CAPTION, str(pictures), "--sidecar", "--skip-existing"]) == 0
     assert (pictures / "05.txt").read_text() == "my own words"
     assert len(list(pictures.glob("*.txt"))) == 24
-    assert main(["caption", str(pictures), "--sidecar", "--overwrite"]) == 0
+    assert main([*CAPTION, str(pictures), "--sidecar", "--overwrite"]) == 0
     assert (pictures / "05.txt").read_text() != "my own words"
 
 
@@ -192,11 +193,11 @@ def held(*arguments):
 
 def test_two_runs_do_not_write_one_file(tmp_path, pictures, capsys):
     out = tmp_path / "captions.csv"
-    command = ["caption", str(pictures), "--out", str(out)]
+    command = [*CAPTION, str(pictures), "--out", str(out)]
     with held(out) as other:
         assert main(command) == 1
         assert f"{out} is being written by process {other.pid}" in capsys.readouterr().err and not out.exists()
-        assert main(["caption", str(pictures), "--out", str(tmp_path / "others.csv")]) == 0
+        assert main([*CAPTION, str(pictures), "--out", str(tmp_path / "others.csv")]) == 0
     assert main(command) == 0, "a killed process holds nothing"
     assert len(rows(out)) == 24
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "others.csv", "pictures"]

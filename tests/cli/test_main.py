@@ -147,7 +147,7 @@ def test_any_error_is_one_line(monkeypatch, capsys, error, said):
 def test_names_and_prompts_with_line_breaks_stay_on_their_line(tmp_path, picture):
     strange = tmp_path / "two\tcolumns\nand lines\u2028.png"
     picture.rename(strange)
-    result = run("caption", strange, tmp_path / "gone\n.png", "--prompt", "a\nb\tc")
+    result = run("caption", "--model", "emoji-mini", strange, tmp_path / "gone\n.png", "--prompt", "a\nb\tc")
     (line,) = result.stdout.decode().splitlines()
     path, text = line.split("\t")
     assert path == str(strange).replace("\t", "\\t").replace("\n", "\\n").replace("\u2028", "\\u2028")
@@ -160,7 +160,7 @@ def test_json_is_utf8_and_gives_every_name_back(tmp_path, picture):
     for name in names:
         with open(name, "wb") as file:
             file.write(picture.read_bytes())
-    result = run("caption", *map(os.fsdecode, names), "--json")
+    result = run("caption", "--model", "emoji-mini", *map(os.fsdecode, names), "--json")
     lines = result.stdout.decode("utf-8").splitlines()
     assert [os.fsencode(json.loads(line)["image"]) for line in lines] == names
 
@@ -169,7 +169,8 @@ def test_a_terminal_without_utf8_stops_nothing(tmp_path, picture):
     name = tmp_path / "日本.png"
     picture.rename(name)
     Image.new("RGB", (40, 40), "blue").save(tmp_path / "z.png")
-    result = run("caption", tmp_path, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    ascii_only = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = run("caption", "--model", "emoji-mini", tmp_path, env=ascii_only)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.decode("ascii").splitlines()
     assert "z.png\t" in first and "\\u65e5\\u672c.png\t" in second or "\\u65e5\\u672c.png\t" in first
@@ -177,7 +178,7 @@ def test_a_terminal_without_utf8_stops_nothing(tmp_path, picture):
 
 @pytest.mark.parametrize("redirection, said", [(">&-", "standard output is closed"), ("> /dev/full", "No space left")])
 def test_output_that_cannot_be_written_is_an_error(picture, redirection, said):
-    command = f'"{sys.executable}" -m clipcap_hf caption "{picture}" {redirection}'
+    command = f'"{sys.executable}" -m clipcap_hf caption --model emoji-mini "{picture}" {redirection}'
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
     assert result.returncode == 1
     assert said in result.stderr and "Traceback" not in result.stderr

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -164,9 +165,35 @@ def check_transform(image_processor: Any):
             raise ValueError(f"`{name}` must be {kind} in the image processor, got {str(value)[:80]}.")
 
 
+def try_transform(image_processor: Any):
+    """Transform one image, so that settings of any kind that fail do so at loading, and not at each image of a user.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    check_transform(image_processor)
+    try:
+        image_processor(Image.new("RGB", (32, 32)), return_tensors="pt")
+    except ImportError:  # of torchvision, which those need who have images
+        pass
+    except Exception as error:  # of any kind: settings are checked by using them
+        raise ValueError(
+            f"the settings of the image processor fail on every image ({type(error).__name__}: {shorten(error)})."
+        ) from error
+
+
 def is_finite_number(value: Any) -> bool:
     """Tell whether a value of a JSON file is a number, and neither infinite nor NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["check_archive", "check_transform", "is_expanded", "is_finite_number", "load_config", "named", "naming"]
+__all__ = [
+    "check_archive",
+    "check_transform",
+    "is_expanded",
+    "is_finite_number",
+    "load_config",
+    "named",
+    "naming",
+    "try_transform",
+]

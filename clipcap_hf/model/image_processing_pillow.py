@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .damage_clipcap import try_transform
 from .image_processing_open_clip import OpenClipImageProcessor
 
 
@@ -57,10 +58,13 @@ def load_saved_image_processor(name: str, settings: dict[str, Any], backend: str
     kind = settings.get("image_processor_type")
     # Ours not by `AutoImageProcessor`: the classes may be unregistered where this file runs as remote code.
     if kind == OpenClipImageProcessor.__name__:
-        return OpenClipImageProcessor.from_pretrained(name, **kwargs)
-    if kind == PillowImageProcessor.__name__:
-        return PillowImageProcessor.from_pretrained(name, backend=backend, **kwargs)
-    return AutoImageProcessor.from_pretrained(name, backend=backend, **kwargs)  # earlier versions saved its own name
+        image_processor = OpenClipImageProcessor.from_pretrained(name, **kwargs)
+    elif kind == PillowImageProcessor.__name__:
+        image_processor = PillowImageProcessor.from_pretrained(name, backend=backend, **kwargs)
+    else:  # earlier versions saved its own name
+        image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **kwargs)
+    try_transform(image_processor)
+    return image_processor
 
 
 def image_processor_from_settings(settings: dict[str, Any]) -> BaseImageProcessor:

@@ -1,5 +1,6 @@
 """The processor: turns prompts with images, videos or embeddings into model inputs, placeholders among them."""
 
+import operator
 import os
 from typing import Any
 
@@ -88,7 +89,7 @@ class ClipCapProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id not in tokenizer(IMAGE_TOKEN)["input_ids"]:
             raise ValueError(f"The tokenizer does not read {IMAGE_TOKEN} as one token: tokenizer.json is damaged.")
-        self.prefix_length = prefix_length
+        self.prefix_length = operator.index(prefix_length)  # lists and None are errors
         self.prompt_template = prompt_template
         self.caption_start = caption_start
         # Not an argument by name: transformers wants those that a call can override with the part that they belong to.

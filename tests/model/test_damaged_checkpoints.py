@@ -202,6 +202,10 @@ def test_damaged_configurations_of_towers_are_named(tmp_path):
             "Unrecognized image processor",
         ),
         ("processor_config.json", '"image_std": [', '"image_std": [0.5, ', "must be 3 numbers"),
+        ("processor_config.json", '"resample": 3', '"resample": [3]', "settings of the image processor fail on every"),
+        ("processor_config.json", '"resample": 3', '"resample": 99', "settings of the image processor fail on every"),
+        ("processor_config.json", '"prefix_length": ', '"prefix_length": [2], "x": ', "wrong type or size"),
+        ("processor_config.json", '"prefix_length": ', '"prefix_length": null, "x": ', "wrong type or size"),
     ],
 )
 def test_damaged_processors_are_named(model_folder, file, old, new, message):

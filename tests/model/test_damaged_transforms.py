@@ -40,7 +40,7 @@ def test_of_a_captioner(model_folder, tmp_path, images, capsys, changes, message
         ClipCapProcessor.from_pretrained(model_folder)
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD[:2], ids=["zero", "nan"])
+@pytest.mark.parametrize(("changes", "message"), BAD[:2], ids=["missing", "zero"])
 def test_of_a_tower(tmp_path, clip_config, image_processor, changes, message):
     CLIPVisionModelWithProjection(clip_config).save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)

@@ -49,8 +49,20 @@ def check_takes_images(processor: ClipCapProcessor):
         )
 
 
+@dataclass
+class _Batch:
+    """A batch of images, read and preprocessed; those with an error are not among the pixels."""
+
+    pixels: torch.Tensor  # (readable images, 3, height, width)
+    drawn: list[bool | None]
+    errors: list[str | None]
+
+
 class _Images(Dataset):
-    """Images that are read and preprocessed when indexed: `(pixel_values, drawn, None)` or `(None, None, error)`."""
+    """Images that are read and preprocessed when indexed, many at once.
+
+    Workers send a batch as one tensor, since each tensor on its way takes an open file.
+    """
 
     def __init__(self, images: Sequence, processor: ClipCapProcessor, tell_drawings: bool, reduce_jpeg: bool):
         self.images = stored_images(images)
@@ -58,10 +70,12 @@ class _Images(Dataset):
         self.tell_drawings = tell_drawings
         self.enough = edge_that_is_enough(self.image_processor) if reduce_jpeg else None
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def __getitem__(self, indices: range) -> _Batch:
+        pixels, drawn, errors = zip(*map(self._read, indices))
+        readable = [image for image in pixels if image is not None]
+        return _Batch(torch.stack(readable) if readable else torch.empty(0), list(drawn), list(errors))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, bool | None, str | None]:
+    def _read(self, index: int) -> tuple[torch.Tensor | None, bool | None, str | None]:
         try:
             image = load_image(self.images[index], enough=self.enough)
             pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
@@ -158,20 +172,21 @@ def caption_images(
     check_takes_images(processor)
     read = _Images(images, processor, tell_drawings, reduce_jpeg)
     first, *others = _growing_batches(len(images), batch_size) or [range(0)]
-    loader = DataLoader(read, batch_sampler=others, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(read, batch_size=None, sampler=others, num_workers=num_workers)
     # Read the first batch here, so that its captions need not wait for the workers to start.
-    batches = chain([[read[index] for index in first]], loader)
+    batches = chain([read[first]] if first else [], loader)
     fits = batch_size
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for batch in batches:
-            readable = [pixels for pixels, _, error in batch if error is None]
             captioned, fits = _caption_what_fits(
-                readable, fits, lambda part: caption_pixels(model, processor, part, prompt, explain, **generate_kwargs)
+                batch.pixels,
+                fits,
+                lambda part: caption_pixels(model, processor, part, prompt, explain, **generate_kwargs),
             )
             of_readable = iter(captioned)
-            for _, drawn, error in batch:
+            for drawn, error in zip(batch.drawn, batch.errors):
                 yield CaptionedImage(error=error) if error else replace(next(of_readable), drawn=drawn)
-            bar.update(len(batch))
+            bar.update(len(batch.errors))
 
 
 def _growing_batches(images: int, batch_size: int) -> list[range]:
@@ -183,7 +198,7 @@ def _growing_batches(images: int, batch_size: int) -> list[range]:
     return batches
 
 
-def _caption_what_fits(pixels: list, fits: int, caption: Callable[[list], list]) -> tuple[list, int]:
+def _caption_what_fits(pixels: torch.Tensor, fits: int, caption: Callable[[torch.Tensor], list]) -> tuple[list, int]:
     """Caption a batch, halving it until it fits into memory; return the captions and the size that fitted."""
     captioned: list[CaptionedImage] = []
     while len(captioned) < len(pixels):
@@ -205,7 +220,7 @@ def _caption_what_fits(pixels: list, fits: int, caption: Callable[[list], list])
 def caption_pixels(
     model: ClipCapForConditionalGeneration,
     processor: ClipCapProcessor,
-    pixels: Sequence[torch.Tensor],
+    pixels: torch.Tensor | Sequence[torch.Tensor],
     prompt: str | None = None,
     explain: int = 0,
     scores: bool = False,
@@ -216,14 +231,17 @@ def caption_pixels(
     Args:
         model ([`ClipCapForConditionalGeneration`]): The captioner.
         processor ([`ClipCapProcessor`]): Its processor.
-        pixels (`Sequence[torch.Tensor]` of shape `(3, height, width)` each): From the image processor.
+        pixels (`torch.Tensor` of shape `(images, 3, height, width)`, or a sequence of images): From the image
+            processor.
         prompt, explain, generate_kwargs: See [`caption_files`].
         scores (`bool`): Also give the mean log-probability of each caption's tokens.
     """
-    if not pixels:
+    if len(pixels) == 0:
         return []
+    if not isinstance(pixels, torch.Tensor):
+        pixels = torch.stack(list(pixels))
     inputs = processor.tokenize_prompts(prompt, len(pixels), return_tensors="pt").to(model.device)
-    pixel_values = place_pixels(torch.stack(list(pixels)), model.device)
+    pixel_values = place_pixels(pixels, model.device)
     results = [CaptionedImage() for _ in pixels]
     images: dict[str, Any] = {"pixel_values": pixel_values}
     reranks = generate_kwargs.get("rerank") is not None  # needs the embedding itself, not only the prefix

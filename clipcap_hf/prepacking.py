@@ -71,7 +71,7 @@ class _PrepackedForward:
             return type(self.layer).forward(self.layer, inputs)
         if self.packed_from != (version := (weight.data_ptr(), weight._version)):
             rows = weight.t() if isinstance(self.layer, Conv1D) else weight
-            self.packed, self.packed_from = _pack(rows.detach().contiguous(), None), version
+            self.packed, self.packed_from = prepack(rows.detach()), version
         return multiply(inputs, self.packed, self.layer.bias)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,6 +91,11 @@ def _is_plain_inference(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def prepack(rows: torch.Tensor) -> torch.Tensor:
+    """Lay a weight (out, in) out as oneDNN multiplies by it; only [`multiply`] understands the result."""
+    return _pack(rows.contiguous(), None)
+
+
 def multiply(inputs: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply inputs (..., in) by a weight (out, in), laid out by oneDNN or not; without gradients."""
     return _multiply(inputs, rows, bias, "none", [], "")
@@ -103,11 +108,11 @@ def has_onednn() -> bool:
     with torch.no_grad():
         inputs, weight = torch.ones(2, 16), torch.arange(64.0).view(4, 16)
         try:
-            product = multiply(inputs, _pack(weight, None))
+            product = multiply(inputs, prepack(weight))
         except RuntimeError as error:
             logger.debug(f"No prepacked weights: {error}")
             return False
         return torch.allclose(product, inputs @ weight.t())
 
 
-__all__ = ["has_onednn", "multiply", "prepack_weights", "prepack_where_it_fits"]
+__all__ = ["has_onednn", "multiply", "prepack", "prepack_weights", "prepack_where_it_fits"]

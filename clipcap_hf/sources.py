@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .assets import resolve
-from .model.donors_clipcap import donor_folder
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
+from .model.packages_clipcap import donor_folder
 from .model.processing_clipcap import ClipCapProcessor
 
 

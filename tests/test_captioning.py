@@ -64,6 +64,25 @@ def test_two_processes_caption_as_one(tmp_path, model_folder, images):
     )
 
 
+def test_large_batches_from_workers_need_few_open_files(tmp_path, model_folder, images):
+    """A tensor for each image took as many open files, of which systems allow 1024."""
+    resource = pytest.importorskip("resource")
+    images[0].save(tmp_path / "image.png")
+    paths = [str(tmp_path / "image.png")] * 600
+    paths[300] = str(tmp_path / "missing.png")
+    model = ClipCapForConditionalGeneration.from_pretrained(model_folder).eval()
+    processor = ClipCapProcessor.from_pretrained(model_folder)
+    expected = next(caption_files(model, processor, paths[:1], progress=False, max_new_tokens=2)).captions
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 60, limits[1]))
+    try:
+        found = list(caption_files(model, processor, paths, 128, num_workers=2, progress=False, max_new_tokens=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [number for number, each in enumerate(found) if each.error] == [300]
+    assert all(each.captions == expected for each in found if not each.error)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_ray_captions_shards(tmp_path, model_folder, images, kind):

@@ -74,8 +74,9 @@ def _number_of_tokens(text: str) -> int:
 
 def run(arguments) -> int:
     from ..files import find_images, lock_file
-    from ..processes import process_state
+    from ..processes import keep_freed_memory, process_state
 
+    keep_freed_memory()
     paths, errors = find_images(arguments.paths)
     writes = process_state().is_main_process  # under torchrun one process writes for all
     for error in errors if writes else ():

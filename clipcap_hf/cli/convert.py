@@ -42,7 +42,7 @@ def _run_official(arguments) -> int:
     from ..assets import resolve
     from ..convert import convert_official_checkpoint
     from ..files import check_file, whole_folder
-    from ..model.donors_clipcap import donor_folder
+    from ..model.packages_clipcap import donor_folder
     from ..sources import is_captioner, text_source
 
     check_file(arguments.checkpoint, "checkpoint")  # before anything is requested from the Hub

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import LOCK, listed, sync, write_text
-from ..model.donors_clipcap import weights_hash
+from ..model.hashing_clipcap import weights_hash
 from .saved import ends_as_stream, is_saved, load_saved
 
 

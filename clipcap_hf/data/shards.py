@@ -172,6 +172,7 @@ def _type(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str):
     if _extension(field) in WebDataset.IMAGE_EXTENSIONS:
         return pa.binary()
     try:
+        # Private, but nothing public reads a file as `datasets` will, compressed ones (.json.gz) among them.
         [sample] = WebDataset._get_pipeline_from_tar(archive.name, [(member.name, archive.extractfile(member))])
         [value] = cast_to_python_objects([sample[field]], only_1d_for_numpy=True)
         return pa.array([value]).type

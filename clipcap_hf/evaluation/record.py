@@ -17,7 +17,7 @@ ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "auto_map", "dtype",
 
 def model_record(model, name: str) -> dict[str, Any]:
     """Record a model's name, Hub revision, variant and precision, and digests of its weights and settings."""
-    from ..model.donors_clipcap import weights_hash
+    from ..model.hashing_clipcap import weights_hash
 
     config = model.config
     return {

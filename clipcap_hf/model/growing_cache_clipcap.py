@@ -1,4 +1,7 @@
-"""Keys and values with room for more tokens, so that a decoding step writes one token instead of copying all."""
+"""Keys and values with room for more tokens, so that a decoding step writes one token instead of copying all.
+
+When beams change places, only the tokens since the prompt are copied: all beams of an image have the same prompt.
+"""
 
 import torch
 from transformers import Cache, DynamicCache
@@ -15,6 +18,8 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self.spare = spare
         self.buffers: list[torch.Tensor] = []
+        self.prompt_length = 0  # tokens that were there before any row was selected
+        self.prompts = torch.empty(0, dtype=torch.long)  # of each row, the number of its prompt
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
@@ -31,6 +36,15 @@ class GrowingLayer(DynamicLayer):
         length = self.get_seq_length()
         if length == 0:
             return
+        if len(self.prompts) == 0:
+            self.prompt_length, self.prompts = length, torch.arange(len(self.keys), device=beam_idx.device)
+        prompts = self.prompts[beam_idx]
+        if torch.equal(prompts, self.prompts):
+            for states in (self.keys, self.values):
+                own = states[..., self.prompt_length :, :]
+                own.copy_(own.index_select(0, beam_idx.to(own.device)))
+            return
+        self.prompts = prompts
         self.buffers = [self.spare.select(buffer, beam_idx) for buffer in self.buffers]
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 

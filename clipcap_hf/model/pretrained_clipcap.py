@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,9 +17,10 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from .base_clipcap import CaptionerParts
 from .configuration_clipcap import ClipCapConfig, check_config_sizes
 from .damage_clipcap import is_finite_number, load_config, named, naming
-from .donors_clipcap import donor_folder, donor_record, leaving_out_frozen, remember_donors, with_donors
+from .donors_clipcap import donor_record, leaving_out_frozen, remember_donors, verify_donors, with_donors
 from .modeling_text import caption_generation_config, load_language_model, load_tokenizer, placeholder_id
 from .modeling_vision import load_vision_config, load_vision_tower, vision_feature_dim
+from .packages_clipcap import donor_folder
 from .versions_clipcap import keep_weights
 
 
@@ -74,14 +76,19 @@ class LoadsAndSaves(CaptionerParts):
         moved = {part: name for part, name in given.items() if name is not None}
         wants_info = kwargs.get("output_loading_info", False)
         name = pretrained_model_name_or_path
-        donor_hashes: dict[str, str] = {}
-        with named(name), naming(f"The weights in {name}"):
+        donors: list = []
+        with named(name), naming(f"The weights in {name}"), ThreadPoolExecutor() as beside:
             if name is not None:
-                kwargs, donor_hashes = with_donors(cls, name, moved, kwargs)
+                kwargs, donors = with_donors(cls, name, moved, kwargs, beside)
                 _check_generation_config(name, kwargs)
             model, info = cls._load_complete(name, model_args, kwargs)
-        _check_finite_weights(model, name)
-        model._donor_hashes = donor_hashes
+            damaged = _not_finite(model)
+            verify_donors(model, donors)
+        if damaged:
+            raise ValueError(
+                f"The weights of {name} are damaged: {len(damaged)} of them hold NaN or infinity, for example "
+                f"{damaged[0]}. Copy or download them again; if a training run made them, it diverged."
+            )
         model._freeze()  # loading makes new parameters, which require gradients
         return (model, info) if wants_info else model
 
@@ -339,17 +346,12 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_finite_weights(model: PreTrainedModel, name: str | os.PathLike):
-    """Refuse NaN and infinity, which a captioner may turn into fluent captions."""
+def _not_finite(model: PreTrainedModel) -> list[str]:
+    """Name the weights that hold NaN or infinity, which a captioner may turn into fluent captions."""
     checked = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    bad = [
+    return [
         key
         for key, weight in model.named_parameters()
         if weight.dtype in checked and not weight.is_meta and weight.numel()
         if not torch.stack(torch.aminmax(weight.detach())).isfinite().all()
     ]
-    if bad:
-        raise ValueError(
-            f"The weights of {name} are damaged: {len(bad)} of them hold NaN or infinity, for example {bad[0]}. Copy "
-            "or download them again; if a training run made them, it diverged."
-        )

@@ -13,10 +13,10 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from .chat_template_clipcap import default_chat_template
 from .configuration_clipcap import IMAGE_TOKEN, check_sizes
 from .damage_clipcap import check_transform, named, naming
-from .donors_clipcap import donor_folder
 from .image_processing_pillow import load_saved_image_processor, named_for_pillow
 from .image_processors_clipcap import load_image_processor
 from .images_clipcap import flat_list_of_images, load_image, to_rgb  # noqa: F401  (also imported from here)
+from .packages_clipcap import donor_folder
 from .tokenization_clipcap import captioning_tokenizer, encodable
 from .video_frames import list_videos
 from .video_processing_clipcap import ClipCapVideoProcessor, ClipCapVideoProcessorKwargs

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from transformers.utils import cached_file
 
 from .beam_search_clipcap import CannotSearchFast, scored_beam_search
-from .donors_clipcap import PACKAGE, weights_hash
 from .generation_clipcap import GeneratesCaptions, may_search_fast, setting
+from .hashing_clipcap import weights_hash
 from .modeling_vision import embed_pixels, load_vision_tower
+from .packages_clipcap import PACKAGE
 from .text_tower_clipcap import TextTower, load_text_tower
 
 

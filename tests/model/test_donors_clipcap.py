@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import clipcap_hf
@@ -19,7 +21,8 @@ from clipcap_hf import (
     ClipCapTrainer,
     OpenClipVisionModel,
 )
-from clipcap_hf.model.donors_clipcap import weights_hash
+from clipcap_hf.model.donors_clipcap import Donor
+from clipcap_hf.model.hashing_clipcap import weights_hash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -249,6 +252,36 @@ def test_donor_that_has_changed(donors, start, part):
         load(donors / "light")
 
 
+def test_a_changed_donor_is_not_blamed_on_the_checkpoint(donors, start):
+    """It is named even if its weights are NaN, which are found before all hashes are."""
+    start().save_pretrained(donors / "light", save_frozen=False)
+    path = donors / "gpt2" / "model.safetensors"
+    weights = load_file(path)
+    weights["transformer.wte.weight"].fill_(float("nan"))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="trained with another language model"):
+        load(donors / "light")
+
+
+def test_donors_are_hashed_while_the_captioner_is_loaded(donors, start, monkeypatch):
+    model = start()
+    model.save_pretrained(donors / "light", save_frozen=False)
+    assembling = threading.Event()
+    identity, load_complete = Donor.identity, ClipCapForConditionalGeneration._load_complete
+
+    def wait_and_identify(donor, weights):
+        assert assembling.wait(30), "nothing else was loaded meanwhile"
+        return identity(donor, weights)
+
+    def say_so_and_load(*args):
+        assembling.set()
+        return load_complete(*args)
+
+    monkeypatch.setattr(Donor, "identity", wait_and_identify)
+    monkeypatch.setattr(ClipCapForConditionalGeneration, "_load_complete", say_so_and_load)
+    assert_same_weights(model, load(donors / "light"))
+
+
 def test_donor_of_another_size_is_found_before_weights_are_read(donors, start, text_config, monkeypatch):
     start().save_pretrained(donors / "light", save_frozen=False)
     text_config.n_layer = 3
@@ -330,6 +363,16 @@ def test_hash_ignores_names_and_ties_and_sees_everything_else():
     others = [a.half(), b], [a.view(2, 3), b], [a + 1e-6, b], [a], [a, b, torch.zeros(())]
     assert len({weights_hash(tensors) for tensors in ([a, b], *others)}) == len(others) + 1
     assert weights_hash([b.T]) == weights_hash([b.T.contiguous()])
+
+
+def test_tied_weights_are_read_once():
+    def seconds(tensors):
+        start = time.process_time()
+        weights_hash(tensors)
+        return time.process_time() - start
+
+    weight = torch.zeros(1_000_000)
+    assert seconds([weight] * 300) < 30 * min(seconds([weight]) for _ in range(3))
 
 
 def installed_package(folder, donor, monkeypatch):

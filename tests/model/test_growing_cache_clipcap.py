@@ -26,6 +26,28 @@ def test_holds_the_same_after_steps_and_changes_of_rows():
         assert growing.get_seq_length() == ordinary.get_seq_length()
 
 
+def test_beams_that_change_places_leave_the_prompt_where_it_is():
+    """It is the same for all beams of an image; here there are three images, with two beams each."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1)
+    ordinary, growing = DynamicCache(config=config), with_growing_layers(DynamicCache(config=config))
+    places, repeated = [], torch.arange(3).repeat_interleave(2)
+    orders = [repeated, [1, 0, 2, 2, 5, 4], [0, 0, 3, 2, 4, 4], [0, 1, 4, 5], [1, 0, 3, 3], [2, 3, 0, 1]]
+    for order in map(torch.as_tensor, orders):
+        tokens, rows = (1, growing.layers[0].keys.shape[0]) if places else (5, 3)
+        states = torch.randn(2, rows, 4, tokens, 8)
+        ordinary.update(states[0], states[1], 0)
+        growing.update(states[0], states[1], 0)
+        ordinary.reorder_cache(order)
+        growing.reorder_cache(order)
+        for name in ("keys", "values"):
+            assert torch.equal(getattr(growing.layers[0], name), getattr(ordinary.layers[0], name))
+        places.append(growing.layers[0].keys.data_ptr())
+    stays = [here == before for before, here in zip(places, places[1:])]
+    # The prompts move when an image leaves, and would if images changed places.
+    assert stays == [True, True, False, True, False]
+
+
 def test_a_step_copies_nothing():
     layer = with_growing_layers(DynamicCache(config=GPT2Config(n_layer=1))).layers[0]
     layer.update(torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8))

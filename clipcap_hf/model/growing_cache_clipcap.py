@@ -14,12 +14,12 @@ ROOM = 16  # tokens; more would be copied in vain when beams change places
 class GrowingLayer(DynamicLayer):
     """A layer of [`~transformers.DynamicCache`]; keys and values (rows, heads, tokens, head_dim) are views."""
 
-    def __init__(self, spare: "Spare"):
+    def __init__(self, shared: "Shared"):
         super().__init__()
-        self.spare = spare
+        self.shared = shared
         self.buffers: list[torch.Tensor] = []
-        self.prompt_length = 0  # tokens that were there before any row was selected
-        self.prompts = torch.empty(0, dtype=torch.long)  # of each row, the number of its prompt
+        self.prompt_length: int | None = None  # tokens that were there when rows were first selected
+        self.selections = 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
@@ -33,29 +33,40 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.selections += 1
         length = self.get_seq_length()
         if length == 0:
             return
-        if len(self.prompts) == 0:
-            self.prompt_length, self.prompts = length, torch.arange(len(self.keys), device=beam_idx.device)
-        prompts = self.prompts[beam_idx]
-        if torch.equal(prompts, self.prompts):
-            for states in (self.keys, self.values):
-                own = states[..., self.prompt_length :, :]
+        if self.prompt_length is None:
+            self.prompt_length = length
+        if self.shared.prompts_stay(self.selections, len(self.buffers[0]), beam_idx):
+            for buffer in self.buffers:
+                own = buffer[..., self.prompt_length : length, :]
                 own.copy_(own.index_select(0, beam_idx.to(own.device)))
             return
-        self.prompts = prompts
-        self.buffers = [self.spare.select(buffer, beam_idx) for buffer in self.buffers]
+        self.buffers = [self.shared.select(buffer, beam_idx) for buffer in self.buffers]
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
 
-class Spare:
-    """The memory that the last selection of rows left over: the next one, of another layer, is written there."""
+class Shared:
+    """What the layers of a cache share: which prompt each row has, and spare memory."""
 
     def __init__(self):
+        self.selections = 0
+        self.prompts: torch.Tensor | None = None  # (rows,)
+        self.stay = False
         self.buffer: torch.Tensor | None = None
 
+    def prompts_stay(self, selection: int, number: int, rows: torch.LongTensor) -> bool:
+        """Tell whether a selection of rows leaves each prompt in its place; all layers make the same ones."""
+        if selection != self.selections:
+            before = torch.arange(number, device=rows.device) if self.prompts is None else self.prompts
+            self.selections, self.prompts = selection, before[rows]
+            self.stay = torch.equal(before, self.prompts)
+        return self.stay
+
     def select(self, buffer: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
+        """Select rows into the memory that the last selection left over."""
         shape = (len(rows), *buffer.shape[1:])
         target = self.buffer
         if target is None or target.shape != shape or target.dtype != buffer.dtype or target.device != buffer.device:
@@ -75,8 +86,8 @@ def _with_room(held: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tens
 def with_growing_layers(cache: Cache | None) -> Cache | None:
     """Give an empty cache layers that grow in place, where it has ordinary ones."""
     if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
-        spare = Spare()
-        cache.layers = [GrowingLayer(spare) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        shared = Shared()
+        cache.layers = [GrowingLayer(shared) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

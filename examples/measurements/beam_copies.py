@@ -2,9 +2,9 @@
 
 python examples/measurements/beam_copies.py --prefix 10 40
 
-GPT-2 small with random weights, 32 images, 5 beams, 10 tokens, CPU time. When beams change places, the keys and values
-of their tokens are copied, but not those of the prefix, which are the same for all beams of an image. In attention
-each beam reads a copy of the prefix of its own. Beams that shared one would save, at best, four of five readings.
+GPT-2 small with random weights, 32 images, 5 beams, 10 tokens, CPU time. When beams change places, keys and values of
+their tokens are copied, but not those of the prefix, which are the same for all beams of an image. In attention each
+beam reads a copy of the prefix of its own. Beams that shared one would save, at best, four of five readings.
 """
 
 import argparse

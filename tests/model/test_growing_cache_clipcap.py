@@ -29,23 +29,29 @@ def test_holds_the_same_after_steps_and_changes_of_rows():
 def test_beams_that_change_places_leave_the_prompt_where_it_is():
     """It is the same for all beams of an image; here there are three images, with two beams each."""
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=1)
+    config = GPT2Config(n_layer=2)
     ordinary, growing = DynamicCache(config=config), with_growing_layers(DynamicCache(config=config))
-    places, repeated = [], torch.arange(3).repeat_interleave(2)
-    orders = [repeated, [1, 0, 2, 2, 5, 4], [0, 0, 3, 2, 4, 4], [0, 1, 4, 5], [1, 0, 3, 3], [2, 3, 0, 1]]
-    for order in map(torch.as_tensor, orders):
-        tokens, rows = (1, growing.layers[0].keys.shape[0]) if places else (5, 3)
-        states = torch.randn(2, rows, 4, tokens, 8)
-        ordinary.update(states[0], states[1], 0)
-        growing.update(states[0], states[1], 0)
-        ordinary.reorder_cache(order)
-        growing.reorder_cache(order)
-        for name in ("keys", "values"):
-            assert torch.equal(getattr(growing.layers[0], name), getattr(ordinary.layers[0], name))
-        places.append(growing.layers[0].keys.data_ptr())
-    stays = [here == before for before, here in zip(places, places[1:])]
-    # The prompts move when an image leaves, and would if images changed places.
-    assert stays == [True, True, False, True, False]
+    places: list[tuple] = []
+    for order in (
+        [0, 0, 1, 1, 2, 2],
+        [1, 0, 2, 2, 5, 4],
+        [0, 0, 3, 2, 4, 4],
+        [0, 1, 4, 5],
+        [1, 0, 3, 3],
+        [2, 3, 0, 1],
+    ):
+        tokens, rows = (1, len(growing.layers[0].keys)) if places else (5, 3)
+        for layer in range(2):
+            states = torch.randn(2, rows, 4, tokens, 8)
+            ordinary.update(states[0], states[1], layer)
+            growing.update(states[0], states[1], layer)
+        ordinary.reorder_cache(torch.tensor(order))
+        growing.reorder_cache(torch.tensor(order))
+        for found, expected in zip(growing.layers, ordinary.layers):
+            assert torch.equal(found.keys, expected.keys) and torch.equal(found.values, expected.values)
+        places.append(tuple(layer.keys.data_ptr() for layer in growing.layers))
+    # The prompts move when an image leaves, and when images change places.
+    assert [here == before for before, here in zip(places, places[1:])] == [True, True, False, True, False]
 
 
 def test_a_step_copies_nothing():

@@ -1,0 +1,79 @@
+"""Compare loading a checkpoint that leaves out its frozen parts with loading a full one.
+
+python examples/measurements/loading_speed.py
+
+ViT-B/32 and GPT-2 small with random weights are saved to a temporary folder (2 GB). Each load happens in a process of
+its own, forked when everything is imported, in turns. The hashes of the parts that are left out are computed by
+threads: where there is a second core, time by the clock is nearer to that of the first thread than to all CPU time.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from clipcap_hf import ClipCapForConditionalGeneration
+from clipcap_hf.processes import cores
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+
+UNITS = ("CPU seconds", "CPU seconds of the first thread", "seconds", "peak MB")
+
+
+def save_checkpoints(folder: Path, small: bool):
+    vision, text = CLIPVisionConfig(patch_size=32), GPT2Config()
+    if small:
+        sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+        vision = CLIPVisionConfig(patch_size=32, **sizes)
+        text = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=4000)
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "clip")
+    GPT2LMHeadModel(text).save_pretrained(folder / "gpt2")
+    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
+        str(folder / "clip"), str(folder / "gpt2"), freeze_language_model=True
+    )
+    model.save_pretrained(folder / "full")
+    model.save_pretrained(folder / "mapper-only", save_frozen=False)
+
+
+def in_fork(work: Callable, *arguments):
+    """Run a function in a child of its own."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
+def load(folder: Path) -> list[float]:
+    start = time.process_time(), time.thread_time(), time.perf_counter()
+    model = ClipCapForConditionalGeneration.from_pretrained(folder)
+    end = time.process_time(), time.thread_time(), time.perf_counter()
+    assert model.config.text_config.model_type == "gpt2"
+    return [*(b - a for a, b in zip(start, end)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="parts of a tenth of the size")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        in_fork(save_checkpoints, folder, args.small)
+        rounds = [[in_fork(load, folder / kind) for kind in ("full", "mapper-only")] for _ in range(args.rounds)]
+    print(f"{cores()} cores, medians of {args.rounds} loads\n| | full | mapper-only | ratio |\n|---|---|---|---|")
+    for number, unit in enumerate(UNITS):
+        full, light = ([each[kind][number] for each in rounds] for kind in (0, 1))
+        ratio = statistics.median(b / a for a, b in zip(full, light))
+        print(f"| {unit} | {statistics.median(full):.2f} | {statistics.median(light):.2f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

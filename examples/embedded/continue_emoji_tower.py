@@ -21,13 +21,20 @@ from pathlib import Path
 
 import clipcap_hf  # noqa: F401  first, see train_emoji_tower
 import torch
-from clipcap_hf.data import load_emoji
 from clipcap_hf.demo import train_tokenizer
 from clipcap_hf.processes import keep_freed_memory
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_emoji_tower import Drawings, build_tower, embed, retrieval, train, write_checkpoint
+from train_emoji_tower import (
+    add_training_options,
+    build_tower,
+    embed,
+    read_drawings,
+    retrieval,
+    train,
+    write_checkpoint,
+)
 
 
 logger = logging.getLogger("continue_emoji_tower")
@@ -77,25 +84,12 @@ def fit(texts: CaptionVectors, embeds: Tensor, concept: Tensor, steps: int, nois
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", type=Path, required=True, help="folder that train_emoji_tower.py wrote")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=1240)
-    parser.add_argument("--minutes", type=float, help="train for this long instead of --steps")
+    add_training_options(parser)
     parser.add_argument("--fit-steps", type=int, default=200, help="steps of the captions' vectors alone")
     parser.add_argument("--noise", type=float, default=0.04, help="standard deviation, on the embeddings of the fit")
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of the tokens that a step leaves out")
     parser.add_argument("--own-dropout", type=float, default=0.5, help="the same for the captions' own vectors")
-    parser.add_argument("--hold-out-design", help="train without this design and score on it")
-    parser.add_argument("--batch-concepts", type=int, default=64, help="captions in a batch, with two images each")
-    parser.add_argument("--small-share", type=float, default=0.25, help="share of the steps at the small size")
-    parser.add_argument("--small-size", type=int, default=96)
-    parser.add_argument("--warmup", type=float, default=0.04, help="share of the training")
-    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate of the trunk")
-    parser.add_argument("--head-lr", type=float, default=1.5e-3, help="peak rate of the projection and the vectors")
-    parser.add_argument("--weight-decay", type=float, default=0.02)
-    parser.add_argument("--drop-path", type=float, default=0.1)
-    parser.add_argument("--ema", type=float, default=0.99)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(freeze_at=0.0, label_smoothing=0.0, clip_weight=0.5, image_weight=1.0)
+    parser.set_defaults(small_share=0.25, freeze_at=0.0, lr=3e-4, head_lr=1.5e-3, drop_path=0.1)
     return parser.parse_args()
 
 
@@ -106,17 +100,7 @@ def main() -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
 
-    rows = {"train": load_emoji("train"), "validation": load_emoji("validation")}
-    if args.hold_out_design:
-        designs = rows["train"]["design"]
-        rows["held-out design"] = rows["train"].select([i for i, d in enumerate(designs) if d == args.hold_out_design])
-        rows["train"] = rows["train"].select([i for i, d in enumerate(designs) if d != args.hold_out_design])
-    known = sorted({captions[0] for captions in rows["train"]["captions"]})
-    other = sorted({captions[0] for split in rows.values() for captions in split["captions"]} - set(known))
-    concepts = {caption: i for i, caption in enumerate(known + other)}
-    splits = {name: Drawings(split, concepts) for name, split in rows.items()}
-    drawings = splits.pop("train")
-
+    drawings, splits, known, other = read_drawings(args.hold_out_design)
     state = load_file(args.tower / "open_clip_model.safetensors")
     embed_dim = state["visual.head.proj.weight"].shape[0]
     model_cfg, visual = build_tower(embed_dim, args.drop_path)

@@ -100,6 +100,22 @@ class Drawings:
         return self.pixels[index].permute(0, 3, 1, 2).float().div_(255)
 
 
+def read_drawings(held_out: str | None, more: tuple[str, ...] = ()) -> tuple[Drawings, dict, list[str], list[str]]:
+    """Read the images to train on, those to score on by split, the captions of training, and those of scoring only."""
+    rows = {name: load_emoji(name) for name in ("train", "validation", *more)}
+    if held_out:
+        designs = rows["train"]["design"]
+        rows[f"held out: {held_out}"] = rows["train"].select([i for i, d in enumerate(designs) if d == held_out])
+        rows["train"] = rows["train"].select([i for i, d in enumerate(designs) if d != held_out])
+    known = sorted({captions[0] for captions in rows["train"]["captions"]})
+    other = sorted({captions[0] for split in rows.values() for captions in split["captions"]} - set(known))
+    concepts = {caption: i for i, caption in enumerate(known + other)}
+    splits = {name: Drawings(split, concepts) for name, split in rows.items()}
+    drawings = splits.pop("train")
+    logger.info("%d images of %d captions; %d captions are not in training", len(drawings), len(known), len(other))
+    return drawings, splits, known, other
+
+
 class PairSampler:
     """Endless batches of unique concepts with two images each, of two designs wherever the concept has them."""
 
@@ -467,9 +483,9 @@ def write_checkpoint(output: Path, model_cfg: dict, visual: nn.Module) -> None:
         save_file(state, scratch, metadata={"format": "pt"})
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and scores.json")
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that [`train`] and [`read_drawings`] follow."""
+    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=1240)
     parser.add_argument("--minutes", type=float, help="train for this long instead of --steps")
     parser.add_argument("--batch-concepts", type=int, default=64, help="captions in a batch, with two images each")
@@ -477,7 +493,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small-size", type=int, default=96)
     parser.add_argument("--warmup", type=float, default=0.04, help="share of the training")
     parser.add_argument("--freeze-at", type=float, default=0.25, help="share after which the first layers are frozen")
-    parser.add_argument("--embed-dim", type=int, default=384)
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of the trunk")
     parser.add_argument("--head-lr", type=float, default=2e-3, help="peak rate of the projection and the text side")
     parser.add_argument("--weight-decay", type=float, default=0.02)
@@ -487,9 +502,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-weight", type=float, default=1.0)
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--hold-out-design", help="train without this design and score on it")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_training_options(parser)
+    parser.add_argument("--embed-dim", type=int, default=384)
     parser.add_argument("--test", action="store_true", help="also score on the test splits")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
@@ -503,21 +524,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     start, cpu_start = time.perf_counter(), time.process_time()
 
-    rows = {"train": load_emoji("train"), "validation": load_emoji("validation")}
-    if args.test:
-        rows |= {name: load_emoji(name) for name in ("new_design", "new_caption")}
-    if args.hold_out_design:
-        designs = rows["train"]["design"]
-        held_out = [i for i, design in enumerate(designs) if design == args.hold_out_design]
-        rows[f"held out: {args.hold_out_design}"] = rows["train"].select(held_out)
-        rows["train"] = rows["train"].select([i for i, d in enumerate(designs) if d != args.hold_out_design])
-    known = sorted({captions[0] for captions in rows["train"]["captions"]})
-    other = sorted({captions[0] for split in rows.values() for captions in split["captions"]} - set(known))
+    more = ("new_design", "new_caption") if args.test else ()
+    drawings, splits, known, other = read_drawings(args.hold_out_design, more)
     texts = known + other
-    concepts = {caption: i for i, caption in enumerate(texts)}
-    splits = {name: Drawings(split, concepts) for name, split in rows.items()}
-    drawings = splits.pop("train")
-    logger.info("%d images of %d captions; %d captions are not in training", len(drawings), len(known), len(other))
 
     model_cfg, visual = build_tower(args.embed_dim, args.drop_path)
     text = TextHead(texts, minilm_features(texts), known, args.embed_dim)

@@ -69,6 +69,9 @@ def test_an_existing_file_is_continued_or_replaced(tmp_path, pictures, capsys):
     assert out.read_bytes() == before
     assert main([*command, "--overwrite"]) == 1
     assert out.read_bytes() == before
+    out.write_bytes(before[: len(before) // 2])
+    assert main([*command, "--skip-existing"]) == 1
+    assert out.read_bytes() == before, "continued after a cut"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])

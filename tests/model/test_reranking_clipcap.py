@@ -297,7 +297,7 @@ def test_emoji_mini_names_more_drawings_with_its_text_tower():
     for rerank in (None, reranker):
         found = caption_images(model, processor, data["image"], progress=False, num_beams=10, rerank=rerank)
         right.append(sum(one.captions[0] == names[0] for one, names in zip(found, data["captions"])))
-    assert right[1] - right[0] >= 6, right  # 142 and 152 of 190
+    assert right[0] >= 134 and right[1] - right[0] >= 6, right  # 142 and 152 of 190
 
 
 def test_wrong_text_towers_are_refused(captioner, save_clip, tmp_path, make_model, processor, model_folder):

@@ -2,9 +2,11 @@
 
 import ast
 import difflib
+import importlib.util
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,16 @@ def is_open_clip_name(name: str) -> bool:
     architecture, _, tag = name.partition("/")
     if not tag or Path(name).is_dir():
         return False
-    try:
-        from open_clip import list_models
-    except ImportError:
-        return False
-    return architecture in list_models()
+    return architecture in _architectures()
+
+
+def _architectures() -> set[str]:
+    """Name open_clip's architectures; without importing it, which takes longer than loading a small tower."""
+    if "open_clip" in sys.modules:  # there may be more by now (`open_clip.add_model_config`)
+        return set(sys.modules["open_clip"].list_models())
+    spec = importlib.util.find_spec("open_clip")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return {path.stem for folder in folders for path in (Path(folder) / "model_configs").glob("*.json")}
 
 
 def absolute_name(name: str) -> str:

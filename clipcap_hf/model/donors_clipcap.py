@@ -153,6 +153,8 @@ class Donor:
 
     def identity(self, weights: dict[str, torch.Tensor]) -> str:
         """Return the hash that identifies the donor, given its weights in the recorded dtype."""
+        if (recorded := self.record.get("sha256")) is not None and self._is_at_its_commit:
+            return recorded  # a commit of the Hub fixes what is in its files, so that hashing them says nothing new
         # Readers may unpack a GGUF file differently, so the hash is that of the file.
         return self._gguf_hash if self.is_gguf else weights_hash(weights.values())
 
@@ -164,6 +166,12 @@ class Donor:
     @property
     def is_gguf(self) -> bool:
         return "gguf_file" in self.kwargs
+
+    @property
+    def _is_at_its_commit(self) -> bool:
+        """Whether it is in the Hub's cache at the recorded commit, from which alone it is loaded then."""
+        commit = self.record.get("revision")
+        return commit is not None and commit == _cached_commit(self.name, {**self.kwargs, **self.hub_kwargs})
 
     @cached_property
     def _gguf_hash(self) -> str:

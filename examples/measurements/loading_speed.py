@@ -2,9 +2,10 @@
 
 python examples/measurements/loading_speed.py
 
-ViT-B/32 and GPT-2 small with random weights are saved to a temporary folder (2 GB). Each load happens in a process of
-its own, forked when everything is imported, in turns. The hashes of the parts that are left out are computed by
-threads: where there is a second core, time by the clock is nearer to that of the first thread than to all CPU time.
+ViT-B/32 and GPT-2 small with random weights are saved to a temporary folder (4 GB), as folders and as the Hub's cache
+keeps them. Each load happens in a process of its own, forked when everything is imported, in turns. Parts from folders
+are hashed, by threads: where there is a second core, time by the clock is nearer to that of the first thread than to
+all CPU time. Parts from the Hub are known by their commit.
 """
 
 import argparse
@@ -23,6 +24,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Co
 from transformers.utils import logging
 
 
+KINDS = {
+    "full": "full",
+    "mapper-only": "mapper-only, parts in folders",
+    "mapper-only-hub": "mapper-only, parts in the Hub's cache",
+}
+COMMIT = "0" * 40
 UNITS = ("CPU seconds", "CPU seconds of the first thread", "seconds", "peak MB")
 
 
@@ -33,13 +40,24 @@ def save_checkpoints(folder: Path, small: bool):
         vision = CLIPVisionConfig(patch_size=32, **sizes)
         text = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=4000)
     torch.manual_seed(0)
-    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "clip")
-    GPT2LMHeadModel(text).save_pretrained(folder / "gpt2")
-    model = ClipCapForConditionalGeneration.from_vision_text_pretrained(
-        str(folder / "clip"), str(folder / "gpt2"), freeze_language_model=True
-    )
+    parts = {"clip": CLIPVisionModelWithProjection(vision), "gpt2": GPT2LMHeadModel(text)}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        cached = folder / "cache" / f"models--parts--{name}"
+        part.save_pretrained(cached / "snapshots" / COMMIT)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(COMMIT)
+
+    def captioner(clip: str, gpt2: str, **where) -> ClipCapForConditionalGeneration:
+        return ClipCapForConditionalGeneration.from_vision_text_pretrained(
+            clip, gpt2, freeze_language_model=True, vision_kwargs=where, text_kwargs=where
+        )
+
+    model = captioner(str(folder / "clip"), str(folder / "gpt2"))
     model.save_pretrained(folder / "full")
     model.save_pretrained(folder / "mapper-only", save_frozen=False)
+    model = captioner("parts/clip", "parts/gpt2", cache_dir=folder / "cache", local_files_only=True)
+    model.save_pretrained(folder / "mapper-only-hub", save_frozen=False)
 
 
 def in_fork(work: Callable, *arguments):
@@ -50,7 +68,9 @@ def in_fork(work: Callable, *arguments):
 
 def load(folder: Path) -> list[float]:
     start = time.process_time(), time.thread_time(), time.perf_counter()
-    model = ClipCapForConditionalGeneration.from_pretrained(folder)
+    model = ClipCapForConditionalGeneration.from_pretrained(
+        folder, cache_dir=folder.parent / "cache", local_files_only=True
+    )
     end = time.process_time(), time.thread_time(), time.perf_counter()
     assert model.config.text_config.model_type == "gpt2"
     return [*(b - a for a, b in zip(start, end)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]
@@ -67,12 +87,16 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         in_fork(save_checkpoints, folder, args.small)
-        rounds = [[in_fork(load, folder / kind) for kind in ("full", "mapper-only")] for _ in range(args.rounds)]
-    print(f"{cores()} cores, medians of {args.rounds} loads\n| | full | mapper-only | ratio |\n|---|---|---|---|")
+        rounds = [[in_fork(load, folder / kind) for kind in KINDS] for _ in range(args.rounds)]
+    print(f"{cores()} cores, medians of {args.rounds} loads, beside full ones\n| | {' | '.join(KINDS.values())} |")
+    print("|---" * (len(KINDS) + 1) + "|")
     for number, unit in enumerate(UNITS):
-        full, light = ([each[kind][number] for each in rounds] for kind in (0, 1))
-        ratio = statistics.median(b / a for a, b in zip(full, light))
-        print(f"| {unit} | {statistics.median(full):.2f} | {statistics.median(light):.2f} | {ratio:.2f} |")
+        full, *light = ([each[kind][number] for each in rounds] for kind in range(len(KINDS)))
+        cells = [f"{statistics.median(full):.2f}"]
+        for values in light:
+            ratio = statistics.median(b / a for a, b in zip(full, values))
+            cells.append(f"{statistics.median(values):.2f} ({ratio:.2f} times)")
+        print(f"| {unit} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

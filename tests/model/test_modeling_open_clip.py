@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -259,6 +261,22 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path):
     name = write_open_clip(tmp_path / "vit", donor)
     with pytest.raises(ValueError, match=rf"(?s)The weights of {name} do not fit.*resblocks\.2"):
         OpenClipVisionModel.from_open_clip(name)
+
+
+def test_names_are_told_apart_without_importing_open_clip():
+    """Its import takes half a second, which loading a tower from the Hub should not."""
+    script = """
+import json, sys
+from clipcap_hf.model.checkpoints_open_clip import is_open_clip_name
+names = sys.stdin.read().split()
+found = [is_open_clip_name(name) for name in names]
+print(json.dumps({"found": found, "imported": "open_clip" in sys.modules}))
+"""
+    names = [f"{architecture}/openai" for architecture in open_clip.list_models()]
+    others = ["openai/clip-vit-base-patch32", "vit-b-32/openai"]
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, input="\n".join(names + others), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"found": [True] * len(names) + [False] * 2, "imported": False}
 
 
 def test_names_of_open_clip(tmp_path):

@@ -42,8 +42,8 @@ def is_open_clip_name(name: str) -> bool:
 
 def _architectures() -> set[str]:
     """Name open_clip's architectures; without importing it, which takes longer than loading a small tower."""
-    if "open_clip" in sys.modules:  # there may be more by now (`open_clip.add_model_config`)
-        return set(sys.modules["open_clip"].list_models())
+    if (open_clip := sys.modules.get("open_clip")) is not None:
+        return set(open_clip.list_models())  # there may be more by now (`open_clip.add_model_config`)
     spec = importlib.util.find_spec("open_clip")
     folders = (spec.submodule_search_locations if spec else None) or ()
     return {path.stem for folder in folders for path in (Path(folder) / "model_configs").glob("*.json")}

@@ -2,7 +2,7 @@
 
 python examples/measurements/loading_speed.py
 
-ViT-B/32 and GPT-2 small with random weights are saved to a temporary folder (4 GB), as folders and as the Hub's cache
+ViT-B/32 and GPT-2 small with random weights are saved to a temporary folder (3 GB), as folders and as the Hub's cache
 keeps them. Each load happens in a process of its own, forked when everything is imported, in turns. Parts from folders
 are hashed, by threads: where there is a second core, time by the clock is nearer to that of the first thread than to
 all CPU time. Parts from the Hub are known by their commit.

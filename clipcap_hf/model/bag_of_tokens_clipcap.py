@@ -22,6 +22,7 @@ class BagOfTokensTextConfig(PreTrainedConfig):
         projection_dim (`int`): Width of the embeddings of texts and images.
         max_position_embeddings (`int`): Longer texts are cut; there are no positions.
         rerank_weight (`float`): Weight of the cosine when captions are re-ranked, see [`CaptionReranker`].
+        rerank_seen_penalty (`float`): Taken off the cosines of the captions in `seen_captions.json`, if not 0.
     """
 
     model_type = "bag_of_tokens_text_model"
@@ -30,6 +31,7 @@ class BagOfTokensTextConfig(PreTrainedConfig):
     projection_dim: int = 384
     max_position_embeddings: int = 128
     rerank_weight: float = 10.0
+    rerank_seen_penalty: float = 0.0
     initializer_range: float = 0.02
 
 

@@ -2,11 +2,14 @@
 
 A language model prefers fluent captions; CLIP tells which of them fits the image. The score of a caption is the beam
 search's own (by default its mean log-probability per token, in nats) plus a weight times the cosine of image and text.
+A text tower that was trained on few captions finds them closer to every image than any other; a penalty on their
+cosine makes up for that ("calibrated stacking", Chao et al. 2016).
 """
 
 import math
 import os
 from collections import OrderedDict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,8 @@ class CaptionReranker:
         text_tower ([`~clipcap_hf.model.text_tower_clipcap.TextTower`]): Of the CLIP that the vision tower belongs to.
         processor ([`ClipCapProcessor`]): The captioner's, which turns tokens into text.
         weight (`float`): Of the cosine. 0 leaves the beam search's order. Choose it on held-out images.
+        seen_penalty (`float`): Taken off the cosines of the text tower's `seen_captions`. Choose it on held-out images
+            of captions that were seen and of captions that were not.
 
     Example:
 
@@ -50,10 +55,11 @@ class CaptionReranker:
     ```
     """
 
-    def __init__(self, text_tower: TextTower, processor, weight: float = DEFAULT_WEIGHT):
+    def __init__(self, text_tower: TextTower, processor, weight: float = DEFAULT_WEIGHT, seen_penalty: float = 0.0):
         self.text_tower = text_tower
         self.processor = processor
-        self.weight = _check_weight(weight)
+        self.weight = _check_number(weight, "The weight of re-ranking")
+        self.seen_penalty = _check_number(seen_penalty, "The penalty on captions that were seen")
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @classmethod
@@ -75,24 +81,30 @@ class CaptionReranker:
                 MetaCLIP 2), an open_clip name, or the folder of a captioner that has a text tower. By default the one
                 that is saved with the captioner, or else that of the CLIP that its configuration names (`donors`).
             weight (`float`, *optional*): Of the cosine; by default what the text tower's configuration recommends
-                (`rerank_weight`), or else 10.
+                (`rerank_weight`), or else 10. The penalty on captions that were seen is that of the configuration, too
+                (`rerank_seen_penalty`).
             hub_kwargs: `revision`, `token`, `cache_dir`, ... for a text tower on the Hub.
 
         Raises:
             ValueError: If there is no text tower, or it belongs to another CLIP than the captioner's vision tower.
         """
         if weight is not None:
-            _check_weight(weight)
+            _check_number(weight, "The weight of re-ranking")
         tower = _find_text_tower(model, processor, text_tower, hub_kwargs)
         _check_same_space(model, tower)
         if weight is None:
             weight = getattr(tower.config, "rerank_weight", DEFAULT_WEIGHT)
-        return cls(tower.to(model.device), processor, weight)
+        seen_penalty = getattr(tower.config, "rerank_seen_penalty", 0.0)
+        return cls(tower.to(model.device), processor, weight, seen_penalty)
 
     def record(self) -> dict[str, Any]:
-        """Say what the captions depend on: the text tower, by a hash of its weights, and the weight."""
+        """Say what the captions depend on: the text tower, by a hash of its weights, the weight and the penalty."""
         weights = self.text_tower.model.state_dict().values()
-        return {"text_tower_sha256": weights_hash(weights), "weight": self.weight}
+        record: dict[str, Any] = {"text_tower_sha256": weights_hash(weights), "weight": self.weight}
+        if self.seen_penalty:
+            seen = "\0".join(sorted(self.text_tower.seen_captions))
+            record |= {"seen_penalty": self.seen_penalty, "seen_sha256": sha256(seen.encode()).hexdigest()}
+        return record
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
@@ -111,6 +123,12 @@ class CaptionReranker:
         texts = texts.unflatten(0, (len(captions), -1))
         return torch.einsum("id,icd->ic", F.normalize(image_embeds.to(texts), dim=-1), texts)
 
+    def fit(self, image_embeds: torch.Tensor, captions: list[list[str]]) -> torch.Tensor:
+        """Say how well captions fit their images: `cosines`, less the penalty on those that were seen."""
+        seen = [[caption in self.text_tower.seen_captions for caption in of_image] for of_image in captions]
+        cosines = self.cosines(image_embeds, captions)
+        return cosines - self.seen_penalty * torch.tensor(seen).to(cosines)
+
     @torch.no_grad()
     def generate(self, model: GeneratesCaptions, generation_config, kwargs: dict[str, Any]):
         """Do the work of `model.generate(..., rerank=self)`."""
@@ -122,8 +140,8 @@ class CaptionReranker:
             raise ValueError("`rerank` needs exactly one image in each prompt.")
         texts = [text.strip() for text in self.processor.batch_decode(outputs.sequences, skip_special_tokens=True)]
         captions = [texts[start : start + candidates] for start in range(0, len(texts), candidates)]
-        cosines = self.cosines(image_embeds, captions)
-        scores = outputs.sequences_scores.to(cosines).unflatten(0, (images, candidates)) + self.weight * cosines
+        fit = self.fit(image_embeds, captions)
+        scores = outputs.sequences_scores.to(fit).unflatten(0, (images, candidates)) + self.weight * fit
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :wanted]
         rows = (best + torch.arange(images, device=best.device).unsqueeze(1) * candidates).flatten()
         for name in ("sequences", "sequences_scores", "beam_indices"):
@@ -142,10 +160,10 @@ def as_reranker(rerank: Any, model: GeneratesCaptions, processor) -> "CaptionRer
     return rerank
 
 
-def _check_weight(weight: float) -> float:
-    if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"The weight of re-ranking must be a number of at least 0, got {weight!r}.")
-    return float(weight)
+def _check_number(value: float, what: str) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{what} must be a number of at least 0, got {value!r}.")
+    return float(value)
 
 
 # -- which text tower

@@ -1,8 +1,9 @@
 """The text tower of a CLIP, which embeds texts into the space of its image embeddings."""
 
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from transformers import (
     Siglip2TextModel,
     SiglipTextModel,
 )
+from transformers.utils import cached_file
 
 from .bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from .checkpoints_open_clip import is_open_clip_name
 from .damage_clipcap import load_config, naming
 
+
+#: Beside a text tower whose configuration has a `rerank_seen_penalty`: a list of the captions that it was trained on.
+SEEN_CAPTIONS = "seen_captions.json"
 
 # By the type of a complete model or of the tower alone.
 _TEXT_TOWERS: dict[str, Any] = {
@@ -47,6 +52,7 @@ class TextTower:
         embed (`callable`): From a list of texts to their embeddings, on the network's device.
         config ([`~transformers.PreTrainedConfig`], *optional*): Of a tower of transformers.
         has_vision_tower (`bool`): Whether the checkpoint is a complete CLIP.
+        seen_captions (`frozenset[str]`): Captions that it was trained on, if its checkpoint lists them.
     """
 
     name: str
@@ -54,6 +60,7 @@ class TextTower:
     embed: Callable[[list[str], torch.device], torch.Tensor]
     config: PreTrainedConfig | None = None
     has_vision_tower: bool = True
+    seen_captions: frozenset[str] = field(default=frozenset(), repr=False)
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
@@ -121,7 +128,20 @@ def load_text_tower(
         return outputs.get("text_embeds", outputs.get("pooler_output"))
 
     has_vision_tower = getattr(config, "vision_config", None) is not None
-    return TextTower(name, model.eval(), embed, text_config, has_vision_tower).to(device)
+    seen = _load_seen_captions(name, hub_kwargs) if getattr(text_config, "rerank_seen_penalty", 0) else frozenset()
+    return TextTower(name, model.eval(), embed, text_config, has_vision_tower, seen).to(device)
+
+
+def _load_seen_captions(name: str, hub_kwargs: dict[str, Any]) -> frozenset[str]:
+    where = {key: value for key, value in hub_kwargs.items() if key != "trust_remote_code"}
+    path = cached_file(name, SEEN_CAPTIONS, **where)
+    try:
+        captions = json.loads(Path(path).read_bytes())
+    except ValueError:
+        captions = None
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{path} must be a JSON list of captions: copy it again from where it came from.")
+    return frozenset(captions)
 
 
 def _load_config(name: str, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:

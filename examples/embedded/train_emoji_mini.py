@@ -2,7 +2,7 @@
 
 The tower is frozen. Each training drawing is embedded as it is and, with --views, in augmented views (with the
 augmentation of the tower's training). Training shifts each embedding as if another designer had drawn the image
-(`clipcap_hf.demo.DesignShift`). With its defaults it trains as `clipcap demo` does, and should give the same.
+(`clipcap_hf.demo.DesignShift`). It trains as `clipcap demo --epochs 20` does.
 
     python examples/embedded/train_emoji_mini.py --tower build/emoji-tower --out build/emoji-mini
 
@@ -73,7 +73,8 @@ def main():
     parser.add_argument("--tower", type=Path, required=True, help="folder that train_emoji_tower.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the captioner")
     parser.add_argument("--views", type=int, default=0, help="augmented views of each training image")
-    parser.add_argument("--epochs", type=float, default=8, help="passes over all views")
+    parser.add_argument("--hold-out-design", help="train without this design, to choose settings on it")
+    parser.add_argument("--epochs", type=float, default=20, help="passes over all views")
     parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of noise on the embeddings")
     parser.add_argument("--prefix-length", type=int, default=PREFIX_LENGTH)
     parser.add_argument("--hidden-size", type=int, default=192, help="hidden size of the GPT-2")
@@ -90,6 +91,8 @@ def main():
     tower = OpenClipVisionModel.from_open_clip(str(arguments.tower)).eval()
     _, preprocess_cfg, _ = load_open_clip_checkpoint(str(arguments.tower), with_weights=False)
     data = {split: load_emoji(split) for split in ("train", "validation")}
+    kept = [row for row, design in enumerate(data["train"]["design"]) if design != arguments.hold_out_design]
+    data["train"] = data["train"].select(kept)
     names = {split: [captions[0] for captions in rows["captions"]] for split, rows in data.items()}
     processor = ClipCapProcessor(
         image_processor_from_open_clip(preprocess_cfg),

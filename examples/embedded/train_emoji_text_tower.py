@@ -9,8 +9,9 @@ embedding gets noise, since those of training drawings lie closer to their capti
     python examples/embedded/train_emoji_text_tower.py --captioner build/emoji-mini
 
 writes `build/emoji-mini/text_tower`, in half precision, and prints how many captions of the validation split (none of
-which is in training) are exact after re-ranking with several weights; with --hold-out-design also how many of that
-design's, which image tower and captioner should not have seen either.
+which is in training) are exact after re-ranking with several weights, and with several penalties on the captions of
+training; with --hold-out-design also how many of that design's, which image tower and captioner should not have seen
+either.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
 from clipcap_hf.files import write_text
 from clipcap_hf.model.bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
+from clipcap_hf.model.text_tower_clipcap import SEEN_CAPTIONS
 from continue_emoji_tower import CaptionVectors, fit
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +33,7 @@ from torch.nn import functional as F
 
 logger = logging.getLogger("train_emoji_text_tower")
 WEIGHTS = (0, 5, 10, 15, 20, 30, 50, 100, 200)
+PENALTIES = (0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
 BEAMS = 10
 
 
@@ -45,21 +48,25 @@ def train(embeds: Tensor, names: list[str], tokenizer, args) -> Tensor:
     return vectors
 
 
-def save(vectors: Tensor, weight: float, folder: Path) -> None:
-    """Save in half precision, with the weight that re-ranking uses unless told otherwise."""
+def save(vectors: Tensor, captions: set[str], args, folder: Path) -> None:
+    """Save in half precision, with the captions of training and how re-ranking works unless told otherwise."""
     config = BagOfTokensTextConfig(
-        vocab_size=len(vectors), projection_dim=vectors.shape[1], rerank_weight=weight, dtype="float32"
+        vocab_size=len(vectors),
+        projection_dim=vectors.shape[1],
+        rerank_weight=args.rerank_weight,
+        rerank_seen_penalty=args.rerank_seen_penalty,
+        dtype="float32",
     )
     tower = BagOfTokensTextModel(config)
     tower.vectors.weight.data = vectors.half()
     tower.save_pretrained(folder)
+    write_text(folder / SEEN_CAPTIONS, json.dumps(sorted(captions), indent=0, ensure_ascii=False) + "\n")
     settings = json.loads((folder / "config.json").read_text())
     write_text(folder / "config.json", json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
-def exact(model, processor, embeds: Tensor, names: list[str], weight: float) -> float:
-    reranker = CaptionReranker.from_pretrained(model, processor, weight=weight)
-    found = caption_embeds(model, processor, embeds, progress=False, num_beams=BEAMS, rerank=reranker)
+def exact(model, reranker: CaptionReranker, embeds: Tensor, names: list[str]) -> float:
+    found = caption_embeds(model, reranker.processor, embeds, progress=False, num_beams=BEAMS, rerank=reranker)
     return 100 * sum(caption == name for caption, name in zip(found, names)) / len(names)
 
 
@@ -71,7 +78,8 @@ def main():
     parser.add_argument("--noise", type=float, default=0.04, help="standard deviation of noise on the embeddings")
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of the tokens that a step leaves out")
     parser.add_argument("--own-dropout", type=float, default=0.5, help="the same for the captions' own vectors")
-    parser.add_argument("--rerank-weight", type=float, default=15.0, help="saved as the tower's default")
+    parser.add_argument("--rerank-weight", type=float, default=10.0, help="saved as the tower's default")
+    parser.add_argument("--rerank-seen-penalty", type=float, default=0.03, help="the same, for captions of training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -91,13 +99,15 @@ def main():
     torch.manual_seed(args.seed)
     names = [captions[0] for captions in train_rows["captions"]]
     vectors = train(embed(train_rows), names, processor.tokenizer, args)
-    save(vectors, args.rerank_weight, args.captioner / "text_tower")
+    save(vectors, set(names), args, args.captioner / "text_tower")
 
+    tower = CaptionReranker.from_pretrained(model, processor).text_tower
     for title, rows in held_out.items():
         embeds, own = embed(rows), [captions[0] for captions in rows["captions"]]
-        for weight in WEIGHTS:
-            found = exact(model, processor, embeds, own, weight)
-            logger.info("%s: weight %g, exact %.1f %%", title, weight, found)
+        pairs = [(weight, 0.0) for weight in WEIGHTS] + [(args.rerank_weight, penalty) for penalty in PENALTIES]
+        for weight, penalty in pairs:
+            found = exact(model, CaptionReranker(tower, processor, weight, penalty), embeds, own)
+            logger.info("%s: weight %g, penalty %g, exact %.1f %%", title, weight, penalty, found)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ class CaptionReranker:
         texts = texts.unflatten(0, (len(captions), -1))
         return torch.einsum("id,icd->ic", F.normalize(image_embeds.to(texts), dim=-1), texts)
 
-    def fit(self, image_embeds: torch.Tensor, captions: list[list[str]]) -> torch.Tensor:
-        """Say how well captions fit their images: `cosines`, less the penalty on those that were seen."""
+    def rate(self, image_embeds: torch.Tensor, captions: list[list[str]]) -> torch.Tensor:
+        """Rate how well captions fit their images: `cosines`, less the penalty on those that were seen."""
         seen = [[caption in self.text_tower.seen_captions for caption in of_image] for of_image in captions]
         cosines = self.cosines(image_embeds, captions)
         return cosines - self.seen_penalty * torch.tensor(seen).to(cosines)
@@ -140,8 +140,8 @@ class CaptionReranker:
             raise ValueError("`rerank` needs exactly one image in each prompt.")
         texts = [text.strip() for text in self.processor.batch_decode(outputs.sequences, skip_special_tokens=True)]
         captions = [texts[start : start + candidates] for start in range(0, len(texts), candidates)]
-        fit = self.fit(image_embeds, captions)
-        scores = outputs.sequences_scores.to(fit).unflatten(0, (images, candidates)) + self.weight * fit
+        ratings = self.rate(image_embeds, captions)
+        scores = outputs.sequences_scores.to(ratings).unflatten(0, (images, candidates)) + self.weight * ratings
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :wanted]
         rows = (best + torch.arange(images, device=best.device).unsqueeze(1) * candidates).flatten()
         for name in ("sequences", "sequences_scores", "beam_indices"):

@@ -2,8 +2,8 @@
 
 A language model prefers fluent captions; CLIP tells which of them fits the image. The score of a caption is the beam
 search's own (by default its mean log-probability per token, in nats) plus a weight times the cosine of image and text.
-A text tower that was trained on few captions finds them closer to every image than any other; a penalty on their
-cosine makes up for that ("calibrated stacking", Chao et al. 2016).
+A text tower that was trained on few captions tends to find them closer to an image than captions that it never saw; a
+penalty on their cosine makes up for that ("calibrated stacking", Chao et al. 2016).
 """
 
 import math

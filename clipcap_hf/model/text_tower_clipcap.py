@@ -137,7 +137,7 @@ def _load_seen_captions(name: str, hub_kwargs: dict[str, Any]) -> frozenset[str]
     path = cached_file(name, SEEN_CAPTIONS, **where)
     try:
         captions = json.loads(Path(path).read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         captions = None
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path} must be a JSON list of captions: copy it again from where it came from.")

@@ -30,7 +30,7 @@ from clipcap_hf.model.image_processing_open_clip import image_processor_from_ope
 from clipcap_hf.model.reranking_clipcap import DEFAULT_BEAMS
 from torch.nn import functional as F
 from tqdm import tqdm
-from train_emoji_tower import augment
+from train_emoji_tower import augment, hold_out
 
 
 logger = logging.getLogger("train_emoji_mini")
@@ -91,8 +91,8 @@ def main():
     tower = OpenClipVisionModel.from_open_clip(str(arguments.tower)).eval()
     _, preprocess_cfg, _ = load_open_clip_checkpoint(str(arguments.tower), with_weights=False)
     data = {split: load_emoji(split) for split in ("train", "validation")}
-    kept = [row for row, design in enumerate(data["train"]["design"]) if design != arguments.hold_out_design]
-    data["train"] = data["train"].select(kept)
+    if arguments.hold_out_design:
+        data["train"], _ = hold_out(data["train"], arguments.hold_out_design)
     names = {split: [captions[0] for captions in rows["captions"]] for split, rows in data.items()}
     processor = ClipCapProcessor(
         image_processor_from_open_clip(preprocess_cfg),

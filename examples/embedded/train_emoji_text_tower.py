@@ -29,11 +29,12 @@ from clipcap_hf.model.text_tower_clipcap import SEEN_CAPTIONS
 from continue_emoji_tower import CaptionVectors, fit
 from torch import Tensor
 from torch.nn import functional as F
+from train_emoji_tower import hold_out
 
 
 logger = logging.getLogger("train_emoji_text_tower")
 WEIGHTS = (0, 5, 10, 15, 20, 30, 50, 100, 200)
-PENALTIES = (0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
+PENALTIES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
 BEAMS = 10
 
 
@@ -89,9 +90,7 @@ def main():
     data = load_emoji()
     train_rows, held_out = data["train"], {"new captions": data["validation"]}
     if args.hold_out_design:
-        is_held_out = [design == args.hold_out_design for design in train_rows["design"]]
-        held_out["held-out design"] = train_rows.select([i for i, out in enumerate(is_held_out) if out])
-        train_rows = train_rows.select([i for i, out in enumerate(is_held_out) if not out])
+        train_rows, held_out["held-out design"] = hold_out(train_rows, args.hold_out_design)
 
     def embed(rows) -> Tensor:
         return F.normalize(embed_images(model, processor, rows["image"]), dim=-1)

@@ -100,13 +100,19 @@ class Drawings:
         return self.pixels[index].permute(0, 3, 1, 2).float().div_(255)
 
 
+def hold_out(rows, design: str):
+    """Part the rows of all other designs from those of one."""
+    is_held_out = [one == design for one in rows["design"]]
+    if not any(is_held_out):
+        raise SystemExit(f"--hold-out-design must be one of {sorted(set(rows['design']))}, got {design!r}")
+    return (rows.select([row for row, out in enumerate(is_held_out) if out == held]) for held in (False, True))
+
+
 def read_drawings(held_out: str | None, more: tuple[str, ...] = ()) -> tuple[Drawings, dict, list[str], list[str]]:
     """Read the images to train on, those to score on by split, the captions of training, and those of scoring only."""
     rows = {name: load_emoji(name) for name in ("train", "validation", *more)}
     if held_out:
-        designs = rows["train"]["design"]
-        rows[f"held out: {held_out}"] = rows["train"].select([i for i, d in enumerate(designs) if d == held_out])
-        rows["train"] = rows["train"].select([i for i, d in enumerate(designs) if d != held_out])
+        rows["train"], rows[f"held out: {held_out}"] = hold_out(rows["train"], held_out)
     known = sorted({captions[0] for captions in rows["train"]["captions"]})
     other = sorted({captions[0] for split in rows.values() for captions in split["captions"]} - set(known))
     concepts = {caption: i for i, caption in enumerate(known + other)}

@@ -309,7 +309,7 @@ def test_a_penalty_on_captions_that_the_text_tower_has_seen(captioner, pixels, m
     assert strict.record() != fewer.record() != plain.record()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", None])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", pytest.param("[" * 100_000, id="deep"), None])
 def test_a_damaged_list_of_seen_captions_is_refused(captioner, model_folder, content):
     save_text_tower(model_folder, rerank_seen_penalty=0.5)
     if content is not None:

@@ -1,5 +1,6 @@
 """The command line: fast help, one-line errors, robust output, and no code from model folders."""
 
+import gc
 import json
 import os
 import pickle
@@ -60,6 +61,13 @@ def test_help_and_usage_errors_come_at_once(arguments, status, said):
     assert said in (result.stderr if status else result.stdout).decode()
     # Importing torch and transformers takes seconds.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_garbage_is_seldom_looked_for_while_a_command_runs(picture, monkeypatch):
+    before, within = gc.get_threshold(), []
+    monkeypatch.setattr(caption, "run", lambda arguments: within.append(gc.get_threshold()[0]) or 0)
+    assert main(["caption", str(picture)]) == 0
+    assert within == [20_000] and gc.get_threshold() == before
 
 
 def test_the_parser_imports_nothing_slow():

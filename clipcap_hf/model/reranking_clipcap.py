@@ -46,6 +46,10 @@ class CaptionReranker:
         seen_penalty (`float`): Taken off the cosines of the text tower's `seen_captions`. Choose it on held-out images
             of captions that were seen and of captions that were not.
 
+    Raises:
+        ValueError: If the weight or the penalty is not a number of at least 0, or there is a penalty, but the text
+            tower does not list the captions that it has seen.
+
     Example:
 
     ```python
@@ -60,6 +64,11 @@ class CaptionReranker:
         self.processor = processor
         self.weight = _check_number(weight, "The weight of re-ranking")
         self.seen_penalty = _check_number(seen_penalty, "The penalty on captions that were seen")
+        if self.seen_penalty and not text_tower.seen_captions:
+            raise ValueError(
+                f"A penalty of {seen_penalty:g} on captions that the text tower has seen needs a list of them, which it "
+                "does not have (`seen_captions`): leave `seen_penalty` out, or give the text tower the list."
+            )
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @classmethod

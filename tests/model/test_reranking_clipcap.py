@@ -305,8 +305,10 @@ def test_a_penalty_on_captions_that_the_text_tower_has_seen(captioner, pixels, m
     found = model.generate(pixel_values=pixels, num_beams=BEAMS, num_return_sequences=BEAMS, rerank=strict)
     assert decoded(processor, found, len(pixels)) == expected != best_of(texts, log_probs + 5 * cosines)
     assert plain.record().keys() == {"text_tower_sha256", "weight"}
-    fewer = CaptionReranker(replace(tower, seen_captions=frozenset()), processor, 5, 0.5)
+    fewer = CaptionReranker(replace(tower, seen_captions=frozenset(sorted(seen)[1:])), processor, 5, 0.5)
     assert strict.record() != fewer.record() != plain.record()
+    with pytest.raises(ValueError, match="needs a list of them"):
+        CaptionReranker(replace(tower, seen_captions=frozenset()), processor, 5, 0.5)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", pytest.param("[" * 100_000, id="deep"), None])

@@ -1,4 +1,4 @@
-"""Go on training the image tower of `train_emoji_tower.py`, against captions that have a vector of their own.
+r"""Go on training the image tower of `train_emoji_tower.py`, against captions that have a vector of their own.
 
 Each drawing must find its caption among all training captions, as before. Here the embedding of a caption is the sum
 of the vectors of its tokens and, half of the time, of a vector for the caption as a whole. So the sum alone must be
@@ -6,11 +6,17 @@ good enough for captions that training never saw, but need not stretch to what n
 are first fitted to the embeddings of the tower. They serve this training only: `train_emoji_text_tower.py` trains
 those of the text tower that is saved with the captioner.
 
-    python examples/embedded/train_emoji_tower.py --output build/first-tower --minutes 37
-    python examples/embedded/continue_emoji_tower.py --tower build/first-tower --output build/emoji-tower --minutes 52
+    python examples/embedded/train_emoji_tower.py --output build/tower-1 --minutes 37
+    python examples/embedded/continue_emoji_tower.py --tower build/tower-1 --output build/tower-2 --minutes 52
 
 took 52 minutes on one CPU core (1,241 steps) and prints which of all captions each drawing of the validation split is
-nearest to. With --hold-out-design a training design plays the unseen one; both commands need it.
+nearest to. The published tower went on once more, with the drawings of `fetch_icons.py`:
+
+    python examples/embedded/fetch_icons.py --output build/icons.parquet
+    python examples/embedded/continue_emoji_tower.py --tower build/tower-2 --output build/tower-3 --steps 2000 \
+        --further build/icons.parquet
+
+took 67 minutes on one busy core. With --hold-out-design a training design plays the unseen one; all commands need it.
 """
 
 import argparse
@@ -100,7 +106,7 @@ def main() -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
 
-    drawings, splits, known, other = read_drawings(args.hold_out_design)
+    drawings, splits, known, other = read_drawings(args.hold_out_design, further=args.further)
     state = load_file(args.tower / "open_clip_model.safetensors")
     embed_dim = state["visual.head.proj.weight"].shape[0]
     model_cfg, visual = build_tower(embed_dim, args.drop_path)

@@ -1,10 +1,11 @@
-"""Train `emoji-mini`, the embedded captioner of emoji drawings, on the tower of `continue_emoji_tower.py`.
+r"""Train `emoji-mini`, the embedded captioner of emoji drawings, on the tower of `continue_emoji_tower.py`.
 
 The tower is frozen. Each training drawing is embedded as it is and, with --views, in augmented views (with the
 augmentation of the tower's training). Training shifts each embedding as if another designer had drawn the image
-(`clipcap_hf.demo.DesignShift`). It trains as `clipcap demo --epochs 20` does.
+(`clipcap_hf.demo.DesignShift`). It trains as `clipcap demo` does, and on the drawings of `fetch_icons.py` besides.
 
-    python examples/embedded/train_emoji_mini.py --tower build/emoji-tower --out build/emoji-mini
+    python examples/embedded/train_emoji_mini.py --tower build/tower-3 --out build/emoji-mini --epochs 12 \
+        --further build/icons.parquet
 
 writes the captioner, with weights in half precision, and prints the exact matches on the validation split.
 """
@@ -30,7 +31,7 @@ from clipcap_hf.model.image_processing_open_clip import image_processor_from_ope
 from clipcap_hf.model.reranking_clipcap import DEFAULT_BEAMS
 from torch.nn import functional as F
 from tqdm import tqdm
-from train_emoji_tower import augment, hold_out
+from train_emoji_tower import augment, hold_out, with_further
 
 
 logger = logging.getLogger("train_emoji_mini")
@@ -74,6 +75,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder for the captioner")
     parser.add_argument("--views", type=int, default=0, help="augmented views of each training image")
     parser.add_argument("--hold-out-design", help="train without this design, to choose settings on it")
+    parser.add_argument("--further", type=Path, help="also train on the drawings that fetch_icons.py wrote")
     parser.add_argument("--epochs", type=float, default=20, help="passes over all views")
     parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of noise on the embeddings")
     parser.add_argument("--prefix-length", type=int, default=PREFIX_LENGTH)
@@ -94,6 +96,7 @@ def main():
     if arguments.hold_out_design:
         data["train"], _ = hold_out(data["train"], arguments.hold_out_design)
     names = {split: [captions[0] for captions in rows["captions"]] for split, rows in data.items()}
+    data["train"] = with_further(data["train"], arguments.further)
     processor = ClipCapProcessor(
         image_processor_from_open_clip(preprocess_cfg),
         train_tokenizer(names["train"]),

@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of the tokens that a step leaves out")
     parser.add_argument("--own-dropout", type=float, default=0.5, help="the same for the captions' own vectors")
     parser.add_argument("--rerank-weight", type=float, default=10.0, help="saved as the tower's default")
-    parser.add_argument("--rerank-seen-penalty", type=float, default=0.03, help="the same, for captions of training")
+    parser.add_argument("--rerank-seen-penalty", type=float, default=0.02, help="the same, for captions of training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

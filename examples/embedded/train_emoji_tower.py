@@ -55,6 +55,7 @@ import torch.nn.functional as F
 from clipcap_hf.data import load_emoji
 from clipcap_hf.files import whole_file, write_text
 from clipcap_hf.processes import keep_freed_memory
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -108,11 +109,24 @@ def hold_out(rows, design: str):
     return (rows.select([row for row, out in enumerate(is_held_out) if out == held]) for held in (False, True))
 
 
-def read_drawings(held_out: str | None, more: tuple[str, ...] = ()) -> tuple[Drawings, dict, list[str], list[str]]:
+def with_further(rows, path: Path | None):
+    """Add the further drawings of the same captions that `fetch_icons.py` wrote."""
+    if path is None:
+        return rows
+    known = {captions[0] for captions in rows["captions"]}
+    further = Dataset.from_parquet(str(path))
+    further = further.select([row for row, captions in enumerate(further["captions"]) if captions[0] in known])
+    return concatenate_datasets([rows.select_columns(further.column_names), further])
+
+
+def read_drawings(
+    held_out: str | None, more: tuple[str, ...] = (), further: Path | None = None
+) -> tuple[Drawings, dict, list[str], list[str]]:
     """Read the images to train on, those to score on by split, the captions of training, and those of scoring only."""
     rows = {name: load_emoji(name) for name in ("train", "validation", *more)}
     if held_out:
         rows["train"], rows[f"held out: {held_out}"] = hold_out(rows["train"], held_out)
+    rows["train"] = with_further(rows["train"], further)
     known = sorted({captions[0] for captions in rows["train"]["captions"]})
     other = sorted({captions[0] for split in rows.values() for captions in split["captions"]} - set(known))
     concepts = {caption: i for i, caption in enumerate(known + other)}
@@ -508,6 +522,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-weight", type=float, default=1.0)
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--hold-out-design", help="train without this design and score on it")
+    parser.add_argument("--further", type=Path, help="also train on the drawings that fetch_icons.py wrote")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -531,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
     start, cpu_start = time.perf_counter(), time.process_time()
 
     more = ("new_design", "new_caption") if args.test else ()
-    drawings, splits, known, other = read_drawings(args.hold_out_design, more)
+    drawings, splits, known, other = read_drawings(args.hold_out_design, more, args.further)
     texts = known + other
 
     model_cfg, visual = build_tower(args.embed_dim, args.drop_path)

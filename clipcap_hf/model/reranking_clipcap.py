@@ -66,8 +66,8 @@ class CaptionReranker:
         self.seen_penalty = _check_number(seen_penalty, "The penalty on captions that were seen")
         if self.seen_penalty and not text_tower.seen_captions:
             raise ValueError(
-                f"A penalty of {seen_penalty:g} on captions that the text tower has seen needs a list of them, which it "
-                "does not have (`seen_captions`): leave `seen_penalty` out, or give the text tower the list."
+                f"A penalty of {seen_penalty:g} on captions that the text tower has seen needs a list of them, which "
+                "it does not have (`seen_captions`): leave `seen_penalty` out, or give the text tower the list."
             )
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
 

@@ -9,7 +9,8 @@ no drawing. Icons of one colour are drawn in a random one, and not taken for cap
 
 downloads 22 npm packages at pinned versions (30 MB) and writes a file for `--further` of `train_emoji_tower.py`,
 `continue_emoji_tower.py` and `train_emoji_mini.py`: 8,507 drawings of 2,652 captions, in 3 minutes. The icons are not
-a part of clipcap_hf; their licences (`SETS`) allow to use and change them, some if their authors are named.
+a part of clipcap_hf; their licences (`SETS`) allow to use and change them, some if their authors are named. Fluent
+Emoji's are by the designers of two designs of the data set, so let another design play the unseen one.
 
 Requirements: the ``npm`` command, and ``pip install resvg_py``.
 """

@@ -112,7 +112,7 @@ class Donor:
             ValueError: If it is not the recorded model.
         """
         if self.is_gguf:
-            self._compare(self._gguf_hash)
+            self._compare(self.identity({}))
             check_can_read_gguf(self.name)
             return
         try:
@@ -152,7 +152,7 @@ class Donor:
         return model.state_dict()
 
     def identity(self, weights: dict[str, torch.Tensor]) -> str:
-        """Return the hash that identifies the donor, given its weights in the recorded dtype."""
+        """Return the hash that identifies the donor, given its weights in the recorded dtype (none for GGUF files)."""
         if (recorded := self.record.get("sha256")) is not None and self._is_at_its_commit:
             return recorded  # a commit of the Hub fixes what is in its files, so that hashing them says nothing new
         # Readers may unpack a GGUF file differently, so the hash is that of the file.

@@ -313,6 +313,17 @@ def test_a_commit_of_the_hub_is_known_without_a_hash(donors, start, monkeypatch)
         load(donors / "light", **where)
 
 
+def test_a_gguf_file_is_hashed_unless_its_commit_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipcap_hf.model.donors_clipcap.check_can_read_gguf", lambda name: None)
+    snapshot = tmp_path / "models--parts--gguf" / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.gguf").write_bytes(b"weights")
+    record = {"name": "parts/gguf", "gguf_file": "a.gguf", "revision": snapshot.name, "sha256": "another"}
+    Donor("language_model", record, hub_kwargs={"cache_dir": str(tmp_path)}).check(None)
+    with pytest.raises(ValueError, match="the SHA-256 of a.gguf is"):
+        Donor("language_model", record, moved_to=str(snapshot)).check(None)
+
+
 def test_donor_of_another_size_is_found_before_weights_are_read(donors, start, text_config, monkeypatch):
     start().save_pretrained(donors / "light", save_frozen=False)
     text_config.n_layer = 3

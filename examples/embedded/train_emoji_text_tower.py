@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from clipcap_hf import CaptionReranker, ClipCapForConditionalGeneration, ClipCapProcessor
-from clipcap_hf.captioning import caption_embeds, embed_images
+from clipcap_hf.captioning import embed_images
 from clipcap_hf.data import load_emoji
 from clipcap_hf.files import write_text
 from clipcap_hf.model.bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
@@ -29,6 +29,7 @@ from clipcap_hf.model.text_tower_clipcap import SEEN_CAPTIONS
 from continue_emoji_tower import CaptionVectors, fit
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 from train_emoji_tower import hold_out
 
 
@@ -66,9 +67,26 @@ def save(vectors: Tensor, captions: set[str], args, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
-def exact(model, reranker: CaptionReranker, embeds: Tensor, names: list[str]) -> float:
-    found = caption_embeds(model, reranker.processor, embeds, progress=False, num_beams=BEAMS, rerank=reranker)
-    return 100 * sum(caption == name for caption, name in zip(found, names)) / len(names)
+def search(model, processor, embeds: Tensor) -> tuple[list[list[str]], Tensor]:
+    """Return the captions of each image's beams, and the beam search's scores (images, beams)."""
+    captions, scores = [], []
+    for batch in tqdm(embeds.split(32), desc="search", leave=False):
+        found = model.generate(
+            clip_embeds=batch,
+            num_beams=BEAMS,
+            num_return_sequences=BEAMS,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        texts = [text.strip() for text in processor.batch_decode(found.sequences, skip_special_tokens=True)]
+        captions += [texts[start : start + BEAMS] for start in range(0, len(texts), BEAMS)]
+        scores.append(found.sequences_scores.view(len(batch), BEAMS))
+    return captions, torch.cat(scores)
+
+
+def exact(reranker: CaptionReranker, embeds: Tensor, captions: list[list[str]], scores: Tensor, names) -> float:
+    best = (scores + reranker.weight * reranker.rate(embeds, captions)).argmax(1).tolist()
+    return 100 * sum(texts[row] == name for texts, row, name in zip(captions, best, names)) / len(names)
 
 
 def main():
@@ -103,9 +121,10 @@ def main():
     tower = CaptionReranker.from_pretrained(model, processor).text_tower
     for title, rows in held_out.items():
         embeds, own = embed(rows), [captions[0] for captions in rows["captions"]]
+        captions, scores = search(model, processor, embeds)
         pairs = [(weight, 0.0) for weight in WEIGHTS] + [(args.rerank_weight, penalty) for penalty in PENALTIES]
         for weight, penalty in pairs:
-            found = exact(model, CaptionReranker(tower, processor, weight, penalty), embeds, own)
+            found = exact(CaptionReranker(tower, processor, weight, penalty), embeds, captions, scores, own)
             logger.info("%s: weight %g, penalty %g, exact %.1f %%", title, weight, penalty, found)
 
 

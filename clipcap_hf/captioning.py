@@ -1,10 +1,11 @@
 """Caption many images: read files in workers, run the model on batches, report files that cannot be read."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -18,10 +19,13 @@ from .model.images_clipcap import edge_that_is_enough, stored_images
 from .model.modeling_clipcap import ClipCapForConditionalGeneration
 from .model.modeling_vision import place_pixels
 from .model.processing_clipcap import ClipCapProcessor, load_image
-from .processes import process_state
+from .processes import in_threads, process_state
 
 
 logger = logging.getLogger(__name__)
+
+_ERRORS = (ValueError, OSError, MemoryError)  # of an image that cannot be read
+_READ_ANEW = (str, os.PathLike, bytes, dict)
 
 
 @dataclass
@@ -71,18 +75,38 @@ class _Images(Dataset):
         self.enough = edge_that_is_enough(self.image_processor) if reduce_jpeg else None
 
     def __getitem__(self, indices: range) -> _Batch:
-        pixels, drawn, errors = zip(*map(self._read, indices))
+        pixels, drawn, errors = zip(*in_threads(self._read, [self._fetch(index) for index in indices]))
         readable = [image for image in pixels if image is not None]
         # A worker's `default_collate` puts them together in memory that both processes share.
         return _Batch(default_collate(readable) if readable else torch.empty(0), list(drawn), list(errors))
 
-    def _read(self, index: int) -> tuple[torch.Tensor | None, bool | None, str | None]:
+    def _fetch(self, index: int) -> Any:
+        """Return what threads may read at the same time. All else is read here: an open image may be there twice."""
         try:
-            image = load_image(self.images[index], enough=self.enough)
+            image = self.images[index]
+        except _ERRORS as error:
+            return _unreadable(error)
+        return image if isinstance(image, _READ_ANEW) else self._read(image)
+
+    def _read(self, image: Any) -> "_Read":
+        if isinstance(image, _Read):
+            return image
+        try:
+            image = load_image(image, enough=self.enough)
             pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-            return pixels, looks_drawn(image) if self.tell_drawings else None, None
-        except (ValueError, OSError, MemoryError) as error:
-            return None, None, str(error) or type(error).__name__
+            return _Read(pixels, looks_drawn(image) if self.tell_drawings else None, None)
+        except _ERRORS as error:
+            return _unreadable(error)
+
+
+class _Read(NamedTuple):
+    pixels: torch.Tensor | None
+    drawn: bool | None
+    error: str | None
+
+
+def _unreadable(error: Exception) -> _Read:
+    return _Read(None, None, str(error) or type(error).__name__)
 
 
 def caption_files(
@@ -108,7 +132,8 @@ def caption_files(
         processor ([`ClipCapProcessor`]): Its processor.
         paths (`list[str]`): Image files.
         batch_size (`int`): Images that go through the model at once.
-        num_workers (`int`): Processes that read and resize images; 0 does it in this process.
+        num_workers (`int`): Processes that read and resize images. With 0, threads of this process read them between
+            two batches.
         prompt (`str`, *optional*): A beginning that every caption continues.
         progress (`bool`): Show a progress bar on standard error.
         explain (`int`): How many nearest tokens to return for each prefix vector, see

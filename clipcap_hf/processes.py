@@ -1,17 +1,25 @@
-"""Processes: the rank of this one among those that `torchrun` started, its workers, and the memory that it keeps."""
+"""Processes: the rank of this one among those that `torchrun` started, its workers and threads, and its memory."""
 
 import atexit
 import ctypes
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
+from typing import TypeVar
 
 import torch
+from torch.utils.data import get_worker_info
 
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 LARGEST = 2**31 - 1
+_FEW_CORES = 4  # tried with 2; with many, Python runs too little of the reading at once
 
 
 def process_state():
@@ -24,16 +32,30 @@ def process_state():
     return state
 
 
-def default_workers(images: int | None, most: int = 4, processes: int = 1) -> int:
-    """Choose how many processes read images: none for a few, since starting one takes as long as reading dozens.
+def default_workers(images: int | None, most: int = 4, processes: int = 1, device: torch.device | None = None) -> int:
+    """Choose how many processes read images.
+
+    None for a few images, since starting one takes as long as reading dozens. None either where the model has only a
+    few cores to share with them: they would take turns, which threads of this process do for less ([`in_threads`]).
 
     Args:
         images (`int`, *optional*): Number of images, if it is known.
         most (`int`): Largest number of workers.
         processes (`int`): Number of processes on this machine that start workers.
+        device (`torch.device`, *optional*): Where the model runs.
     """
     few = images is not None and images < 64
-    return 0 if few else min(most, cores() // processes)
+    shares_few_cores = device is not None and device.type == "cpu" and cores() <= _FEW_CORES
+    return 0 if few or shares_few_cores else min(most, cores() // processes)
+
+
+def in_threads(read: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[Result]:
+    """Read items by a few threads, in order; a worker is one of several and reads alone."""
+    threads = 1 if get_worker_info() is not None else min(cores(), _FEW_CORES, len(items))
+    if threads < 2:
+        return map(read, items)
+    with ThreadPoolExecutor(threads) as pool:  # decoders and resizing let other threads run
+        return pool.map(read, items)
 
 
 def cores() -> int:

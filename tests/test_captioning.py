@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from clipcap_hf import ClipCapForConditionalGeneration, ClipCapProcessor
-from clipcap_hf.captioning import caption_files
+from clipcap_hf.captioning import caption_files, caption_images
 from clipcap_hf.cli.output import escape
+from PIL import Image
 
 
 SCRIPT = """
@@ -81,6 +82,22 @@ def test_large_batches_from_workers_need_few_open_files(tmp_path, model_folder, 
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert [number for number, each in enumerate(found) if each.error] == [300]
     assert all(each.captions == expected for each in found if not each.error)
+
+
+def test_open_images_that_come_twice_are_read_whole(tmp_path, model_folder, images):
+    """Threads share the position in an open file."""
+    for number, image in enumerate(images):
+        image.resize((600, 600)).save(tmp_path / f"{number}.png")
+    paths = [tmp_path / f"{number}.png" for number in range(len(images))] * 8
+    model = ClipCapForConditionalGeneration.from_pretrained(model_folder).eval()
+    processor = ClipCapProcessor.from_pretrained(model_folder)
+    opened = [Image.open(path) for path in paths[: len(images)]] * 8
+    files = [io.BytesIO(path.read_bytes()) for path in paths[: len(images)]] * 8
+    arguments = {"progress": False, "max_new_tokens": 4}
+    expected = list(caption_images(model, processor, paths, **arguments))
+    assert expected[0].error is None and len({each.captions[0] for each in expected}) > 1
+    assert list(caption_images(model, processor, opened, **arguments)) == expected
+    assert list(caption_images(model, processor, files, **arguments)) == expected
 
 
 @pytest.mark.slow

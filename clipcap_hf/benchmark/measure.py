@@ -248,7 +248,7 @@ def _scale(language_model: str, device: str, dtype: torch.dtype, repeats: int) -
 
 def _files(model, processor, paths: list[str], tokens: int, report: dict, place: torch.device) -> dict[str, Any]:
     """Caption files as `clipcap caption` does, and compare with the stages."""
-    workers = default_workers(len(paths))
+    workers = default_workers(len(paths), device=place)
     process = psutil.Process()
     started = time.perf_counter()
     first = early = None

@@ -56,7 +56,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser, batch_size: int = 32, d
         "--workers",
         type=workers,
         metavar="N",
-        help="processes that read images (default: by the number of images)",
+        help="processes that read images (default: by their number, the device and the cores)",
     )
     add_device_arguments(parser, dtype)
 
@@ -124,11 +124,11 @@ def load_reranker(arguments, model, processor):
     return CaptionReranker.from_pretrained(model, processor, text_tower, arguments.rerank_weight)
 
 
-def reading_workers(workers: int | None, images: int) -> int:
-    """Return the number of processes that read images: as requested, or depending on the number of images."""
+def reading_workers(workers: int | None, images: int, device) -> int:
+    """Return the number of processes that read images: as requested, or depending on images and device."""
     from ..processes import default_workers
 
-    return default_workers(images) if workers is None else workers
+    return default_workers(images, device=device) if workers is None else workers
 
 
 def load_captioner(name: str, device: str | None, dtype: str | None = None, prepack: bool = True):

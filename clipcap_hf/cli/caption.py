@@ -147,7 +147,7 @@ def _caption(arguments, model, processor, paths: list[str]):
         processor,
         paths,
         batch_size=arguments.batch_size,
-        num_workers=reading_workers(arguments.workers, len(paths)),
+        num_workers=reading_workers(arguments.workers, len(paths), model.device),
         prompt=arguments.prompt,
         explain=arguments.explain,
         progress=sys.stderr.isatty() and len(paths) > arguments.batch_size,

@@ -320,7 +320,7 @@ def _captions(arguments, captioner, data, folder: Path):
         folder,
         prompt=arguments.prompt,
         batch_size=arguments.batch_size,
-        num_workers=reading_workers(arguments.workers, len(data)),
+        num_workers=reading_workers(arguments.workers, len(data), model.device),
         progress=sys.stderr.isatty(),
         allow_subset=arguments.allow_subset,
         **generate_kwargs,

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..files import lock_folder
 from ..model.images_clipcap import edge_that_is_enough, load_image
 from ..model.modeling_vision import embed_pixels, place_pixels
-from ..processes import default_workers, process_state
+from ..processes import default_workers, in_threads, process_state
 from .embeddings import EmbeddingsFolder, check_folder_of_splits, describe_tower, load_embeddings
 from .readable import undecoded
 from .remote import with_bytes
@@ -66,8 +66,8 @@ def embed(
         image_processor ([`~transformers.BaseImageProcessor`] or [`ClipCapProcessor`]): The image transform of the
             tower.
         batch_size (`int`): Images per batch.
-        num_workers (`int`, *optional*): Processes that read and resize images; chosen by the number of images and
-            cores by default. 0 reads them in this process.
+        num_workers (`int`, *optional*): Processes that read and resize images; chosen by the number of images, the
+            cores and the device by default. With 0, threads of this process read them between two batches.
         dtype (`torch.dtype`, *optional*): Data type in which the tower computes. By default bfloat16 on GPUs and CPUs
             that gain from it (CPUs with AMX), float16 on older GPUs, and the model's own elsewhere. Embeddings are
             written in float32.
@@ -180,7 +180,7 @@ def _embed_split(
         process.wait_for_everyone()
         mine = range(process.process_index, len(shards), process.num_processes)
         todo = [shard for shard in mine if not folder.is_done(shard, shards.rows(shard))]
-        loader, expected = _load_batches(shards, todo, batch_size, num_workers, preprocess, process.num_processes)
+        loader, expected = _load_batches(shards, todo, batch_size, num_workers, preprocess, encoder.device, process)
         show = progress and process.is_main_process
         bar = tqdm(total=expected, unit="image", desc=f"Embedding {name}".strip(), disable=not show)
         with bar, folder:
@@ -227,7 +227,7 @@ class _Shards:
 
 
 def _load_batches(
-    shards: _Shards, todo: list[int], batch_size: int, num_workers: int | None, preprocess, processes: int
+    shards: _Shards, todo: list[int], batch_size: int, num_workers: int | None, preprocess, device, process
 ):
     """Return a loader of the batches of some shards, and the number of their rows if it is known."""
     batches: _StreamedBatches | _Batches
@@ -237,7 +237,9 @@ def _load_batches(
         batches = _Batches(shards, todo, batch_size, preprocess)
         expected = sum(rows for rows in map(shards.rows, todo) if rows is not None)
     if num_workers is None:
-        num_workers = default_workers(expected, most=8, processes=processes)
+        # A stream waits for its source, which the processes that read it do meanwhile.
+        shared = None if shards.streamed else device
+        num_workers = default_workers(expected, most=8, processes=process.num_processes, device=shared)
     if shards.streamed:
         num_workers = min(num_workers, len(todo))
     return DataLoader(batches, batch_size=None, num_workers=num_workers), expected
@@ -310,15 +312,21 @@ class _Preprocess:
         rows = [dict(zip(names, values)) for values in zip(*columns.values())]
         pixels: list[torch.Tensor] = []
         errors: list[str | None] = []
-        for row in rows:
-            image = row.pop("image")
+        images = [row.pop("image") for row in rows]
+        for row, image, read in zip(rows, images, in_threads(self._try, images)):
             row["image_path"] = image["path"] if image and image["bytes"] is None else None
-            try:
-                pixels.append(self.pixels(_read(image, self.enough)))
+            if isinstance(read, torch.Tensor):
+                pixels.append(read)
                 errors.append(None)
-            except Exception as error:  # decoders raise many kinds of errors for damaged files
-                errors.append(str(error) or type(error).__name__)
+            else:
+                errors.append(str(read) or type(read).__name__)
         return _Batch(shard, is_last, rows, torch.stack(pixels) if pixels else None, errors, start)
+
+    def _try(self, image: dict | None) -> torch.Tensor | Exception:
+        try:
+            return self.pixels(_read(image, self.enough))
+        except Exception as error:  # decoders raise many kinds of errors for damaged files
+            return error
 
 
 def _read(image: dict | None, enough: int | None) -> Image.Image:

@@ -176,7 +176,8 @@ class _Measurements:
     @cached_property
     def embedding(self) -> tuple[Line, float]:
         """The embedding of images, and the bytes of each."""
-        settings, clip, workers = self.settings, self.settings.choices["clip"], _workers(self.settings, most=8)
+        settings, clip = self.settings, self.settings.choices["clip"]
+        workers = _workers(settings, self.device, most=8)
 
         def work(images: int):
             data = {
@@ -262,7 +263,7 @@ class _Measurements:
         lines, captioner = [], self._trained(variant)
         if self.settings.source == "checkpoint":
             captioner = Path(self.settings.path or "").expanduser()
-        workers = _workers(self.settings)
+        workers = _workers(self.settings, self.device)
         for decoding in REPORTED_DECODINGS:
 
             def work(number: int, decoding: str = decoding):
@@ -302,8 +303,8 @@ def _bytes(folder: Path) -> float:
     return float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
-def _workers(settings: Settings, most: int = 4) -> int:
-    return default_workers(None, most) if settings.workers is None else settings.workers
+def _workers(settings: Settings, device: torch.device, most: int = 4) -> int:
+    return default_workers(None, most, device=device) if settings.workers is None else settings.workers
 
 
 # -- what is measured on

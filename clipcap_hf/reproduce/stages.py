@@ -307,7 +307,7 @@ def evaluate(
                 data,
                 out,
                 batch_size=settings.batch_size,
-                num_workers=_workers(settings, len(data)),
+                num_workers=_workers(settings, len(data), model.device),
                 progress=sys.stderr.isatty(),
                 allow_subset=settings.allow_subset,
                 **decoding_arguments(decoding),
@@ -359,5 +359,5 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _workers(settings: Settings, images: int) -> int:
-    return default_workers(images) if settings.workers is None else settings.workers
+def _workers(settings: Settings, images: int, device: torch.device) -> int:
+    return default_workers(images, device=device) if settings.workers is None else settings.workers

@@ -1,12 +1,11 @@
 """Show how near captioning a folder comes to the work of its stages: `folder_speed.py FOLDER --model photo-mini`.
 
 Each round measures the stages by themselves, batch by batch: reading (decoding, resizing, telling drawings), encoding,
-and writing captions. Then it captions the same files as `clipcap caption` does, in a process that starts other
-processes to read. CPU time is counted, that of the readers included and loading left out, so other work on the machine
-matters little: what a folder takes beyond the sum of its stages is overhead. On an idle machine seconds by the clock
-say more. They are compared with the least that this machine can do: the work of all stages divided by the cores, or
-the model's part if that takes longer, since only reading is done beside it. Freed memory is kept unless
-`--return-memory` is given.
+and writing captions. Then it captions the same files as `clipcap caption` does, in another process.
+CPU time is counted, that of the readers included and loading left out, so other work on the machine matters little:
+what a folder takes beyond the sum of its stages is overhead. On an idle machine seconds by the clock say more. They
+are compared with the least that this machine can do: the work of all stages divided by the cores, or the model's part
+if that takes longer, since only reading is done beside it. Freed memory is kept unless `--return-memory` is given.
 """
 
 import argparse
@@ -100,7 +99,7 @@ def in_new_process(what: str) -> dict[str, float]:
 def main():
     args = parse_arguments()
     paths = find_images(args.paths)[0][: args.images]
-    workers = default_workers(len(paths)) if args.workers is None else args.workers
+    workers = default_workers(len(paths), device=torch.device("cpu")) if args.workers is None else args.workers
     if args.only:
         print(json.dumps(measure(args, paths, workers)))
         return

@@ -87,12 +87,12 @@ def test_large_batches_from_workers_need_few_open_files(tmp_path, model_folder, 
 def test_open_images_that_come_twice_are_read_whole(tmp_path, model_folder, images):
     """Threads share the position in an open file."""
     for number, image in enumerate(images):
-        image.resize((600, 600)).save(tmp_path / f"{number}.png")
-    paths = [tmp_path / f"{number}.png" for number in range(len(images))] * 8
+        image.resize((900, 900)).save(tmp_path / f"{number}.png")
+    paths = [tmp_path / f"{number // 8}.png" for number in range(8 * len(images))]
     model = ClipCapForConditionalGeneration.from_pretrained(model_folder).eval()
     processor = ClipCapProcessor.from_pretrained(model_folder)
-    opened = [Image.open(path) for path in paths[: len(images)]] * 8
-    files = [io.BytesIO(path.read_bytes()) for path in paths[: len(images)]] * 8
+    opened = [image for path in paths[::8] for image in [Image.open(path)] * 8]
+    files = [file for path in paths[::8] for file in [io.BytesIO(path.read_bytes())] * 8]
     arguments = {"progress": False, "max_new_tokens": 4}
     expected = list(caption_images(model, processor, paths, **arguments))
     assert expected[0].error is None and len({each.captions[0] for each in expected}) > 1

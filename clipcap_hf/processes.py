@@ -4,7 +4,7 @@ import atexit
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
@@ -49,13 +49,13 @@ def default_workers(images: int | None, most: int = 4, processes: int = 1, devic
     return 0 if few or shares_few_cores else min(most, cores() // processes)
 
 
-def in_threads(read: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[Result]:
+def in_threads(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Read items by a few threads, in order; a worker is one of several and reads alone."""
     threads = 1 if get_worker_info() is not None else min(cores(), _FEW_CORES, len(items))
     if threads < 2:
-        return map(read, items)
+        return list(map(read, items))
     with ThreadPoolExecutor(threads) as pool:  # decoders and resizing let other threads run
-        return pool.map(read, items)
+        return list(pool.map(read, items))
 
 
 def cores() -> int:

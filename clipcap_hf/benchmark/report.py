@@ -55,8 +55,9 @@ def _stages(report: dict[str, Any]) -> list[str]:
 
 def _files(files: dict[str, Any]) -> str:
     of_slower = files["images_per_second"] / files["slowest_stage_images_per_second"]
+    readers = f"{files['workers']} processes" if files["workers"] else "threads"
     return (
-        f"{files['files']} JPEG files of 640 x 480, read by {files['workers']} workers: "
+        f"{files['files']} JPEG files of 640 x 480, read by {readers}: "
         f"{files['images_per_second']:.1f} images/s, {files['share_of_bound']:.0%} of what the stages allow together "
         f"({files['bound_images_per_second']:.1f}), {of_slower:.0%} of the slower of model and reading alone; first "
         f"caption after {files['seconds_to_first_caption']:.2f} s; memory grew by "

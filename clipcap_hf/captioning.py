@@ -1,4 +1,4 @@
-"""Caption many images: read files in workers, run the model on batches, report files that cannot be read."""
+"""Caption many images: read files (threads or processes), run the model on batches, report unreadable files."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ from .processes import in_threads, process_state
 logger = logging.getLogger(__name__)
 
 _ERRORS = (ValueError, OSError, MemoryError)  # of an image that cannot be read
-_READ_ANEW = (str, os.PathLike, bytes, dict)
+_READ_ANEW = (str, os.PathLike, bytes, dict)  # whoever reads these opens them itself, so several threads may
 
 
 @dataclass
@@ -62,6 +62,18 @@ class _Batch:
     errors: list[str | None]
 
 
+class _Read(NamedTuple):
+    """An image, read and preprocessed, or an error."""
+
+    pixels: torch.Tensor | None
+    drawn: bool | None
+    error: str | None
+
+
+def _unreadable(error: Exception) -> _Read:
+    return _Read(None, None, str(error) or type(error).__name__)
+
+
 class _Images(Dataset):
     """Images that are read and preprocessed when indexed, many at once.
 
@@ -81,14 +93,17 @@ class _Images(Dataset):
         return _Batch(default_collate(readable) if readable else torch.empty(0), list(drawn), list(errors))
 
     def _fetch(self, index: int) -> Any:
-        """Return what threads may read at the same time. All else is read here: an open image may be there twice."""
+        """Return what a thread is to read, or, read already, what several threads must not read at the same time.
+
+        That is an image or file which is open: it has one position, and the sequence may hold it twice.
+        """
         try:
             image = self.images[index]
         except _ERRORS as error:
             return _unreadable(error)
         return image if isinstance(image, _READ_ANEW) else self._read(image)
 
-    def _read(self, image: Any) -> "_Read":
+    def _read(self, image: Any) -> _Read:
         if isinstance(image, _Read):
             return image
         try:
@@ -97,16 +112,6 @@ class _Images(Dataset):
             return _Read(pixels, looks_drawn(image) if self.tell_drawings else None, None)
         except _ERRORS as error:
             return _unreadable(error)
-
-
-class _Read(NamedTuple):
-    pixels: torch.Tensor | None
-    drawn: bool | None
-    error: str | None
-
-
-def _unreadable(error: Exception) -> _Read:
-    return _Read(None, None, str(error) or type(error).__name__)
 
 
 def caption_files(

@@ -49,10 +49,15 @@ def default_workers(images: int | None, most: int = 4, processes: int = 1, devic
     return 0 if few or shares_few_cores else min(most, cores() // processes)
 
 
+def reading_threads() -> int:
+    """Count the threads that read images where no processes do."""
+    return min(cores(), _FEW_CORES)
+
+
 def in_threads(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Read items by a few threads, in order; a worker is one of several and reads alone."""
-    threads = 1 if get_worker_info() is not None else min(cores(), _FEW_CORES, len(items))
-    if threads < 2:
+    threads = min(reading_threads(), len(items))
+    if threads < 2 or get_worker_info() is not None:
         return list(map(read, items))
     with ThreadPoolExecutor(threads) as pool:  # decoders and resizing let other threads run
         return list(pool.map(read, items))

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..captioning import caption_files
 from ..model.processing_clipcap import load_image
-from ..processes import cores, default_workers
+from ..processes import cores, default_workers, reading_threads
 from .captioners import make_captioner, write_jpegs
 from .limits import decode_flops, matmul_flops, read_bytes, seconds, weights_read
 from .naive import naive_beams, naive_greedy
@@ -264,7 +264,7 @@ def _files(model, processor, paths: list[str], tokens: int, report: dict, place:
     model_time = 1 / stages["encode, batch 32"] + 1 / stages["write 20 tokens, batch 32"] * tokens / 20
     reading_time = 1 / stages["read and decode JPEG"] + 1 / stages["resize and normalise"]
     # On a CPU workers and model share the cores, so the bound is what the cores can do together.
-    bound = 1 / max(model_time, reading_time / (workers or cores()))
+    bound = 1 / max(model_time, reading_time / (workers or reading_threads()))
     shared = 1 / (model_time + reading_time / cores()) if place.type == "cpu" else bound
     return {
         "files": len(paths),

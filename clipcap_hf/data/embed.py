@@ -180,7 +180,9 @@ def _embed_split(
         process.wait_for_everyone()
         mine = range(process.process_index, len(shards), process.num_processes)
         todo = [shard for shard in mine if not folder.is_done(shard, shards.rows(shard))]
-        loader, expected = _load_batches(shards, todo, batch_size, num_workers, preprocess, encoder.device, process)
+        loader, expected = _load_batches(
+            shards, todo, batch_size, num_workers, preprocess, encoder.device, process.num_processes
+        )
         show = progress and process.is_main_process
         bar = tqdm(total=expected, unit="image", desc=f"Embedding {name}".strip(), disable=not show)
         with bar, folder:
@@ -227,7 +229,13 @@ class _Shards:
 
 
 def _load_batches(
-    shards: _Shards, todo: list[int], batch_size: int, num_workers: int | None, preprocess, device, process
+    shards: _Shards,
+    todo: list[int],
+    batch_size: int,
+    num_workers: int | None,
+    preprocess,
+    device: torch.device,
+    processes: int,
 ):
     """Return a loader of the batches of some shards, and the number of their rows if it is known."""
     batches: _StreamedBatches | _Batches
@@ -239,7 +247,7 @@ def _load_batches(
     if num_workers is None:
         # A stream waits for its source, which the processes that read it do meanwhile.
         shared = None if shards.streamed else device
-        num_workers = default_workers(expected, most=8, processes=process.num_processes, device=shared)
+        num_workers = default_workers(expected, most=8, processes=processes, device=shared)
     if shards.streamed:
         num_workers = min(num_workers, len(todo))
     return DataLoader(batches, batch_size=None, num_workers=num_workers), expected

@@ -23,6 +23,9 @@ class BagOfTokensTextConfig(PreTrainedConfig):
         max_position_embeddings (`int`): Longer texts are cut; there are no positions.
         rerank_weight (`float`): Weight of the cosine when captions are re-ranked, see [`CaptionReranker`].
         rerank_seen_penalty (`float`): Taken off the cosines of the captions in `seen_captions.json`, if not 0.
+        rerank_memory_weight (`float`): Of the cosine with a caption's images, which are remembered unless this is 0;
+            see [`CaptionMemory`].
+        rerank_min_cosine (`float`): With a memory, how close a new caption must be to its image.
     """
 
     model_type = "bag_of_tokens_text_model"
@@ -32,6 +35,8 @@ class BagOfTokensTextConfig(PreTrainedConfig):
     max_position_embeddings: int = 128
     rerank_weight: float = 10.0
     rerank_seen_penalty: float = 0.0
+    rerank_memory_weight: float = 0.0
+    rerank_min_cosine: float = 0.62
     initializer_range: float = 0.02
 
 

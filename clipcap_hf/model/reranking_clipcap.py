@@ -3,7 +3,8 @@
 A language model prefers fluent captions; CLIP tells which of them fits the image. The score of a caption is the beam
 search's own (by default its mean log-probability per token, in nats) plus a weight times the cosine of image and text.
 A text tower that was trained on few captions tends to find them closer to an image than captions that it never saw; a
-penalty on their cosine makes up for that ("calibrated stacking", Chao et al. 2016).
+penalty on their cosine makes up for that ("calibrated stacking", Chao et al. 2016). With a memory of the captions of
+training and their images, the nearest of them is a candidate, too, and a new caption must fit well to be taken.
 """
 
 import math
@@ -20,6 +21,7 @@ from transformers.utils import cached_file
 from .beam_search_clipcap import CannotSearchFast, scored_beam_search
 from .generation_clipcap import GeneratesCaptions, may_search_fast, setting
 from .hashing_clipcap import weights_hash
+from .memory_clipcap import CaptionMemory, may_recall, with_recalled
 from .modeling_vision import embed_pixels, load_vision_tower
 from .packages_clipcap import PACKAGE
 from .text_tower_clipcap import TextTower, load_text_tower
@@ -39,12 +41,17 @@ class CaptionReranker:
     All `num_beams` captions of each image are candidates; `num_return_sequences` of them are returned, best first.
     Their texts are embedded in one batch, and texts that were embedded before are not embedded again.
 
+    With a memory, the known caption whose images were nearest is a candidate besides, unless captions have to go on
+    from a prompt or `length_penalty` is not 1. Outputs then have no `logits`, `scores` and `beam_indices`, since that
+    caption has none.
+
     Args:
         text_tower ([`~clipcap_hf.model.text_tower_clipcap.TextTower`]): Of the CLIP that the vision tower belongs to.
         processor ([`ClipCapProcessor`]): The captioner's, which turns tokens into text.
         weight (`float`): Of the cosine. 0 leaves the beam search's order. Choose it on held-out images.
         seen_penalty (`float`): Taken off the cosines of the text tower's `seen_captions`. Choose it on held-out images
             of captions that were seen and of captions that were not.
+        memory ([`CaptionMemory`], *optional*): The captions of training and their images.
 
     Raises:
         ValueError: If the weight or the penalty is not a number of at least 0, or there is a penalty, but the text
@@ -59,7 +66,14 @@ class CaptionReranker:
     ```
     """
 
-    def __init__(self, text_tower: TextTower, processor, weight: float = DEFAULT_WEIGHT, seen_penalty: float = 0.0):
+    def __init__(
+        self,
+        text_tower: TextTower,
+        processor,
+        weight: float = DEFAULT_WEIGHT,
+        seen_penalty: float = 0.0,
+        memory: CaptionMemory | None = None,
+    ):
         self.text_tower = text_tower
         self.processor = processor
         self.weight = _check_number(weight, "The weight of re-ranking")
@@ -69,6 +83,7 @@ class CaptionReranker:
                 f"A penalty of {seen_penalty:g} on captions that the text tower has seen needs a list of them, which "
                 "it does not have (`seen_captions`): leave `seen_penalty` out, or give the text tower the list."
             )
+        self.memory = memory
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @classmethod
@@ -91,7 +106,8 @@ class CaptionReranker:
                 that is saved with the captioner, or else that of the CLIP that its configuration names (`donors`).
             weight (`float`, *optional*): Of the cosine; by default what the text tower's configuration recommends
                 (`rerank_weight`), or else 10. The penalty on captions that were seen is that of the configuration, too
-                (`rerank_seen_penalty`).
+                (`rerank_seen_penalty`), and a memory that is saved with the text tower is used
+                (`rerank_memory_weight`).
             hub_kwargs: `revision`, `token`, `cache_dir`, ... for a text tower on the Hub.
 
         Raises:
@@ -104,15 +120,17 @@ class CaptionReranker:
         if weight is None:
             weight = getattr(tower.config, "rerank_weight", DEFAULT_WEIGHT)
         seen_penalty = getattr(tower.config, "rerank_seen_penalty", 0.0)
-        return cls(tower.to(model.device), processor, weight, seen_penalty)
+        return cls(tower.to(model.device), processor, weight, seen_penalty, tower.memory)
 
     def record(self) -> dict[str, Any]:
-        """Say what the captions depend on: the text tower, by a hash of its weights, the weight and the penalty."""
+        """Say what the captions depend on: the text tower, by a hash of its weights, the settings and the memory."""
         weights = self.text_tower.model.state_dict().values()
         record: dict[str, Any] = {"text_tower_sha256": weights_hash(weights), "weight": self.weight}
         if self.seen_penalty:
             seen = "\0".join(sorted(self.text_tower.seen_captions))
             record |= {"seen_penalty": self.seen_penalty, "seen_sha256": sha256(seen.encode()).hexdigest()}
+        if self.memory is not None:
+            record["memory"] = self.memory.record()
         return record
 
     @torch.no_grad()
@@ -144,20 +162,46 @@ class CaptionReranker:
         wanted = _check_search(model, generation_config, kwargs)
         image_embeds, kwargs = _embed_images(model, kwargs)
         outputs = _search_all_beams(model, generation_config, kwargs)
-        images, candidates = len(image_embeds), setting(model, "num_beams", generation_config, kwargs)
-        if len(outputs.sequences) != images * candidates:
+        if len(outputs.sequences) != len(image_embeds) * setting(model, "num_beams", generation_config, kwargs):
             raise ValueError("`rerank` needs exactly one image in each prompt.")
-        texts = [text.strip() for text in self.processor.batch_decode(outputs.sequences, skip_special_tokens=True)]
-        captions = [texts[start : start + candidates] for start in range(0, len(texts), candidates)]
-        ratings = self.rate(image_embeds, captions)
-        scores = outputs.sequences_scores.to(ratings).unflatten(0, (images, candidates)) + self.weight * ratings
-        best = scores.argsort(dim=1, descending=True, stable=True)[:, :wanted]
-        rows = (best + torch.arange(images, device=best.device).unsqueeze(1) * candidates).flatten()
+        captions = self._texts(outputs.sequences, len(image_embeds))
+        if self.memory is None:
+            best = self._rated(image_embeds, captions, outputs.sequences_scores).argsort(
+                1, descending=True, stable=True
+            )
+        else:
+            recalls = may_recall(model, self.processor, generation_config, kwargs)
+            outputs, captions, best = self._remember(model, image_embeds, captions, outputs, kwargs, recalls)
+        best = best[:, :wanted]
+        rows = (best + torch.arange(len(best), device=best.device).unsqueeze(1) * len(captions[0])).flatten()
         for name in ("sequences", "sequences_scores", "beam_indices"):
             if (value := outputs.get(name)) is not None:
                 outputs[name] = value[rows.to(value.device)]
         wants_all = setting(model, "return_dict_in_generate", generation_config, kwargs)
         return outputs if wants_all else outputs.sequences
+
+    def _texts(self, sequences: torch.Tensor, images: int) -> list[list[str]]:
+        texts = [text.strip() for text in self.processor.batch_decode(sequences, skip_special_tokens=True)]
+        each = len(texts) // images
+        return [texts[start : start + each] for start in range(0, len(texts), each)]
+
+    def _rated(self, image_embeds: torch.Tensor, captions: list[list[str]], scores: torch.Tensor) -> torch.Tensor:
+        """Add the weighted ratings to the scores of a search: (images, captions)."""
+        ratings = self.rate(image_embeds, captions)
+        return scores.to(ratings).view_as(ratings) + self.weight * ratings
+
+    def _remember(
+        self, model: GeneratesCaptions, image_embeds, captions, outputs, kwargs: dict[str, Any], recalls: bool
+    ):
+        """Return outputs and captions, with the recalled ones, and each image's order of captions, best first."""
+        similarities = self.memory.similarities(image_embeds)
+        if recalls:
+            recalled = self.memory.recall(similarities, captions)
+            outputs = with_recalled(model, self.processor, outputs, recalled, kwargs)
+            captions = [[*of_image, caption] for of_image, caption in zip(captions, recalled)]
+        scores = outputs.sequences_scores
+        rated, cosines = self._rated(image_embeds, captions, scores), self.cosines(image_embeds, captions)
+        return outputs, captions, self.memory.order(similarities, captions, scores.view_as(rated), rated, cosines)
 
 
 def as_reranker(rerank: Any, model: GeneratesCaptions, processor) -> "CaptionReranker | None":
@@ -255,6 +299,11 @@ def _check_same_space(model: GeneratesCaptions, tower: TextTower):
         raise ValueError(
             f"The text tower of {tower.name} gives embeddings of width {width}, but this captioner's image embeddings "
             f"have width {own}: pass the CLIP that its vision tower belongs to."
+        )
+    if tower.memory is not None and len(tower.memory.projection) != width:
+        raise ValueError(
+            f"The text tower of {tower.name} gives embeddings of width {width}, but the images beside it were "
+            f"remembered by embeddings of width {len(tower.memory.projection)}: copy the folder again."
         )
     donor = (model.config.donors or {}).get("vision_tower") or {}
     is_donor = donor.get("name") == tower.name and model.config.freeze_vision

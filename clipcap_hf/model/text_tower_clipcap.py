@@ -22,9 +22,11 @@ from transformers.utils import cached_file
 from .bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from .checkpoints_open_clip import is_open_clip_name
 from .damage_clipcap import load_config, naming
+from .memory_clipcap import SEEN_IMAGES, CaptionMemory
 
 
-#: Beside a text tower whose configuration has a `rerank_seen_penalty`: a list of the captions that it was trained on.
+#: Beside a text tower whose configuration has a `rerank_seen_penalty` or `rerank_memory_weight`: a list of the
+#: captions that it was trained on.
 SEEN_CAPTIONS = "seen_captions.json"
 
 # By the type of a complete model or of the tower alone.
@@ -53,6 +55,7 @@ class TextTower:
         config ([`~transformers.PreTrainedConfig`], *optional*): Of a tower of transformers.
         has_vision_tower (`bool`): Whether the checkpoint is a complete CLIP.
         seen_captions (`frozenset[str]`): Captions that it was trained on, if its checkpoint lists them.
+        memory ([`CaptionMemory`], *optional*): Their images, if its checkpoint has them.
     """
 
     name: str
@@ -61,6 +64,7 @@ class TextTower:
     config: PreTrainedConfig | None = None
     has_vision_tower: bool = True
     seen_captions: frozenset[str] = field(default=frozenset(), repr=False)
+    memory: CaptionMemory | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
@@ -128,20 +132,25 @@ def load_text_tower(
         return outputs.get("text_embeds", outputs.get("pooler_output"))
 
     has_vision_tower = getattr(config, "vision_config", None) is not None
-    seen = _load_seen_captions(name, hub_kwargs) if getattr(text_config, "rerank_seen_penalty", 0) else frozenset()
-    return TextTower(name, model.eval(), embed, text_config, has_vision_tower, seen).to(device)
+    penalty, weight = (getattr(text_config, f"rerank_{key}", 0) for key in ("seen_penalty", "memory_weight"))
+    del hub_kwargs["trust_remote_code"]
+    seen = _load_seen_captions(name, hub_kwargs) if penalty or weight else []
+    memory = None
+    if weight:
+        settings = {"weight": weight, "min_cosine": text_config.rerank_min_cosine}
+        memory = CaptionMemory.load(cached_file(name, SEEN_IMAGES, **hub_kwargs), seen, **settings)
+    return TextTower(name, model.eval(), embed, text_config, has_vision_tower, frozenset(seen), memory).to(device)
 
 
-def _load_seen_captions(name: str, hub_kwargs: dict[str, Any]) -> frozenset[str]:
-    where = {key: value for key, value in hub_kwargs.items() if key != "trust_remote_code"}
-    path = cached_file(name, SEEN_CAPTIONS, **where)
+def _load_seen_captions(name: str, hub_kwargs: dict[str, Any]) -> list[str]:
+    path = cached_file(name, SEEN_CAPTIONS, **hub_kwargs)
     try:
         captions = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
         captions = None
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path} must be a JSON list of captions: copy it again from where it came from.")
-    return frozenset(captions)
+    return captions
 
 
 def _load_config(name: str, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:

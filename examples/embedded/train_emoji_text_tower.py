@@ -5,6 +5,7 @@ embedding of a caption is their sum. Each training drawing must find its caption
 With a vector of its own for "woman", "surfing" and "dark", combinations outside of training get embeddings, too. In
 training, each caption also has a vector of its own, half of the time (see `continue_emoji_tower.py`). The image's
 embedding gets noise, since those of training drawings lie closer to their captions than those of other drawings.
+Besides, the embeddings of all training drawings are kept, in 128 bytes each (`CaptionMemory`).
 
     python examples/embedded/train_emoji_text_tower.py --captioner build/emoji-mini
 
@@ -21,10 +22,11 @@ from pathlib import Path
 
 import torch
 from clipcap_hf import CaptionReranker, ClipCapForConditionalGeneration, ClipCapProcessor
-from clipcap_hf.captioning import embed_images
+from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
 from clipcap_hf.files import write_text
 from clipcap_hf.model.bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
+from clipcap_hf.model.memory_clipcap import SEEN_IMAGES, CaptionMemory
 from clipcap_hf.model.text_tower_clipcap import SEEN_CAPTIONS
 from continue_emoji_tower import CaptionVectors, fit
 from torch import Tensor
@@ -36,6 +38,7 @@ from train_emoji_tower import hold_out
 logger = logging.getLogger("train_emoji_text_tower")
 WEIGHTS = (0, 5, 10, 15, 20, 30, 50, 100, 200)
 PENALTIES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
+MIN_COSINES = (0, 0.5, 0.55, 0.6, 0.62, 0.65, 0.7)
 BEAMS = 10
 
 
@@ -50,19 +53,22 @@ def train(embeds: Tensor, names: list[str], tokenizer, args) -> Tensor:
     return vectors
 
 
-def save(vectors: Tensor, captions: set[str], args, folder: Path) -> None:
+def save(vectors: Tensor, memory: CaptionMemory, args, folder: Path) -> None:
     """Save in half precision, with the captions of training and how re-ranking works unless told otherwise."""
     config = BagOfTokensTextConfig(
         vocab_size=len(vectors),
         projection_dim=vectors.shape[1],
         rerank_weight=args.rerank_weight,
         rerank_seen_penalty=args.rerank_seen_penalty,
+        rerank_memory_weight=memory.weight,
+        rerank_min_cosine=memory.min_cosine,
         dtype="float32",
     )
     tower = BagOfTokensTextModel(config)
     tower.vectors.weight.data = vectors.half()
     tower.save_pretrained(folder)
-    write_text(folder / SEEN_CAPTIONS, json.dumps(sorted(captions), indent=0, ensure_ascii=False) + "\n")
+    write_text(folder / SEEN_CAPTIONS, json.dumps(memory.captions, indent=0, ensure_ascii=False) + "\n")
+    memory.save(folder / SEEN_IMAGES)
     settings = json.loads((folder / "config.json").read_text())
     write_text(folder / "config.json", json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
@@ -98,7 +104,11 @@ def main():
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of the tokens that a step leaves out")
     parser.add_argument("--own-dropout", type=float, default=0.5, help="the same for the captions' own vectors")
     parser.add_argument("--rerank-weight", type=float, default=10.0, help="saved as the tower's default")
-    parser.add_argument("--rerank-seen-penalty", type=float, default=0.02, help="the same, for captions of training")
+    parser.add_argument("--rerank-seen-penalty", type=float, default=0.04, help="the same, for captions of training")
+    parser.add_argument("--rerank-memory-weight", type=float, default=50.0, help="the same, of a caption's drawings")
+    parser.add_argument(
+        "--rerank-min-cosine", type=float, default=0.62, help="the same, of a new caption with its image"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -115,10 +125,13 @@ def main():
 
     torch.manual_seed(args.seed)
     names = [captions[0] for captions in train_rows["captions"]]
-    vectors = train(embed(train_rows), names, processor.tokenizer, args)
-    save(vectors, set(names), args, args.captioner / "text_tower")
+    train_embeds = embed(train_rows)
+    settings = {"weight": args.rerank_memory_weight, "min_cosine": args.rerank_min_cosine}
+    memory = CaptionMemory.from_embeds(train_embeds, names, **settings)
+    save(train(train_embeds, names, processor.tokenizer, args), memory, args, args.captioner / "text_tower")
 
-    tower = CaptionReranker.from_pretrained(model, processor).text_tower
+    reranker = CaptionReranker.from_pretrained(model, processor)
+    tower = reranker.text_tower
     for title, rows in held_out.items():
         embeds, own = embed(rows), [captions[0] for captions in rows["captions"]]
         captions, scores = search(model, processor, embeds)
@@ -126,6 +139,13 @@ def main():
         for weight, penalty in pairs:
             found = exact(CaptionReranker(tower, processor, weight, penalty), embeds, captions, scores, own)
             logger.info("%s: weight %g, penalty %g, exact %.1f %%", title, weight, penalty, found)
+        for min_cosine in MIN_COSINES:
+            reranker.memory.min_cosine = min_cosine
+            best = caption_embeds(model, processor, embeds, num_beams=BEAMS, rerank=reranker)
+            right = 100 * sum(caption == name for caption, name in zip(best, own)) / len(own)
+            logger.info(
+                "%s: with the memory, new captions from a cosine of %g, exact %.1f %%", title, min_cosine, right
+            )
 
 
 if __name__ == "__main__":

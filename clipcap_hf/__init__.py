@@ -40,6 +40,7 @@ def __getattr__(name: str):
 __all__ = [
     "EMOJI_MINI",
     "PHOTO_MINI",
+    "CaptionMemory",
     "CaptionReranker",
     "CaptioningCollator",
     "ClipCapCausalLMOutputWithPast",

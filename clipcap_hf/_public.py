@@ -23,6 +23,7 @@ from .model.configuration_detector import DetectorVisionConfig  # noqa: E402
 from .model.hub_clipcap import add_code  # noqa: E402
 from .model.image_processing_open_clip import OpenClipImageProcessor  # noqa: E402
 from .model.image_processing_pillow import PillowImageProcessor  # noqa: E402
+from .model.memory_clipcap import CaptionMemory  # noqa: E402
 from .model.model_card_clipcap import write_model_card  # noqa: E402
 from .model.modeling_clipcap import (  # noqa: E402
     ClipCapCausalLMOutputWithPast,
@@ -63,6 +64,7 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 __all__ = [
+    "CaptionMemory",
     "CaptionReranker",
     "ClipCapCausalLMOutputWithPast",
     "ClipCapConfig",

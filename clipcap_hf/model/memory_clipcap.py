@@ -86,7 +86,7 @@ class CaptionMemory:
     def from_embeds(
         cls, image_embeds: torch.Tensor, captions: list[str], dimensions: int = 128, **settings: float
     ) -> "CaptionMemory":
-        """Remember images (images, embed_dim) and their captions, by the principal `dimensions` of their embeddings."""
+        """Remember images (images, embed_dim) and their captions, by their principal `dimensions`."""
         distinct = {caption: row for row, caption in enumerate(sorted(set(captions)))}
         owners = torch.tensor([distinct[caption] for caption in captions])
         embeds = F.normalize(image_embeds.float().cpu(), dim=-1)

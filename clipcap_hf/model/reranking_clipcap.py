@@ -166,9 +166,8 @@ class CaptionReranker:
             raise ValueError("`rerank` needs exactly one image in each prompt.")
         captions = self._texts(outputs.sequences, len(image_embeds))
         if self.memory is None:
-            best = self._rated(image_embeds, captions, outputs.sequences_scores).argsort(
-                1, descending=True, stable=True
-            )
+            rated = self._rated(image_embeds, captions, outputs.sequences_scores)
+            best = rated.argsort(dim=1, descending=True, stable=True)
         else:
             recalls = may_recall(model, self.processor, generation_config, kwargs)
             outputs, captions, best = self._remember(model, image_embeds, captions, outputs, kwargs, recalls)

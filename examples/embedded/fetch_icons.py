@@ -74,7 +74,7 @@ PER_CAPTION = 2  # drawings of a caption from one set, which often are one drawi
 
 def captions_by_name() -> dict[str, str]:
     """Return the training caption that each name of one emoji alone stands for."""
-    references = {tuple(captions) for captions in load_emoji("train")["captions"]}
+    references = sorted({tuple(captions) for captions in load_emoji("train")["captions"]})
     others = Counter(plain(name) for captions in references for name in set(captions[1:]))
     names = {plain(name): captions[0] for captions in references for name in captions[1:] if others[plain(name)] == 1}
     return names | {plain(captions[0]): captions[0] for captions in references}

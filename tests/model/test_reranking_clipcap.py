@@ -324,14 +324,14 @@ def test_emoji_mini_names_more_drawings_with_its_text_tower():
     model = ClipCapForConditionalGeneration.from_pretrained(EMOJI_MINI).eval()
     processor = ClipCapProcessor.from_pretrained(EMOJI_MINI)
     reranker = CaptionReranker.from_pretrained(model, processor)
-    assert (reranker.weight, reranker.seen_penalty) == (10, 0.02)
+    assert (reranker.weight, reranker.seen_penalty) == (10, 0.04)
     assert reranker.text_tower.seen_captions == {names[0] for names in load_emoji("train")["captions"]}
     data = load_emoji("validation")
     right = []
     for rerank in (None, reranker):
         found = caption_images(model, processor, data["image"], progress=False, num_beams=10, rerank=rerank)
         right.append(sum(one.captions[0] == names[0] for one, names in zip(found, data["captions"])))
-    assert right[0] >= 134 and right[1] - right[0] >= 6, right  # 136 and 148 of 190
+    assert right[0] >= 134 and right[1] - right[0] >= 6, right  # 145 and 158 of 190
 
 
 def test_wrong_text_towers_are_refused(captioner, save_clip, tmp_path, make_model, processor, model_folder):

@@ -152,9 +152,7 @@ class CaptionReranker:
 
     def rate(self, image_embeds: torch.Tensor, captions: list[list[str]]) -> torch.Tensor:
         """Rate how well captions fit their images: `cosines`, less the penalty on those that were seen."""
-        seen = [[caption in self.text_tower.seen_captions for caption in of_image] for of_image in captions]
-        cosines = self.cosines(image_embeds, captions)
-        return cosines - self.seen_penalty * torch.tensor(seen).to(cosines)
+        return self._less_penalty(self.cosines(image_embeds, captions), captions)
 
     @torch.no_grad()
     def generate(self, model: GeneratesCaptions, generation_config, kwargs: dict[str, Any]):
@@ -165,12 +163,14 @@ class CaptionReranker:
         if len(outputs.sequences) != len(image_embeds) * setting(model, "num_beams", generation_config, kwargs):
             raise ValueError("`rerank` needs exactly one image in each prompt.")
         captions = self._texts(outputs.sequences, len(image_embeds))
-        if self.memory is None:
-            rated = self._rated(image_embeds, captions, outputs.sequences_scores)
-            best = rated.argsort(dim=1, descending=True, stable=True)
-        else:
-            recalls = may_recall(model, self.processor, generation_config, kwargs)
-            outputs, captions, best = self._remember(model, image_embeds, captions, outputs, kwargs, recalls)
+        similarities = None
+        if self.memory is not None:
+            similarities = self.memory.similarities(image_embeds)
+            if may_recall(model, self.processor, generation_config, kwargs):
+                recalled = self.memory.recall(similarities, captions)
+                outputs = with_recalled(model, self.processor, outputs, recalled, kwargs)
+                captions = [[*of_image, caption] for of_image, caption in zip(captions, recalled)]
+        best = self._order(self.cosines(image_embeds, captions), captions, outputs.sequences_scores, similarities)
         best = best[:, :wanted]
         rows = (best + torch.arange(len(best), device=best.device).unsqueeze(1) * len(captions[0])).flatten()
         for name in ("sequences", "sequences_scores", "beam_indices"):
@@ -184,23 +184,23 @@ class CaptionReranker:
         each = len(texts) // images
         return [texts[start : start + each] for start in range(0, len(texts), each)]
 
-    def _rated(self, image_embeds: torch.Tensor, captions: list[list[str]], scores: torch.Tensor) -> torch.Tensor:
-        """Add the weighted ratings to the scores of a search: (images, captions)."""
-        ratings = self.rate(image_embeds, captions)
-        return scores.to(ratings).view_as(ratings) + self.weight * ratings
+    def _less_penalty(self, cosines: torch.Tensor, captions: list[list[str]]) -> torch.Tensor:
+        seen = [[caption in self.text_tower.seen_captions for caption in of_image] for of_image in captions]
+        return cosines - self.seen_penalty * torch.tensor(seen).to(cosines)
 
-    def _remember(
-        self, model: GeneratesCaptions, image_embeds, captions, outputs, kwargs: dict[str, Any], recalls: bool
-    ):
-        """Return outputs and captions, with the recalled ones, and each image's order of captions, best first."""
-        similarities = self.memory.similarities(image_embeds)
-        if recalls:
-            recalled = self.memory.recall(similarities, captions)
-            outputs = with_recalled(model, self.processor, outputs, recalled, kwargs)
-            captions = [[*of_image, caption] for of_image, caption in zip(captions, recalled)]
-        scores = outputs.sequences_scores
-        rated, cosines = self._rated(image_embeds, captions, scores), self.cosines(image_embeds, captions)
-        return outputs, captions, self.memory.order(similarities, captions, scores.view_as(rated), rated, cosines)
+    def _order(
+        self,
+        cosines: torch.Tensor,
+        captions: list[list[str]],
+        scores: torch.Tensor,
+        similarities: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Order the captions of each image, best first: (images, captions), positions."""
+        scores = scores.to(cosines).view_as(cosines)
+        ratings = scores + self.weight * self._less_penalty(cosines, captions)
+        if self.memory is None or similarities is None:
+            return ratings.argsort(dim=1, descending=True, stable=True)
+        return self.memory.order(similarities, captions, scores, ratings, cosines)
 
 
 def as_reranker(rerank: Any, model: GeneratesCaptions, processor) -> "CaptionReranker | None":

@@ -70,9 +70,10 @@ def test_similarity_is_the_mean_of_two_cosines():
 def test_new_captions_have_to_fit_and_known_ones_go_by_similarity():
     torch.manual_seed(0)
     generator = random.Random(0)
-    memory = CaptionMemory.from_embeds(torch.randn(4, 6), list("abcd"), weight=3.0, min_cosine=0.1)
+    memory = CaptionMemory.from_embeds(torch.randn(9, 6), list("abcdabcda"), weight=3.0, min_cosine=0.1)
     captions = [generator.sample("abcdefgh", 6) for _ in range(40)]
-    similarities, scores, ratings, cosines = torch.randn(40, 4), *torch.randn(3, 40, 6)
+    images, scores, ratings, cosines = torch.randn(4, 40, 6)
+    similarities = memory.similarities(images)
     order = memory.order(similarities, captions, scores, ratings, cosines).tolist()
     led = 0
     for image, texts in enumerate(captions):

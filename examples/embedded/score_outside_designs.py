@@ -7,7 +7,7 @@ memory of training, and with it for several settings. The new captions of the va
 
     python examples/embedded/score_outside_designs.py --captioner clipcap_hf/assets/emoji-mini
 
-takes 4 minutes on two cores. Nothing of the drawings goes into the package or its weights: OpenMoji is under
+takes 10 minutes on two cores. Nothing of the drawings goes into the package or its weights: OpenMoji is under
 CC-BY-SA-4.0, and EmojiOne was, in some releases.
 
 Requirements: the ``npm`` command, and ``pip install resvg_py``.

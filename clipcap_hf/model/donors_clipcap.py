@@ -23,6 +23,7 @@ from .hashing_clipcap import cast_hash, file_hash, weights_hash
 from .modeling_text import check_can_read_gguf
 from .modeling_vision import load_vision_config
 from .packages_clipcap import PACKAGE, donor_folder
+from .unchanged_files_clipcap import files_state, hash_once
 
 
 logger = logging.get_logger(__name__)
@@ -99,6 +100,7 @@ class Donor:
         self.hub_kwargs = {key: (hub_kwargs or {}).get(key) for key in _HUB_ARGUMENTS if (hub_kwargs or {}).get(key)}
         # Trusting the captioner's repository does not mean trusting the repositories that its configuration names.
         self.hub_kwargs["trust_remote_code"] = bool((hub_kwargs or {}).get("trust_donor_code"))
+        self._state: str | None = None  # of its files, before they were read
 
     @property
     def name(self) -> str:
@@ -111,6 +113,7 @@ class Donor:
             OSError: If the donor cannot be found.
             ValueError: If it is not the recorded model.
         """
+        self._state = self._files_state()
         if self.is_gguf:
             self._compare(self.identity({}))
             check_can_read_gguf(self.name)
@@ -155,8 +158,9 @@ class Donor:
         """Return the hash that identifies the donor, given its weights in the recorded dtype (none for GGUF files)."""
         if (recorded := self.record.get("sha256")) is not None and self._is_at_its_commit:
             return recorded  # a commit of the Hub fixes what is in its files, so that hashing them says nothing new
+        state = self._state if self._state == self._files_state() else None  # the same before and after reading
         # Readers may unpack a GGUF file differently, so the hash is that of the file.
-        return self._gguf_hash if self.is_gguf else weights_hash(weights.values())
+        return hash_once(state, lambda: self._gguf_hash if self.is_gguf else weights_hash(weights.values()))
 
     def verify(self, found: str):
         """Raise a `ValueError` if the `identity` of the loaded weights is not the recorded one; then record it."""
@@ -172,6 +176,9 @@ class Donor:
         """Whether it is in the Hub's cache at the recorded commit, from which alone it is loaded then."""
         commit = self.record.get("revision")
         return commit is not None and commit == _cached_commit(self.name, {**self.kwargs, **self.hub_kwargs})
+
+    def _files_state(self) -> str | None:
+        return files_state(self.name, {**self.kwargs, "part": self.part, "dtype": self.record.get("dtype")})
 
     @cached_property
     def _gguf_hash(self) -> str:

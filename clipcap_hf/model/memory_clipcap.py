@@ -6,6 +6,7 @@ to the nearest of them and to their mean (its prototype: Snell et al. 2017). The
 retrieved even if the beam search did not find it, as retrieval-augmented captioners do (SmallCap: Ramos et al. 2023).
 """
 
+import math
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,15 @@ class CaptionMemory:
         weight: float = DEFAULT_WEIGHT,
         min_cosine: float = DEFAULT_MIN_COSINE,
     ):
+        for name, value in (("weight", weight), ("min_cosine", min_cosine)):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"The `{name}` of a memory must be a number, got {value!r}.")
         self.rows = {caption: row for row, caption in enumerate(captions)}
         if len(self.rows) != len(captions):
             raise ValueError("The captions of a memory must differ; `CaptionMemory.from_embeds` joins equal ones.")
         fits = embeds.ndim == projection.ndim == 2 and embeds.shape[1] == projection.shape[1]
-        if (
-            not fits
-            or owners.shape != embeds.shape[:1]
-            or not torch.equal(owners.unique(), torch.arange(len(captions)))
-        ):
+        fits = fits and owners.shape == embeds.shape[:1] and owners.unique().tolist() == list(range(len(captions)))
+        if not (fits and captions):
             raise ValueError(
                 f"A memory needs images for each of its {len(captions)} captions, but has embeddings of shape "
                 f"{tuple(embeds.shape)}, captions of shape {tuple(owners.shape)} for them, and a projection of shape "
@@ -86,7 +87,16 @@ class CaptionMemory:
     def from_embeds(
         cls, image_embeds: torch.Tensor, captions: list[str], dimensions: int = 128, **settings: float
     ) -> "CaptionMemory":
-        """Remember images (images, embed_dim) and their captions, by their principal `dimensions`."""
+        """Remember images (images, embed_dim) and the caption of each, by their principal `dimensions`.
+
+        Raises:
+            ValueError: If there are no images, not as many captions, or embeddings that are not finite.
+        """
+        if len(image_embeds) != len(captions) or not captions or not torch.isfinite(image_embeds).all():
+            raise ValueError(
+                f"A memory needs finite embeddings and a caption for each, got embeddings of shape "
+                f"{tuple(image_embeds.shape)} and {len(captions)} captions."
+            )
         distinct = {caption: row for row, caption in enumerate(sorted(set(captions)))}
         owners = torch.tensor([distinct[caption] for caption in captions])
         embeds = F.normalize(image_embeds.float().cpu(), dim=-1)

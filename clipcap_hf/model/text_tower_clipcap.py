@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from .bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from .checkpoints_open_clip import is_open_clip_name
 from .damage_clipcap import load_config, naming
-from .memory_clipcap import SEEN_IMAGES, CaptionMemory
+from .memory_clipcap import DEFAULT_MIN_COSINE, SEEN_IMAGES, CaptionMemory
 
 
 #: Beside a text tower whose configuration has a `rerank_seen_penalty` or `rerank_memory_weight`: a list of the
@@ -137,7 +137,7 @@ def load_text_tower(
     seen = _load_seen_captions(name, hub_kwargs) if penalty or weight else []
     memory = None
     if weight:
-        settings = {"weight": weight, "min_cosine": text_config.rerank_min_cosine}
+        settings = {"weight": weight, "min_cosine": getattr(text_config, "rerank_min_cosine", DEFAULT_MIN_COSINE)}
         memory = CaptionMemory.load(cached_file(name, SEEN_IMAGES, **hub_kwargs), seen, **settings)
     return TextTower(name, model.eval(), embed, text_config, has_vision_tower, frozenset(seen), memory).to(device)
 

@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def files_state(name: str, reading: dict[str, Any]) -> str | None:
     try:
         folder = Path(donor_folder(name), reading.get("subfolder", ""))
         stats = [(file.name, file.stat()) for file in os.scandir(folder)]
-    except OSError:
+    except (OSError, ValueError):  # loading says what is wrong with the name
         return None
     newest = max((max(stat.st_mtime, stat.st_ctime) for _, stat in stats), default=time.time())
     if time.time() - newest < _COARSEST_TIME:
@@ -63,12 +64,13 @@ def hash_once(state: str | None, compute: Callable[[], str]) -> str:
         return known
     found = compute()
     scratch = place.with_name(f"{place.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(found, encoding="ascii")
-        os.replace(scratch, place)
-    except OSError:
-        pass
+        try:
+            scratch.write_text(found, encoding="ascii")
+            os.replace(scratch, place)
+        finally:
+            scratch.unlink(missing_ok=True)
     return found
 
 

@@ -181,6 +181,16 @@ def test_memories_that_say_nothing_are_refused():
         CaptionMemory(["a", "a"], torch.tensor([0, 1]), torch.ones(2, 3), torch.eye(3))
     with pytest.raises(ValueError, match="images for each of its 2 captions"):
         CaptionMemory(["a", "b"], torch.tensor([0, 0]), torch.ones(2, 3), torch.eye(3))
+    for embeds, captions in (
+        (torch.ones(2, 3), ["a"]),
+        (torch.full((1, 3), torch.nan), ["a"]),
+        (torch.ones(0, 3), []),
+    ):
+        with pytest.raises(ValueError, match="finite embeddings and a caption for each"):
+            CaptionMemory.from_embeds(embeds, captions)
+    for setting in ({"weight": torch.nan}, {"min_cosine": "high"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(setting))}` of a memory must be a number"):
+            CaptionMemory.from_embeds(torch.eye(3), list("abc"), **setting)
 
 
 def test_emoji_mini_names_more_blurred_drawings_of_known_things_by_memory():

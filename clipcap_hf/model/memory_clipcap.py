@@ -6,6 +6,7 @@ to the nearest of them and to their mean (its prototype: Snell et al. 2017). The
 retrieved even if the beam search did not find it, as retrieval-augmented captioners do (SmallCap: Ramos et al. 2023).
 """
 
+import json
 import math
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +21,8 @@ from .generation_clipcap import GeneratesCaptions, setting
 from .hashing_clipcap import weights_hash
 
 
-#: Beside the list of captions in a text tower's folder: the images that had them.
+#: In the folder of a text tower: the captions of training, and the images that had them.
+SEEN_CAPTIONS = "seen_captions.json"
 SEEN_IMAGES = "seen_images.safetensors"
 DEFAULT_WEIGHT = 50.0
 DEFAULT_MIN_COSINE = 0.62
@@ -107,7 +109,7 @@ class CaptionMemory:
 
     @classmethod
     def load(cls, path: str | Path, captions: list[str], **settings: float) -> "CaptionMemory":
-        """Read what [`CaptionMemory.save`] wrote.
+        """Read the images that [`CaptionMemory.save`] wrote.
 
         Raises:
             ValueError: If the file is damaged or does not fit the captions.
@@ -119,8 +121,11 @@ class CaptionMemory:
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} does not hold the images of the captions beside it: {error}") from error
 
-    def save(self, path: str | Path):
-        """Write a safetensors file, with a byte for each number of an embedding."""
+    def save(self, folder: str | Path):
+        """Write captions and images into the folder of a text tower, with a byte for each number of an embedding.
+
+        They are used with the text tower if its configuration has a `rerank_memory_weight`.
+        """
         # Scaled to numbers near 1, which floating-point numbers of eight bits resolve best.
         scaled = self.embeds * self.embeds.shape[1] ** 0.5
         save_file(
@@ -129,8 +134,10 @@ class CaptionMemory:
                 "embeds": scaled.to(torch.float8_e4m3fn),
                 "projection": self.projection.half().contiguous(),
             },
-            path,
+            Path(folder) / SEEN_IMAGES,
         )
+        captions = json.dumps(self.captions, indent=0, ensure_ascii=False) + "\n"
+        (Path(folder) / SEEN_CAPTIONS).write_text(captions, encoding="utf-8")
 
     def record(self) -> dict[str, Any]:
         """Say what a choice depends on: captions and images, by hashes, and the settings."""

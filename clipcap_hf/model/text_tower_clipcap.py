@@ -22,12 +22,8 @@ from transformers.utils import cached_file
 from .bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
 from .checkpoints_open_clip import is_open_clip_name
 from .damage_clipcap import load_config, naming
-from .memory_clipcap import DEFAULT_MIN_COSINE, SEEN_IMAGES, CaptionMemory
+from .memory_clipcap import DEFAULT_MIN_COSINE, SEEN_CAPTIONS, SEEN_IMAGES, CaptionMemory
 
-
-#: Beside a text tower whose configuration has a `rerank_seen_penalty` or `rerank_memory_weight`: a list of the
-#: captions that it was trained on.
-SEEN_CAPTIONS = "seen_captions.json"
 
 # By the type of a complete model or of the tower alone.
 _TEXT_TOWERS: dict[str, Any] = {

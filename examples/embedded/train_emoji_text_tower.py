@@ -21,13 +21,11 @@ import logging
 from pathlib import Path
 
 import torch
-from clipcap_hf import CaptionReranker, ClipCapForConditionalGeneration, ClipCapProcessor
+from clipcap_hf import CaptionMemory, CaptionReranker, ClipCapForConditionalGeneration, ClipCapProcessor
 from clipcap_hf.captioning import caption_embeds, embed_images
 from clipcap_hf.data import load_emoji
 from clipcap_hf.files import write_text
 from clipcap_hf.model.bag_of_tokens_clipcap import BagOfTokensTextConfig, BagOfTokensTextModel
-from clipcap_hf.model.memory_clipcap import SEEN_IMAGES, CaptionMemory
-from clipcap_hf.model.text_tower_clipcap import SEEN_CAPTIONS
 from continue_emoji_tower import CaptionVectors, fit
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,8 +65,7 @@ def save(vectors: Tensor, memory: CaptionMemory, args, folder: Path) -> None:
     tower = BagOfTokensTextModel(config)
     tower.vectors.weight.data = vectors.half()
     tower.save_pretrained(folder)
-    write_text(folder / SEEN_CAPTIONS, json.dumps(memory.captions, indent=0, ensure_ascii=False) + "\n")
-    memory.save(folder / SEEN_IMAGES)
+    memory.save(folder)
     settings = json.loads((folder / "config.json").read_text())
     write_text(folder / "config.json", json.dumps({**settings, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 

@@ -1,6 +1,5 @@
 """The memory of training's captions and images, which re-ranking falls back on."""
 
-import json
 import random
 from pathlib import Path
 
@@ -39,8 +38,7 @@ def remembering(model_folder, embeds, captions):
     torch.manual_seed(0)
     BagOfTokensTextModel(tower).save_pretrained(model_folder / "text_tower")
     memory = CaptionMemory.from_embeds(embeds[:6], [captions[index // 2] for index in range(6)])
-    (model_folder / "text_tower/seen_captions.json").write_text(json.dumps(memory.captions))
-    memory.save(model_folder / "text_tower/seen_images.safetensors")
+    memory.save(model_folder / "text_tower")
     model = ClipCapForConditionalGeneration.from_pretrained(model_folder).eval()
     model.generation_config.max_new_tokens = 12
     model.generation_config.pad_token_id = 0

@@ -31,7 +31,8 @@ def prepack_weights(model: nn.Module) -> int:
             GPT-2's `Conv1D` are taken.
 
     Returns:
-        `int`: Number of layers. 0 where this does not help: not an x86 processor, or no oneDNN.
+        `int`: Number of layers. 0 where this does not help: not an x86 processor, no oneDNN, or bfloat16 on a
+            processor without instructions for it (AVX-512 or AVX-NE-CONVERT).
 
     Example:
 
@@ -43,11 +44,12 @@ def prepack_weights(model: nn.Module) -> int:
 
     ```
     """
-    if not has_onednn():
-        return 0
-    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, Conv1D)]
+    dtypes = tuple(dtype for dtype in (torch.float32, torch.bfloat16) if has_onednn(dtype))
+    layers = [
+        layer for layer in model.modules() if type(layer) in (nn.Linear, Conv1D) and layer.weight.dtype in dtypes
+    ]
     for layer in layers:
-        layer.forward = _PrepackedForward(layer)
+        layer.forward = _PrepackedForward(layer, dtypes)
     return len(layers)
 
 
@@ -60,14 +62,15 @@ def prepack_where_it_fits(model: nn.Module) -> int:
 class _PrepackedForward:
     """The forward pass of a linear layer, (..., in) to (..., out)."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, dtypes: tuple[torch.dtype, ...]):
         self.layer = layer
+        self.dtypes = dtypes  # that this processor can multiply
         self.packed: torch.Tensor | None = None
         self.packed_from: tuple[int, int] | None = None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         weight: Any = self.layer.weight
-        if not _is_plain_inference(inputs, weight):
+        if weight.dtype not in self.dtypes or not _is_plain_inference(inputs, weight):
             return type(self.layer).forward(self.layer, inputs)
         if self.packed_from != (version := (weight.data_ptr(), weight._version)):
             rows = weight.t() if isinstance(self.layer, Conv1D) else weight
@@ -75,7 +78,7 @@ class _PrepackedForward:
         return multiply(inputs, self.packed, self.layer.bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "packed": None, "packed_from": None}  # a laid-out copy cannot be copied
+        return {**vars(self), "packed": None, "packed_from": None}  # a laid-out copy cannot be copied
 
 
 def _is_plain_inference(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -84,7 +87,6 @@ def _is_plain_inference(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         and not weight.is_inference()  # such weights do not tell when they change
         and inputs.device.type == weight.device.type == "cpu"
         and inputs.dtype == weight.dtype
-        and weight.dtype in (torch.float32, torch.bfloat16)
         and inputs.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -101,16 +103,16 @@ def multiply(inputs: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None
     return _multiply(inputs, rows, bias, "none", [], "")
 
 
-def has_onednn() -> bool:
-    """Test whether this is an x86 processor and torch offers oneDNN's products."""
+def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
+    """Test whether this is an x86 processor and torch offers oneDNN's products of this type there."""
     if _pack is None or _multiply is None or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     with torch.no_grad():
-        inputs, weight = torch.ones(2, 16), torch.arange(64.0).view(4, 16)
+        inputs, weight = torch.ones(2, 16, dtype=dtype), torch.arange(64.0).view(4, 16).to(dtype)
         try:
             product = multiply(inputs, prepack(weight))
         except RuntimeError as error:
-            logger.debug(f"No prepacked weights: {error}")
+            logger.debug(f"No prepacked weights in {dtype}: {error}")
             return False
         return torch.allclose(product, inputs @ weight.t())
 

@@ -68,7 +68,7 @@ def percent(found: list[str], captions: list[str]) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captioner", type=Path, required=True, help="folder with a text tower")
+    parser.add_argument("--captioner", type=Path, required=True, help="folder with a text tower and its memory")
     parser.add_argument("--sources", type=Path, default=Path.home() / ".cache" / "clipcap_hf" / "icon-sources")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
